@@ -1,0 +1,51 @@
+"""What a user can do wrong, as exceptions: each message says what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class QratkError(Exception):
+    """Base of every error that a user can cause and cure."""
+
+
+class ConfigurationError(QratkError, ValueError):
+    """A configuration, ladder or option has a value outside what is allowed."""
+
+
+class InfeasibleBudgetError(QratkError, ValueError):
+    """Not even the smallest configuration of the search space fits the budget."""
+
+
+class RejectedConfigurationError(QratkError, ValueError):
+    """A repair policy declined to mend an infeasible configuration; propose another one."""
+
+
+class UnknownComponentError(QratkError, LookupError):
+    """No strategy is registered under the given name."""
+
+
+class DuplicateComponentError(QratkError, ValueError):
+    """Two owners registered the same name."""
+
+
+class PluginError(QratkError, ImportError):
+    """A third-party package announced a component that cannot be loaded."""
+
+
+class UnsupportedModelError(QratkError, ValueError):
+    """The blocks or projections of a model could not be found."""
+
+
+class QuantizationError(QratkError, ValueError):
+    """A quantiser cannot take a weight of the given shape or values."""
+
+
+class DataError(QratkError, ValueError):
+    """A data file is missing, empty or has rows of the wrong form."""
+
+
+class RunDirectoryError(QratkError, ValueError):
+    """A run directory belongs to another configuration, or is in use."""
+
+
+class SearchError(QratkError, RuntimeError):
+    """The search cannot go on: for example every evaluation failed."""

@@ -1,0 +1,151 @@
+"""What was measured, what was guessed, and the record of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.memory import Footprint
+
+Status = Literal["ok", "failed"]
+
+
+@dataclass(frozen=True)
+class FidelityLadder:
+    """Optimiser steps T_1 < ... < T_S, and how many are dropped from rung to rung (eta)."""
+
+    steps: tuple[int, ...]
+    reduction_factor: float = 3.0
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if not steps or steps[0] <= 0 or any(b <= a for a, b in itertools.pairwise(steps)):
+            raise ConfigurationError(f"steps must be positive and ascending, as in [100, 300, 900]; got {list(steps)}")
+        if not self.reduction_factor > 1:
+            raise ConfigurationError(f"the reduction factor must be over 1, got {self.reduction_factor}")
+
+    @property
+    def lowest(self) -> int:
+        """T_1."""
+        return self.steps[0]
+
+    @property
+    def highest(self) -> int:
+        """T_S."""
+        return self.steps[-1]
+
+    def sizes(self, low: int, high: int) -> tuple[int, ...]:
+        """How many of `low` candidates run at each rung, divided by eta each time, `high` at the last one."""
+        sizes = [low]
+        for rung in range(1, len(self.steps)):
+            divided = max(high, math.ceil(low / self.reduction_factor**rung))
+            sizes.append(min(sizes[-1], high if rung == len(self.steps) - 1 else divided))
+        return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration and where it comes from: operator, parents' digests, generation, phase."""
+
+    configuration: Configuration
+    origin: str
+    parents: tuple[str, ...] = ()
+    generation: int = 0
+    phase: str = "global"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A candidate to be fine-tuned to a number of optimiser steps and scored."""
+
+    candidate: Candidate
+    steps: int
+
+    @property
+    def configuration(self) -> Configuration:
+        """The candidate's configuration."""
+        return self.candidate.configuration
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured score after `steps` optimiser steps; larger is better, -inf when `status` is "failed".
+
+    `outcomes` holds one figure a validation item, in the items' order; their weighted mean is the score.
+    `checkpoint` names the stored adapter and optimiser state, relative to the run directory.
+    """
+
+    configuration: Configuration
+    steps: int
+    score: float
+    footprint: Footprint
+    outcomes: tuple[float, ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+    status: Status = "ok"
+    reason: str = ""
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.status == "ok" and not math.isfinite(self.score):
+            raise ConfigurationError(f"a score that is not finite ({self.score}) must be recorded as failed")
+
+    @property
+    def ok(self) -> bool:
+        """Whether a score was measured."""
+        return self.status == "ok"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A guess of the score at the highest rung; it is no `Evaluation`, so that it can never enter a front."""
+
+    configuration: Configuration
+    mean: float
+    std: float = 0.0
+
+
+class History:
+    """Append-only record of evaluations; at most one for each configuration and number of steps."""
+
+    def __init__(self, evaluations: Iterable[Evaluation] = ()) -> None:
+        self._evaluations: list[Evaluation] = []
+        self._index: dict[tuple[Configuration, int], Evaluation] = {}
+        for evaluation in evaluations:
+            self.append(evaluation)
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Add an evaluation; raises `ValueError` when that configuration was already measured at those steps."""
+        key = (evaluation.configuration, evaluation.steps)
+        if key in self._index:
+            raise ValueError(f"{evaluation.configuration} was already evaluated at {evaluation.steps} steps")
+        self._index[key] = evaluation
+        self._evaluations.append(evaluation)
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        return iter(self._evaluations)
+
+    def get(self, configuration: Configuration, steps: int) -> Evaluation | None:
+        """What was measured of a configuration at a number of steps, if anything."""
+        return self._index.get((configuration, steps))
+
+    def at(self, steps: int) -> tuple[Evaluation, ...]:
+        """Successful evaluations at a number of steps, in the order of measurement."""
+        return tuple(e for e in self._evaluations if e.steps == steps and e.ok)
+
+    def paired(self, low: int, high: int) -> tuple[tuple[Evaluation, Evaluation], ...]:
+        """Evaluations of one configuration at both numbers of steps, in the order of the higher one."""
+        pairs = ((self.get(e.configuration, low), e) for e in self.at(high))
+        return tuple((a, b) for a, b in pairs if a is not None and a.ok)
+
+    def best(self, steps: int, among: Sequence[Configuration] | None = None) -> Evaluation | None:
+        """Evaluation with the largest score at a number of steps; ties go to the smaller storage."""
+        pool = [e for e in self.at(steps) if among is None or e.configuration in among]
+        return min(pool, key=lambda e: (-e.score, e.footprint.storage_bytes, e.configuration), default=None)

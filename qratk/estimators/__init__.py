@@ -1,0 +1,1 @@
+"""Importance estimators: how much a layer matters for its bit-width or its rank. One file a strategy."""

@@ -1,0 +1,33 @@
+"""The contract of importance estimators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.registry import Registry
+
+if TYPE_CHECKING:
+    from qratk.backbone.module import FineTuneModule
+
+
+class ImportanceEstimator(ABC):
+    """Scores layers; larger means more important. Used for warm start, proposals and repair, never as a result."""
+
+    @abstractmethod
+    def estimate(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
+    ) -> NDArray[np.float64]:
+        """Raw scores, (L,), finite and not negative.
+
+        Called once, before the search, while the module still holds its full-precision weights (all layers at 16
+        bits). `batches` are training batches (input_ids, attention_mask, labels); `lowest_bits` is the lowest rung.
+        The module's weights, gradients and training mode are left as they were found.
+        """
+
+
+estimators: Registry[ImportanceEstimator] = Registry("estimators", "ImportanceEstimator")

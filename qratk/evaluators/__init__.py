@@ -1,0 +1,1 @@
+"""Evaluators: how a configuration gets its score. One file a strategy."""

@@ -1,0 +1,81 @@
+"""The contract of evaluators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.evaluation import Evaluation, FidelityLadder, Request
+from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.space import SearchSpace
+from qratk.registry import Registry
+
+if TYPE_CHECKING:
+    from qratk.estimators.base import ImportanceEstimator
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command."""
+
+    run_dir: Path
+    ladder: FidelityLadder
+    seed: int
+    module: Any = None
+    datamodule: Any = None
+    trainer: Any = None
+
+
+class Evaluator(ABC):
+    """Fine-tunes and scores configurations. The loop calls `open`, `memory_model`, `importance`, then `evaluate`."""
+
+    @abstractmethod
+    def open(self, context: EvaluationContext) -> None:
+        """Load what is needed."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The layers, in model order."""
+
+    @abstractmethod
+    def memory_model(self, space: SearchSpace) -> MemoryModel:
+        """Exact bytes over a space of these layers."""
+
+    @abstractmethod
+    def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
+        """Raw layer scores, (L,)."""
+
+    @abstractmethod
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+        """Evaluations in the order of the requests, each yielded as soon as it is measured.
+
+        A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having stopped. A
+        failure (loss not finite, out of memory) is yielded as a failed evaluation with its reason.
+        """
+
+    @abstractmethod
+    def test(self, evaluation: Evaluation) -> dict[str, float]:
+        """Scores on test data of a measured evaluation, from its checkpoint; called only after the search."""
+
+    @abstractmethod
+    def discard(self, evaluation: Evaluation) -> None:
+        """Delete the checkpoint of an evaluation that will not be continued or reported."""
+
+    @property
+    @abstractmethod
+    def item_weights(self) -> tuple[float, ...] | None:
+        """Weight of each validation item in the score; None when all are equal."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of whatever decides the scores (weights, data, options): a run is resumed only on equal ones."""
+
+
+evaluators: Registry[Evaluator] = Registry("evaluators", "Evaluator")

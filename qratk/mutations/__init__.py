@@ -1,0 +1,1 @@
+"""Mutation operators: how a configuration is varied. One file a strategy."""

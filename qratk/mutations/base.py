@@ -1,0 +1,25 @@
+"""The contract of mutation operators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from qratk.core.configuration import Configuration
+from qratk.core.problem import Problem
+from qratk.registry import Registry
+
+
+class MutationOperator(ABC):
+    """Varies one configuration."""
+
+    @abstractmethod
+    def mutate(self, problem: Problem, configuration: Configuration, rng: np.random.Generator) -> Configuration:
+        """Varied configuration on the ladders, feasible or not: the proposer repairs it afterwards.
+
+        All randomness comes from `rng`. May return the configuration itself when no edit is possible.
+        """
+
+
+mutations: Registry[MutationOperator] = Registry("mutations", "MutationOperator")

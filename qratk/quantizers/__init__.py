@@ -1,0 +1,1 @@
+"""Quantizers: how a weight is packed and unpacked. One file a strategy."""

@@ -1,0 +1,1 @@
+"""Local refiners: which configurations to try in phase II. One file a strategy."""

@@ -1,0 +1,53 @@
+"""The contract of global searchers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
+from qratk.mutations._proposer import Proposer
+from qratk.registry import Registry
+
+
+class GlobalSearcher(ABC):
+    """Proposes a generation of candidates at a time.
+
+    The loop calls `begin` once, then again and again `ask`, fine-tunes and promotes the candidates, and calls `tell`
+    with all that was measured of them. After each `tell` it saves `state`; a resumed search calls `begin` and then
+    `restore` instead of starting anew. All randomness comes from the `rng` argument, whose state the loop saves.
+    """
+
+    @abstractmethod
+    def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
+        """Forget everything and get ready for the proposer's problem."""
+
+    @abstractmethod
+    def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
+        """Feasible candidates of the next generation, without repeats and none of them in the history.
+
+        An empty tuple ends the phase: nothing new can be proposed.
+        """
+
+    @abstractmethod
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Take in what was measured of the last generation: at most one evaluation a candidate and rung."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether the searcher itself wants to stop (the loop has its own stopping rules)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that the next `ask` depends on, as plain data that JSON can hold."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+
+
+searchers: Registry[GlobalSearcher] = Registry("searchers", "GlobalSearcher")

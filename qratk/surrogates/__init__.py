@@ -1,0 +1,1 @@
+"""Promotion surrogates: which short runs deserve a long one. One file a strategy."""
