@@ -85,7 +85,7 @@ class Registry(Generic[T]):
                 f"subclass of {self.base}; report this to that package, or uninstall it"
             )
         self._registered[name] = cls
-        cls.component_name = name
+        setattr(cls, "component_name", name)  # noqa: B010
         return cls
 
     def create(self, name: str, **options: Any) -> T:

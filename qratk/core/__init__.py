@@ -15,7 +15,7 @@ from qratk.core.errors import (
     UnknownComponentError,
     UnsupportedModelError,
 )
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Prediction, Request
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Prediction, Request, SurrogateQuality
 from qratk.core.memory import (
     SCOPES,
     Budget,

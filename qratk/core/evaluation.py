@@ -109,6 +109,20 @@ class Prediction:
     std: float = 0.0
 
 
+@dataclass(frozen=True)
+class SurrogateQuality:
+    """How well scores at the highest rung are foretold, over `pairs` configurations measured at both rungs.
+
+    `spearman` and `pearson` are of cross-validated predictions, `low_fidelity_spearman` is of the plain
+    low-fidelity score; NaN where too few pairs exist.
+    """
+
+    pairs: int
+    spearman: float
+    pearson: float
+    low_fidelity_spearman: float
+
+
 class History:
     """Append-only record of evaluations; at most one for each configuration and number of steps."""
 

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from qratk.core.evaluation import Evaluation, History, Prediction
+from qratk.core.evaluation import Evaluation, History, Prediction, SurrogateQuality
 from qratk.core.problem import Problem
 from qratk.registry import Registry
-
-
-@dataclass(frozen=True)
-class SurrogateQuality:
-    """How well scores at the highest rung are foretold, over `pairs` configurations measured at both rungs.
-
-    `spearman` and `pearson` are of cross-validated predictions, `low_fidelity_spearman` is of the plain
-    low-fidelity score; NaN where too few pairs exist.
-    """
-
-    pairs: int
-    spearman: float
-    pearson: float
-    low_fidelity_spearman: float
 
 
 class PromotionSurrogate(ABC):

@@ -1,0 +1,108 @@
+"""What a search reports while it runs and when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, SurrogateQuality
+from qratk.core.pareto import ParetoFront
+from qratk.core.problem import Problem
+from qratk.core.utility import Utility
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is known before the first evaluation: the problem, the rungs, and how many evaluations there may be.
+
+    `evaluations` maps a rung (steps) to the largest number of evaluations that the search will make there.
+    """
+
+    name: str
+    problem: Problem
+    ladder: FidelityLadder
+    evaluations: Mapping[int, int]
+    baselines: tuple[Configuration, ...]
+    resumed: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation with its candidate, in the order of measurement (`index` from 0)."""
+
+    index: int
+    candidate: Candidate
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the search stands: for the live view. `seconds_left` is an upper bound; None before it is known."""
+
+    phase: str
+    generation: int
+    rung: int
+    done: int
+    planned: int
+    best: Evaluation | None
+    seconds: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """How a generation of the global phase ended."""
+
+    number: int
+    front: ParetoFront
+    hypervolume: float
+    relative_progress: float
+    best: Evaluation | None
+    surrogate: SurrogateQuality | None
+    surrogate_used: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RefinementSummary:
+    """How one step of the local phase ended; `diagnostics` holds the refiner's scalars."""
+
+    number: int
+    best: Evaluation | None
+    improved: bool
+    diagnostics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference in score of the best to a baseline, with a paired bootstrap interval over validation items."""
+
+    baseline: Evaluation
+    difference: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search ended with; every evaluation in it was measured."""
+
+    plan: SearchPlan
+    best: Evaluation
+    front: ParetoFront
+    baselines: tuple[Evaluation, ...]
+    references: tuple[Evaluation, ...]
+    comparisons: tuple[Comparison, ...]
+    history: History
+    records: tuple[Record, ...]
+    generations: tuple[GenerationSummary, ...]
+    refinements: tuple[RefinementSummary, ...]
+    stop_reasons: Mapping[str, str]
+    utility: Utility
+    seconds: Mapping[str, float]
+    test_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    proposals: Mapping[str, int] = field(default_factory=dict)
+    top3_hit_rates: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,43 @@
+"""The contract of reporters: the loop tells them what happened, they never change it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+
+
+class Reporter(ABC):
+    """Shows or writes what a search does. A resumed search replays what was recorded before it goes on."""
+
+    @abstractmethod
+    def started(self, plan: SearchPlan) -> None:
+        """The search begins or resumes (`plan.resumed` evaluations are replayed through `evaluated`)."""
+
+    @abstractmethod
+    def message(self, text: str) -> None:
+        """Something a person should know: a warning, a fallback, the start of a stage."""
+
+    @abstractmethod
+    def progress(self, progress: Progress) -> None:
+        """An evaluation is about to start."""
+
+    @abstractmethod
+    def evaluated(self, record: Record, progress: Progress) -> None:
+        """An evaluation was measured and is in the journal."""
+
+    @abstractmethod
+    def generation(self, summary: GenerationSummary) -> None:
+        """A generation of the global phase has ended."""
+
+    @abstractmethod
+    def refinement(self, summary: RefinementSummary) -> None:
+        """A step of the local phase has ended."""
+
+    @abstractmethod
+    def finished(self, result: SearchResult) -> None:
+        """The search has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the terminal and files, also after an error."""
