@@ -39,7 +39,7 @@ __all__ = [
     "DuplicateComponentError", "Evaluation", "FidelityLadder", "Footprint", "History", "Importance",
     "InfeasibleBudgetError", "Knob", "LayerBytes", "LayerChoice", "LayerShape", "MemoryModel", "ParetoFront",
     "PeakBytes", "PluginError", "Prediction", "Problem", "QratkError", "QuantizationError",
-    "RejectedConfigurationError", "Request", "RunDirectoryError", "Scope", "SearchError", "SearchSpace",
+    "RejectedConfigurationError", "Request", "RunDirectoryError", "Scope", "SearchError", "SearchSpace", "SurrogateQuality",
     "UnknownComponentError", "UnsupportedModelError", "Utility", "format_bytes", "hypervolume_2d", "min_max",
     "parse_bytes", "resolve_budget", "unique",
 ]  # fmt: skip
