@@ -49,6 +49,10 @@ class LocalRefiner(ABC):
         """Scalars of the last proposal to be logged, e.g. expected improvement and radius."""
 
     @abstractmethod
+    def planned_evaluations(self, ladder: FidelityLadder) -> dict[int, int]:
+        """Largest number of evaluations at each rung (steps): for the plan of a search, before `begin`."""
+
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """All that the next `ask` depends on besides the history, as plain data that JSON can hold."""
 

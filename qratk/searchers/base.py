@@ -41,6 +41,11 @@ class GlobalSearcher(ABC):
     def finished(self) -> bool:
         """Whether the searcher itself wants to stop (the loop has its own stopping rules)."""
 
+    @property
+    @abstractmethod
+    def generation_size(self) -> int:
+        """Largest number of candidates that one `ask` returns: for the plan of a search, before `begin`."""
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """All that the next `ask` depends on, as plain data that JSON can hold."""
