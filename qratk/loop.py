@@ -166,7 +166,8 @@ class SearchLoop:
         """
         with Journal(run_dir) as journal:
             journal.bind("config", config)
-            context = EvaluationContext(run_dir, self.ladder, self.seed, module, datamodule, trainer)
+            bits = tuple(sorted({reference.bits for reference in self.references} - set(self.bits)))
+            context = EvaluationContext(run_dir, self.ladder, self.seed, module, datamodule, trainer, bits)
             return _Search(self, journal, reporter, context).run()
 
 
@@ -351,7 +352,7 @@ class _Search:
         self.reporter.generation(summary)
 
     def _reference(self) -> tuple[float, float]:
-        """Corner of the hypervolume, fixed after the first generation: a tenth beyond the worst score and the budget."""
+        """Corner of the hypervolume, fixed after generation 1: a tenth beyond the worst score and the budget."""
 
         def fix() -> list[float]:
             scores = [e.score for e in self._feasible()]

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command."""
+    """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
+
+    `reference_bits` are bit-widths off the ladder that uniform references will be measured at after the search.
+    """
 
     run_dir: Path
     ladder: FidelityLadder
@@ -30,6 +33,7 @@ class EvaluationContext:
     module: Any = None
     datamodule: Any = None
     trainer: Any = None
+    reference_bits: tuple[int, ...] = ()
 
 
 class Evaluator(ABC):

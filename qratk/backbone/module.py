@@ -1,0 +1,367 @@
+"""The LightningModule: a mixed-precision backbone with one adapter a layer, trained on answers and scored as stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qratk.backbone.backbone import AdapterOptions, Backbone
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, QratkError
+from qratk.data.base import Scorer, TaskData, token_log_likelihood
+from qratk.quantizers.base import Quantizer, quantizers
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+DEFAULT_QUANTIZERS: Mapping[int, str] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
+
+
+class NonFiniteLossError(QratkError, ArithmeticError):
+    """The loss of a training step is NaN or infinite."""
+
+
+@dataclass
+class TrainingState:
+    """All that continuing a training needs: adapters, AdamW's moments by parameter name, random state, steps done."""
+
+    steps: int
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: Tensor
+
+
+class FineTuneModule(LightningModule):
+    """Fine-tunes the adapters of one configuration over frozen quantised weights.
+
+    Args:
+        model: Hugging Face name or local directory of a causal language model; "embedded" is the one shipped here.
+        configuration: bits and ranks as text, `4:8` for all layers or `4:8*3 2:16` layer by layer; a search sets it.
+        quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
+        granularity: what shares one choice: a transformer block, attention and MLP apart, or each projection.
+        target_modules: "all" linear projections of the blocks, or the last parts of their names.
+        alpha_over_rank: LoRA's scaling; constant, so that rank alone differs between layers.
+        rslora: scale by alpha / sqrt(rank) instead.
+        lora_dropout: dropout before the adapters.
+        adapter_dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+        learning_rate, weight_decay, betas: of AdamW.
+        warmup_steps: optimiser steps of linear warm-up.
+        schedule: what follows the warm-up, down to 0 at `schedule_steps`.
+        schedule_steps: optimiser steps of the whole schedule; by default the trainer's total, in a search T_S.
+        compute_dtype: type of activations; "auto" is float32 on CPU and bfloat16 on CUDA.
+        dense_cache: keep dequantised weights in memory: faster, the same results.
+        gradient_checkpointing: trade time for activation memory.
+        trust_remote_code: run code that comes with the model; only for sources you trust.
+        tokenizer: name or directory of the tokenizer, by default the model's.
+        seed: seed of adapter initialisation and dropout.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        configuration: str | None = None,
+        quantizers: dict[int, Any] | None = None,
+        granularity: Literal["block", "sublayer", "linear"] = "block",
+        target_modules: str | list[str] = "all",
+        alpha_over_rank: float = 2.0,
+        rslora: bool = False,
+        lora_dropout: float = 0.0,
+        adapter_dtype: Literal["bfloat16", "float16"] = "bfloat16",
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        schedule: Schedule = "cosine",
+        schedule_steps: int | None = None,
+        compute_dtype: str = "auto",
+        dense_cache: bool = False,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        tokenizer: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = False  # checkpoints hold adapters only
+        self.configuration: Configuration | None = None
+        self.resume_state: TrainingState | None = None
+        self.schedule_steps = schedule_steps
+        self.last_outcomes: tuple[float, ...] = ()
+        self._backbone: Backbone | None = None
+        self._scorer: Scorer | None = None
+        self._scoring = ExitStack()
+
+    # The backbone
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone; loaded when first asked for."""
+        if self._backbone is None:
+            self._backbone = self.load_backbone()
+            self.model = self._backbone.model  # registers the parameters
+        return self._backbone
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.backbone.tokenizer
+
+    def load_backbone(self, *, weights: bool = True) -> Backbone:
+        """A new backbone with these options; without weights it lies on the meta device."""
+        options = self.hparams
+        adapter = AdapterOptions(
+            alpha_over_rank=options.alpha_over_rank,
+            rslora=options.rslora,
+            dropout=options.lora_dropout,
+            dtype=options.adapter_dtype,
+        )
+        return Backbone.load(
+            _model_path(options.model),
+            quantizers=built_quantizers(options.quantizers),
+            granularity=options.granularity,
+            target_modules=options.target_modules,
+            adapter=adapter,
+            compute_dtype=options.compute_dtype,
+            trust_remote_code=options.trust_remote_code,
+            tokenizer=options.tokenizer,
+            weights=weights,
+        )
+
+    def activate(self, configuration: Configuration) -> None:
+        """Switch to a configuration, with fresh adapters."""
+        self.backbone.activate(configuration, seed=self.hparams.seed)
+        self.configuration = configuration
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone and switch to the configuration of the options, unless a search has set one."""
+        if self.configuration is not None:
+            return
+        text = self.hparams.configuration
+        if not text:
+            raise ConfigurationError(
+                "no configuration to train: give --model.configuration, as in '4:8' (4 bits, rank 8 everywhere), "
+                "or the best.yaml of a search as --config"
+            )
+        backbone = self.backbone
+        configuration = spread(Configuration.from_text(text), len(backbone.layers))
+        backbone.build_bank(sorted(set(configuration.bits)))
+        backbone.release_reference()
+        backbone.dense_cache(self.hparams.dense_cache)
+        if self.hparams.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+        self.activate(configuration)
+
+    # Training
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits, (B, T, vocabulary)."""
+        logits: Tensor = self.backbone.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        return logits
+
+    def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of the labelled tokens of a batch, in nats."""
+        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
+        return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss; raises `NonFiniteLossError`."""
+        loss = self.training_loss(batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.first_step + self.global_step}; a smaller learning rate or "
+                "gradient clipping (--trainer.gradient_clip_val=1.0) is the usual cure"
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @property
+    def first_step(self) -> int:
+        """Optimiser steps that were done before this trainer began."""
+        return self.resume_state.steps if self.resume_state else 0
+
+    def on_train_start(self) -> None:
+        """Set the random state: of dropout, the only draw in training."""
+        if self.resume_state is not None:
+            torch.set_rng_state(self.resume_state.random)
+        elif self.trainer.ckpt_path is None:
+            torch.manual_seed(self.hparams.seed)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""
+        options, start = self.hparams, self.first_step
+        named = [(name, p) for name, p in self.backbone.trainable_parameters() if p.numel()]
+        if not named:
+            raise ConfigurationError("nothing to train: every layer has rank 0; give some layer a higher rank")
+        optimizer = AdamW(
+            [p for _, p in named], lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+        )
+        if self.resume_state is not None:
+            _restore_moments(optimizer, named, self.resume_state.optimizer)
+        total = self.schedule_steps or int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(
+            optimizer, lambda step: learning_rate_factor(start + step, total, options.warmup_steps, options.schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_state(self) -> TrainingState:
+        """What continuing needs, copied to the CPU; to be called right after `Trainer.fit`."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        moments = {}
+        for name, parameter in self.backbone.trainable_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                moments[f"{name}/{key}"] = value.detach().cpu().clone()
+        adapter = {name: value.detach().cpu().clone() for name, value in self.backbone.adapter_state().items()}
+        return TrainingState(self.first_step + self.global_step, adapter, moments, torch.get_rng_state())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only the adapters: the frozen weights come from the model."""
+        adapter = self.backbone.adapter_state()
+        checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
+        checkpoint["configuration"] = str(self.configuration)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the adapters in place; raises `ConfigurationError` when they are of another configuration."""
+        stored = checkpoint.get("configuration")
+        if stored != str(self.configuration):
+            raise ConfigurationError(
+                f"the checkpoint is of configuration {stored!r}, but {str(self.configuration)!r} was asked for; "
+                "give the same --model.configuration as when it was trained"
+            )
+        prefix = "adapter."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        self.backbone.load_adapter_state(state)
+        checkpoint["state_dict"] = {}
+
+    # Scoring
+
+    def _begin_scoring(self, stage: str) -> None:
+        self._scorer = self._data().scorer(stage).to(self.device)
+        self._scoring.enter_context(self.backbone.stored_precision())
+
+    def _score(self, batch: dict[str, Tensor]) -> None:
+        assert self._scorer is not None
+        log_likelihood, tokens = token_log_likelihood(self(batch), batch["labels"])
+        self._scorer.update(batch, log_likelihood, tokens)
+
+    def _end_scoring(self, stage: str) -> None:
+        self._scoring.close()
+        assert self._scorer is not None
+        self.last_outcomes = tuple(self._scorer.outcomes().double().cpu().tolist())
+        metrics = {f"{stage}/{name}": value.float() for name, value in self._scorer.compute().items()}
+        self.log_dict(metrics, prog_bar=True)
+        self._scorer = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Round the adapters to what is stored, so that the score is of what is stored."""
+        self._begin_scoring("validation")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score a batch."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics as validation/<name>; `validation/score` is larger-is-better."""
+        self._end_scoring("validation")
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self._begin_scoring("test")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score a batch."""
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics as test/<name>."""
+        self._end_scoring("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Row indices (B,), summed log-likelihoods (B,) in nats and labelled tokens (B,) of a batch."""
+        with self.backbone.stored_precision():
+            log_likelihood, tokens = token_log_likelihood(self(batch), batch["labels"])
+        return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}
+
+    def _data(self) -> TaskData:
+        data = self.trainer.datamodule
+        if not isinstance(data, TaskData):
+            raise ConfigurationError(f"the data must be a qratk.data.TaskData, got {type(data).__name__}")
+        return data
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapter for plain PEFT."""
+        assert self.configuration is not None
+        self.backbone.save_adapter(directory, self.configuration)
+
+
+def learning_rate_factor(step: int, total: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Share of the learning rate at a step (from 0): linear warm-up, then constant, linear or cosine down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def spread(configuration: Configuration, num_layers: int) -> Configuration:
+    """Configuration of `num_layers` layers; one choice alone counts for all of them."""
+    if len(configuration) == 1:
+        return Configuration(configuration.layers * num_layers)
+    if len(configuration) != num_layers:
+        raise ConfigurationError(
+            f"the model has {num_layers} layers, but the configuration has {len(configuration)}: {configuration}"
+        )
+    return configuration
+
+
+def built_quantizers(specified: Mapping[Any, Any] | None) -> dict[int, Quantizer]:
+    """Quantiser of each bit-width, from names or {class_path, init_args}; what is not given is the default."""
+    built: dict[int, Quantizer] = {}
+    for bits, chosen in {**DEFAULT_QUANTIZERS, **{int(b): q for b, q in (specified or {}).items()}}.items():
+        if isinstance(chosen, Quantizer):
+            built[bits] = chosen
+            continue
+        name, options = (chosen, {}) if isinstance(chosen, str) else _named(chosen)
+        built[bits] = quantizers.create(name, **options)
+        if bits not in built[bits].supported_bits:
+            raise ConfigurationError(f"quantiser {name!r} does {built[bits].supported_bits} bits, not {bits}")
+    return built
+
+
+def _named(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if "class_path" not in chosen:
+        raise ConfigurationError(f"a quantiser is a name or {{class_path, init_args}}, got {dict(chosen)}")
+    path = str(chosen["class_path"])
+    names: Sequence[str] = [n for n in quantizers.names() if path in (n, quantizers.class_path(n))]
+    return (names[0] if names else path), dict(chosen.get("init_args") or {})
+
+
+def _model_path(model: str) -> str:
+    if model != "embedded":
+        return model
+    from qratk.embedded import model_directory
+
+    return str(model_directory())
+
+
+def _restore_moments(
+    optimizer: Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]], moments: Mapping[str, Tensor]
+) -> None:
+    for name, parameter in named:
+        state = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
+        optimizer.state[parameter] = {
+            key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+            for key, value in state.items()
+        }
