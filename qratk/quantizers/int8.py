@@ -1,0 +1,56 @@
+"""8 bits, row by row, in the storage layout of bitsandbytes' Linear8bitLt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qratk.core.errors import QuantizationError
+from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@quantizers.register("int8")
+@dataclass(frozen=True)
+class Int8Quantizer(Quantizer):
+    """Symmetric int8 with one float32 absolute maximum a row: n + 4 d_out bytes.
+
+    The layout is that of bitsandbytes (`CB`, `SCB`), the rounding is done in float32: bitsandbytes casts weights to
+    float16 first, which loses small ones. Activations are never quantised, so training and evaluation agree.
+    """
+
+    @property
+    def supported_bits(self) -> tuple[int, ...]:
+        """8."""
+        return (8,)
+
+    def check(self, shape: tuple[int, int], bits: int) -> None:
+        """Raise `QuantizationError` for anything but 8 bits; every shape is taken."""
+        if bits != 8:
+            raise QuantizationError(f"'int8' does 8 bits, got {bits}; take 'nf4' or 'hqq' for lower ones")
+
+    def quantize(self, weight: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """`codes` int8 (d_out, d_in) and `absmax` float32 (d_out,)."""
+        import torch
+
+        self.check((weight.shape[0], weight.shape[1]), bits)
+        w = weight.detach().float()
+        absmax = w.abs().amax(dim=1)
+        inverse = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
+        # A row of subnormal numbers makes 127 / absmax infinite: such a row is zero in any practical type.
+        inverse = torch.nan_to_num(inverse, posinf=0.0)
+        codes = torch.round(w * inverse.unsqueeze(1)).clamp_(-127, 127).to(torch.int8)
+        return {self.CODES: codes, "absmax": absmax}
+
+    def dequantize(
+        self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Weight (d_out, d_in), bit-equal to what bitsandbytes' `MatMul8bitFp` multiplies by."""
+        return packed[self.CODES].to(dtype).mul_(packed["absmax"].unsqueeze(1).mul(1.0 / 127.0))
+
+    def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
+        """One byte a weight and four a row."""
+        self.check(shape, bits)
+        return PackedBytes(shape[0] * shape[1], 4 * shape[0])
