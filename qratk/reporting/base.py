@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 
 
 class Reporter(ABC):
-    """Shows or writes what a search does. A resumed search replays what was recorded before it goes on."""
+    """Shows or writes what a search does. A resumed search replays what was recorded before it goes on.
+
+    An `essential` reporter that raises ends the search; any other is dropped with a warning.
+    """
+
+    essential: ClassVar[bool] = False
 
     @abstractmethod
     def started(self, plan: SearchPlan) -> None:

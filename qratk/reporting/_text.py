@@ -1,0 +1,78 @@
+"""Text for people: cleaned of control codes and secrets, durations, labels of configurations and layers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qratk.core.configuration import Configuration
+
+HIDDEN = "(hidden)"
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+|\s+")
+_SECRETS = (
+    (re.compile(r"\b(?:hf|ghp|gho|github_pat|glpat|sk|wandb)[_-][A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(?i)\b(authorization:\s*\w+|password|passwd|secret|api_?key|access_?token|auth_?token)(\s*[=:]\s*|\s+)"
+                r"(?!\s)[^\s,;'\"]{6,}"), rf"\1\2{HIDDEN}"),
+)  # fmt: skip
+# Names of whole keys: `pad_token` and `max_tokens` are no secrets.
+_SECRET_KEY = re.compile(
+    r"(?i)^(.*_)?(password|passwd|secret|secret_key|api_?key|access_key|(hf|auth|access|hub|api|bearer)_?token)$|^token$"
+)
+
+
+def clean(text: str) -> str:
+    """Text on one line, without control codes, and with what looks like a token or a password hidden."""
+    text = _CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip()
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def without_secrets(value: Any) -> Any:
+    """Plain data (a copy) in which the strings under keys such as `hf_token` or `password` are None."""
+    if isinstance(value, Mapping):
+        return {
+            key: None if isinstance(item, str) and _SECRET_KEY.match(str(key)) else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as '8.1 s', '12 min 05 s', '3 h 07 min' or '2 d 04 h'; '-' when unknown."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def label(configuration: Configuration) -> str:
+    """'4:8' for a uniform configuration, else the first digits of its digest."""
+    kinds = set(configuration.layers)
+    return str(configuration.layers[0]) if len(kinds) == 1 else configuration.digest[:8]
+
+
+def short_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Layer names without the dotted parts that all of them share at the front and at the back."""
+    parts = [name.split(".") for name in names]
+    shortest = min((len(p) for p in parts), default=0)
+    front = 0
+    while front < shortest - 1 and len({p[front] for p in parts}) == 1:
+        front += 1
+    back = 0
+    while back < shortest - 1 - front and len({p[-1 - back] for p in parts}) == 1:
+        back += 1
+    return tuple(".".join(p[front : len(p) - back]) for p in parts)

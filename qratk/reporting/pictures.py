@@ -1,0 +1,67 @@
+"""The pictures of a run directory: front.png, allocation.png, progress.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.reporting._atomic import write_atomically
+from qratk.reporting.base import Reporter
+from qratk.reporting.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
+from qratk.reporting.tracker import Tracker
+
+
+@final
+class Pictures(Reporter):
+    """Draws the pictures anew after each generation, and at the end; not essential to a search."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._folder = Path(run_dir)
+        self._tracker: Tracker | None = None
+
+    def started(self, plan: SearchPlan) -> None:
+        self._tracker = Tracker(plan)
+
+    def message(self, text: str) -> None:
+        """Nothing to draw."""
+
+    def progress(self, progress: Progress) -> None:
+        """Nothing to draw."""
+
+    def evaluated(self, record: Record, progress: Progress) -> None:
+        if self._tracker is not None:
+            self._tracker.add(record, progress)
+
+    def generation(self, summary: GenerationSummary) -> None:
+        if self._tracker is not None and not self._tracker.replaying:
+            self._tracker.hear(summary.best)
+            self._draw(FrontParts.of_tracker(self._tracker))
+
+    def refinement(self, summary: RefinementSummary) -> None:
+        """Nothing: a step of the local phase adds one point, which the end shows."""
+
+    def finished(self, result: SearchResult) -> None:
+        if self._tracker is not None:
+            self._tracker.hear(result.best)
+        self._draw(FrontParts.of_result(result))
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _draw(self, parts: FrontParts) -> None:
+        tracker = self._tracker
+        if tracker is None:
+            return
+        problem = tracker.plan.problem
+        self._write("front.png", to_png(front_figure(parts)))
+        picture = progress_figure(tracker.records, tracker.plan.ladder.highest, baseline=tracker.best_baseline)
+        self._write("progress.png", to_png(picture))
+        if parts.best is not None:
+            names = problem.space.layer_names
+            picture = allocation_figure(parts.best.configuration, names, importance=problem.importance)
+            self._write("allocation.png", to_png(picture))
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._folder / name, data)

@@ -1,0 +1,500 @@
+"""The terminal: a live view where there is one, plain lines elsewhere, a summary table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, final
+
+import numpy as np
+
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Evaluation
+from qratk.core.memory import format_bytes
+from qratk.core.problem import Problem
+from qratk.core.result import (
+    Comparison,
+    GenerationSummary,
+    Progress,
+    Record,
+    RefinementSummary,
+    SearchPlan,
+    SearchResult,
+)
+from qratk.reporting._text import clean, duration, label
+from qratk.reporting.base import Reporter
+from qratk.reporting.tracker import Tracker, budget_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_ASCII_LEVELS = ".:-=+*#@"
+_MAX_STRIP_ROWS = 3
+_MESSAGES = 3
+
+
+@final
+class TerminalReporter(Reporter):
+    """Live view on a terminal, else one line an event without control codes; a summary at the end.
+
+    Args:
+        stream: where to write; standard output if not given.
+        plain: lines instead of the live view; by default when the stream is not a terminal that can move its cursor.
+        clock: seconds that only grow, for the times shown.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        plain: bool | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._plain = plain
+        self._view = LiveView(clock)
+        self._live: Live | None = None
+        self._console: Console | None = None
+        self._stage: tuple[object, ...] = ()
+        self._replayed = True
+
+    def started(self, plan: SearchPlan) -> None:
+        self._console = _console(self._stream)
+        if self._plain is None:
+            self._plain = not self._console.is_terminal or self._console.is_dumb_terminal
+        self._view.start(plan)
+        self._replayed = plan.resumed == 0
+        if self._plain:
+            for line in plan_lines(plan):
+                self._line(line)
+        else:
+            self._open()
+
+    def message(self, text: str) -> None:
+        text = clean(text)
+        self._view.messages.append(text)
+        if self._plain or self._live is None:
+            self._line(text)
+
+    def progress(self, progress: Progress) -> None:
+        self._view.take(progress)
+        stage = (progress.phase, progress.generation, progress.rung)
+        if self._plain and stage != self._stage and not self._view.replaying:
+            self._line(
+                f"{_stage_text(progress)}: {progress.done}/{progress.planned} evaluations done, "
+                f"at most {duration(progress.seconds_left)} left"
+            )
+        self._stage = stage
+
+    def evaluated(self, record: Record, progress: Progress) -> None:
+        self._view.record(record, progress)
+        if not self._plain:
+            if not record.evaluation.ok:
+                self._view.messages.append(_failure(record))
+        elif self._replayed:
+            self._line(self._view.evaluation_line(record, progress))
+        if not self._replayed and not self._view.replaying:
+            self._replayed = True
+            self.message(f"{record.index + 1} evaluations of the earlier run were taken over")
+
+    def generation(self, summary: GenerationSummary) -> None:
+        self._view.summary = summary
+        self._view.hear(summary.best)
+        if self._plain and not self._view.replaying:
+            self._line(_generation_line(summary))
+
+    def refinement(self, summary: RefinementSummary) -> None:
+        self._view.step = summary
+        self._view.hear(summary.best)
+        if self._plain and not self._view.replaying:
+            self._line(_refinement_line(summary))
+
+    def finished(self, result: SearchResult) -> None:
+        self._view.hear(result.best)
+        self._stop(keep=False)
+        if self._plain:
+            for line in summary_lines(result):
+                self._line(line)
+        elif self._console is not None:
+            self._console.print(summary_table(result))
+
+    def files(self, paths: Sequence[Path]) -> None:
+        """Say which files were written."""
+        existing = [str(path) for path in paths if path.exists()]
+        if existing:
+            self._line("files: " + ", ".join(existing))
+
+    def close(self) -> None:
+        """Give the terminal back; after an error the last view stays to be read."""
+        self._stop(keep=True)
+
+    def _open(self) -> None:
+        from rich.live import Live
+
+        live = Live(self._view, console=self._console, refresh_per_second=2, vertical_overflow="crop")
+        live.start()
+        self._live = live
+
+    def _stop(self, *, keep: bool) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.transient = not keep
+            live.stop()
+
+    def _line(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+
+
+class LiveView:
+    """What the live view shows; rich renders it again and again from a thread of its own."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tracker: Tracker | None = None
+        self._progress: Progress | None = None
+        self._heard_at = clock()
+        self.summary: GenerationSummary | None = None
+        self.step: RefinementSummary | None = None
+        self.messages: deque[str] = deque(maxlen=_MESSAGES)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the records are still those of an earlier run."""
+        return self._tracker is not None and self._tracker.replaying
+
+    def start(self, plan: SearchPlan) -> None:
+        """Begin to show a search."""
+        self._tracker = Tracker(plan)
+        self._heard_at = self._clock()
+
+    def take(self, progress: Progress) -> None:
+        """Show a new standing."""
+        self._progress = progress
+        self._heard_at = self._clock()
+        self.hear(progress.best)
+
+    def record(self, record: Record, progress: Progress) -> None:
+        """Take in a measured evaluation."""
+        if self._tracker is not None:
+            self._tracker.add(record, progress)
+        self.take(progress)
+
+    def hear(self, best: Evaluation | None) -> None:
+        """Show another best."""
+        if self._tracker is not None:
+            self._tracker.hear(best)
+
+    def evaluation_line(self, record: Record, progress: Progress) -> str:
+        """The plain line of an evaluation."""
+        assert self._tracker is not None
+        problem, best = self._tracker.plan.problem, self._tracker.best
+        words = [f"[{duration(progress.seconds)}] {progress.done}/{progress.planned}", _stage_text(progress) + ":"]
+        if record.evaluation.ok:
+            words.append(f"score {_score(record.evaluation.score)}, {_size(problem, record.evaluation)},")
+            words.append(f"took {duration(record.evaluation.seconds)}")
+        else:
+            words.append(_failure(record))
+        words.append(f"| best {_score(best.score)} at {_size(problem, best)}" if best else "| no best yet")
+        words.append(f"| at most {duration(progress.seconds_left)} left")
+        return " ".join(words)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.panel import Panel
+        from rich.text import Text
+
+        tracker = self._tracker
+        if tracker is None:
+            return
+        ascii_only = options.ascii_only
+        inner = options.max_width - 4
+        body: list[RenderableType] = [_overflowing(line) for line in plan_lines(tracker.plan)[1:]]
+        body.append(self._table(tracker, inner, ascii_only))
+        if tracker.best is not None:
+            body.append(strip(tracker.plan.problem, tracker.best.configuration, inner, ascii_only=ascii_only))
+        body += [Text(f"- {text}", style="yellow", no_wrap=True, overflow="ellipsis") for text in tuple(self.messages)]
+        from rich.console import Group
+
+        yield Panel(Group(*body), title=Text(f"qratk search: {clean(tracker.plan.name)}"), title_align="left")
+
+    def _table(self, tracker: Tracker, width: int, ascii_only: bool) -> Table:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2), expand=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._rows(tracker, min(30, width // 3), ascii_only):
+            table.add_row(name, value)
+        return table
+
+    def _rows(self, tracker: Tracker, bar: int, ascii_only: bool) -> Iterator[tuple[str, Text]]:
+        from rich.text import Text
+
+        problem, progress, best = tracker.plan.problem, self._progress, tracker.best
+        if progress is not None:
+            yield "stage", Text(_stage_text(progress) + _rung_of(tracker.plan, progress))
+            share = progress.done / max(1, progress.planned)
+            yield "evaluations", _bar(share, bar, "cyan", ascii_only).append(f" {progress.done}/{progress.planned}")
+        if best is None:
+            yield "best", Text(f"none yet: nothing was measured after {tracker.plan.ladder.highest} steps")
+        else:
+            memory = problem.memory
+            yield (
+                "best",
+                Text(_score(best.score), style="bold green").append(
+                    f"  ({memory.average_bits(best.configuration):.2f} bits, "
+                    f"rank {memory.average_rank(best.configuration):.1f} on average)",
+                    style="default not bold",
+                ),
+            )
+            share = budget_bytes(problem, best) / problem.budget.limit_bytes
+            used, limit = format_bytes(budget_bytes(problem, best)), format_bytes(problem.budget.limit_bytes)
+            yield "bytes", _bar(share, bar, "magenta", ascii_only).append(f" {used} of {limit} ({share:.1%})")
+        uniform = tracker.best_baseline
+        if uniform is not None:
+            gain = "" if best is None else f", best {best.score - uniform.score:+.4f}"
+            yield "best uniform", Text(f"{_score(uniform.score)}  ({label(uniform.configuration)}){gain}")
+        if self.summary is not None:
+            text = f"{self.summary.hypervolume:.4g}  ({self.summary.relative_progress:+.2%} in generation "
+            yield "hypervolume", Text(f"{text}{self.summary.number})")
+        if self.step is not None and self.step.diagnostics:
+            yield "refinement", Text(_diagnostics(self.step))
+        yield "time", Text(self._times())
+
+    def _times(self) -> str:
+        since = self._clock() - self._heard_at
+        if self._progress is None:
+            return f"{duration(since)} elapsed"
+        left = self._progress.seconds_left
+        shown = "-" if left is None else duration(max(0.0, left - since))
+        return f"{duration(self._progress.seconds + since)} elapsed, at most {shown} left"
+
+
+def plan_lines(plan: SearchPlan) -> list[str]:
+    """What is known before the search, in a few lines; the first names it."""
+    problem, space, budget = plan.problem, plan.problem.space, plan.problem.budget
+    cap = "" if budget.max_average_bits is None else f", at most {budget.max_average_bits:g} bits on average"
+    rungs = ", ".join(f"{plan.evaluations.get(steps, 0)} at {steps} steps" for steps in plan.ladder.steps)
+    lines = [
+        f"search {clean(plan.name)}",
+        f"{problem.num_layers} layers, bits {_ladder(space.bits)}, ranks {_ladder(space.ranks)}: "
+        f"{_count(space.log10_size)} configurations",
+        f"budget {format_bytes(budget.limit_bytes)} ({budget.scope}{cap}); evaluations at most: {rungs}",
+    ]
+    if plan.resumed:
+        lines.append(f"resumed: {plan.resumed} evaluations are known already")
+    return lines
+
+
+def _ladder(values: Sequence[int]) -> str:
+    return "/".join(map(str, values))
+
+
+def _count(log10: float) -> str:
+    return f"{round(10**log10)}" if log10 < 6 else f"10^{log10:.1f}"
+
+
+def _overflowing(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, style="dim")
+
+
+def strip(problem: Problem, configuration: Configuration, width: int, *, ascii_only: bool = False) -> Text:
+    """Bits and ranks of every layer as rows of marks that grow with the rung.
+
+    Layers that do not fit into a few rows are drawn several to a mark, at their mean rung, and the legend says so.
+    """
+    from rich.text import Text
+
+    space = problem.space
+    margin = 7
+    columns = max(10, (width - margin) // 10 * 10)
+    group = -(-len(configuration) // (columns * _MAX_STRIP_ROWS))
+    marks = {
+        "bits": _marks(configuration.bits, space.bits, group, ascii_only),
+        "ranks": _marks(configuration.ranks, space.ranks, group, ascii_only),
+    }
+    text = Text(no_wrap=True)
+    for start in range(0, len(marks["bits"]), columns):
+        for name, style in (("bits", "blue"), ("ranks", "yellow")):
+            text.append(f"{name:<{margin}}", style="bold").append(marks[name][start : start + columns], style=style)
+            text.append("\n")
+    legend = f"{_legend('bits', space.bits, ascii_only)}  {_legend('rank', space.ranks, ascii_only)}"
+    text.append(" " * margin + legend + (f"  (a mark: {group} layers)" if group > 1 else ""), style="dim")
+    return text
+
+
+def _level(rung: float, rungs: int, ascii_only: bool) -> str:
+    levels = _ASCII_LEVELS if ascii_only else _LEVELS
+    return levels[round(rung / max(1, rungs - 1) * (len(levels) - 1))]
+
+
+def _marks(values: Sequence[int], ladder: Sequence[int], group: int, ascii_only: bool) -> str:
+    # A reference may lie off the ladder: it is drawn between its neighbours, or at the end.
+    rungs = np.interp(values, ladder, np.arange(len(ladder)))
+    chunks = [rungs[i : i + group] for i in range(0, len(rungs), group)]
+    return "".join(_level(float(chunk.mean()), len(ladder), ascii_only) for chunk in chunks)
+
+
+def _legend(name: str, ladder: Sequence[int], ascii_only: bool) -> str:
+    return name + " " + " ".join(f"{v}{_level(i, len(ladder), ascii_only)}" for i, v in enumerate(ladder))
+
+
+def _bar(share: float, width: int, style: str, ascii_only: bool) -> Text:
+    from rich.text import Text
+
+    filled = round(min(1.0, max(0.0, share)) * width)
+    full, empty = ("#", ".") if ascii_only else ("━", "─")
+    return Text(full * filled, style=style).append(empty * (width - filled), style="dim")
+
+
+def _stage_text(progress: Progress) -> str:
+    number = f" {progress.generation}" if progress.phase in ("global", "local") else ""
+    unit = {"global": "generation", "local": "step"}.get(progress.phase, "")
+    return f"{progress.phase}{' ' + unit if unit else ''}{number}, {progress.rung} steps"
+
+
+def _rung_of(plan: SearchPlan, progress: Progress) -> str:
+    steps = plan.ladder.steps
+    return f" (rung {steps.index(progress.rung) + 1} of {len(steps)})" if progress.rung in steps else ""
+
+
+def _score(score: float) -> str:
+    return f"{score:.4f}" if abs(score) < 1000 else f"{score:.6g}"
+
+
+def _size(problem: Problem, evaluation: Evaluation) -> str:
+    used = budget_bytes(problem, evaluation)
+    return f"{format_bytes(used)} ({used / problem.budget.limit_bytes:.1%} of the budget)"
+
+
+def _failure(record: Record) -> str:
+    return f"evaluation {record.index + 1} failed: {clean(record.evaluation.reason) or 'no reason given'}"
+
+
+def _diagnostics(summary: RefinementSummary) -> str:
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in summary.diagnostics.items())
+    return f"step {summary.number}: {figures or 'no diagnostics'}"
+
+
+def _generation_line(summary: GenerationSummary) -> str:
+    best = "no best yet" if summary.best is None else f"best {_score(summary.best.score)}"
+    guide = "surrogate" if summary.surrogate_used else "low-fidelity score"
+    return (
+        f"generation {summary.number} done: {best}, hypervolume {summary.hypervolume:.4g} "
+        f"({summary.relative_progress:+.2%}), front of {len(summary.front)}, promoted by {guide}, "
+        f"{duration(summary.seconds)}"
+    )
+
+
+def _refinement_line(summary: RefinementSummary) -> str:
+    best = "no best yet" if summary.best is None else f"best {_score(summary.best.score)}"
+    change = "improved" if summary.improved else "not improved"
+    return f"refinement {_diagnostics(summary)}; {change}, {best}, {duration(summary.seconds)}"
+
+
+def _outcome_rows(result: SearchResult) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Rows of (what, configuration, score, bytes of the budget, average bits and rank, difference of the best)."""
+    compared = {c.baseline.configuration: c for c in result.comparisons}
+    groups = (
+        ("best", (result.best,)),
+        ("uniform", result.baselines),
+        ("reference", result.references),
+    )
+    memory = result.plan.problem.memory
+    for kind, evaluations in groups:
+        for e in sorted(evaluations, key=lambda e: -e.score):
+            averages = f"{memory.average_bits(e.configuration):.2f} / {memory.average_rank(e.configuration):.1f}"
+            comparison = compared.get(e.configuration)
+            yield (
+                kind,
+                label(e.configuration),
+                _score(e.score) if e.ok else "failed",
+                _short_size(result.plan.problem, e),
+                averages,
+                _interval(comparison) if comparison is not None and kind != "best" else "",
+            )
+
+
+def _short_size(problem: Problem, evaluation: Evaluation) -> str:
+    used = budget_bytes(problem, evaluation)
+    return f"{format_bytes(used)} ({used / problem.budget.limit_bytes:.1%})"
+
+
+def _interval(comparison: Comparison) -> str:
+    return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
+
+
+def _facts(result: SearchResult) -> Iterator[tuple[str, str]]:
+    best, problem = result.best, result.plan.problem
+    yield "best configuration", str(best.configuration)
+    yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
+    top = max(result.comparisons, key=lambda c: c.baseline.score, default=None)
+    if top is not None:
+        sure = "" if top.low <= 0 <= top.high else ", which excludes 0"
+        yield (
+            f"best minus uniform {label(top.baseline.configuration)}",
+            f"{top.difference:+.4f}, {top.confidence:.0%} interval [{top.low:+.4f}, {top.high:+.4f}]{sure}",
+        )
+    for name, scores in result.test_scores.items():
+        yield f"test, {clean(name)}", ", ".join(f"{clean(k)} {v:.4f}" for k, v in scores.items())
+    for phase, reason in result.stop_reasons.items():
+        yield f"stopped, {clean(phase)}", clean(reason)
+    counts = {
+        steps: sum(e.steps == steps for e in result.history)
+        for steps in sorted({*result.plan.ladder.steps, *(e.steps for e in result.history)})
+    }
+    failed = sum(not e.ok for e in result.history)
+    yield (
+        "evaluations",
+        ", ".join(f"{n} at {steps} steps" for steps, n in counts.items()) + (f"; {failed} failed" if failed else ""),
+    )
+    if result.generations:
+        yield "hypervolume", f"{result.generations[-1].hypervolume:.4g} after {len(result.generations)} generations"
+    if result.seconds:
+        yield "time", ", ".join(f"{clean(stage)} {duration(seconds)}" for stage, seconds in result.seconds.items())
+
+
+_HEADS = ("", "configuration", "score", "bytes (of the budget)", "bits / rank", "best minus it [interval]")
+
+
+def summary_table(result: SearchResult) -> RenderableType:
+    """The end of a search for a terminal: best, baselines and references, then facts."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"search {clean(result.plan.name)}"), title_justify="left")
+    for head in _HEADS:
+        table.add_column(head, overflow="fold")
+    for row in _outcome_rows(result):
+        table.add_row(*(Text(cell, style="bold green" if row[0] == "best" else "") for cell in row))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, value in _facts(result):
+        facts.add_row(Text(name), Text(value))
+    return Group(table, facts)
+
+
+def summary_lines(result: SearchResult) -> list[str]:
+    """The same as plain lines."""
+    rows = [_HEADS, *_outcome_rows(result)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
+    lines = ["", *("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+    return lines + [f"{name}: {value}" for name, value in _facts(result)]
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
