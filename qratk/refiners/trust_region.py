@@ -1,0 +1,431 @@
+"""Multi-region discrete trust-region Bayesian optimisation (Eq. 11-20, App. C.3-C.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
+from qratk.core.utility import Utility
+from qratk.mutations._proposer import Proposer
+from qratk.refiners._gaussian_process import load
+from qratk.refiners._pool import embed, pool
+from qratk.refiners._regions import RadiusRule, Region, spread
+from qratk.refiners.base import LocalRefiner, refiners
+
+if TYPE_CHECKING:
+    from qratk.refiners._gaussian_process.model import Acquisition
+
+Pool = dict[Configuration, int]
+"""Configurations to choose from, each with the number of the region that it comes from."""
+
+INFORMATIVE_PAIRS = 4
+"""From so many measurements at both rungs on, the process is informed by short runs."""
+
+
+@refiners.register("trust_region")
+class TrustRegion(LocalRefiner):
+    """One evaluation at a time at the highest rung: the pool member of largest expected improvement.
+
+    Where the paper is silent: a radius that is not whole is rounded down when shrinking, up when growing; a tie goes
+    to the smaller footprint; when no region's ball holds anything new, the radii grow until one does; a failed
+    evaluation counts as the worst utility seen; references outside the budget or the ladders are neither centres nor
+    the incumbent. A process that cannot be fitted is replaced by a random choice, and `fallbacks` says why.
+
+    With `low_fidelity`, the `probes` pool members of largest expected improvement run to the lowest rung first. The
+    process then has a term in the utility at that rung, fitted to the points measured at both (others are left out
+    of it), and the best of the probed members runs on to the highest rung. With fewer than four such points the best
+    utility at the lowest rung decides. When short runs disappoint (expected improvement below the threshold) while
+    unprobed members still promise, there is another round of probes, at most `probe_rounds` a step. On a ladder of
+    one rung the option does nothing.
+
+    Args:
+        regions: number of trust regions, J.
+        diversity: least number of atomic edits between the first centres, Delta_div.
+        radius, min_radius, max_radius: first, least and largest radius in atomic edits, delta.
+        expand, shrink: factors of the radius after success and failure, kappa_up and kappa_down.
+        max_evaluations: cap on evaluations at the highest rung, N_max.
+        max_region_evaluations: cap on those of one region, N_max^TR.
+        replace_exhausted: open a region elsewhere for one that has used up its evaluations.
+        pool_size: configurations scored at most, over all regions; smaller balls are enumerated.
+        min_expected_improvement: stop below it, epsilon_ei, in units of utility.
+        ard: one length-scale a dimension instead of a single one (slower; no gain was found).
+        low_fidelity: inform the choice by short runs.
+        probes, probe_rounds: short runs a round, and rounds a step at most.
+    """
+
+    def __init__(
+        self,
+        regions: int = 3,
+        diversity: int = 4,
+        radius: int = 2,
+        min_radius: int = 1,
+        max_radius: int = 8,
+        expand: float = 2.0,
+        shrink: float = 0.5,
+        max_evaluations: int = 15,
+        max_region_evaluations: int = 5,
+        replace_exhausted: bool = False,
+        pool_size: int = 2000,
+        min_expected_improvement: float = 1e-4,
+        ard: bool = False,
+        low_fidelity: bool = False,
+        probes: int = 8,
+        probe_rounds: int = 2,
+    ) -> None:
+        counts = {
+            "regions": regions, "diversity": diversity, "max_region_evaluations": max_region_evaluations,
+            "pool_size": pool_size, "probes": probes, "probe_rounds": probe_rounds,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigurationError(f"trust_region: {name} must be at least 1, got {value}")
+        if max_evaluations < 0 or min_expected_improvement < 0:
+            raise ConfigurationError("trust_region: max_evaluations and min_expected_improvement must not be negative")
+        self.num_regions = regions
+        self.diversity = diversity
+        self.rule = RadiusRule(radius, min_radius, max_radius, expand, shrink)
+        self.max_evaluations = max_evaluations
+        self.max_region_evaluations = max_region_evaluations
+        self.replace_exhausted = replace_exhausted
+        self.pool_size = pool_size
+        self.log_threshold = math.log(min_expected_improvement) if min_expected_improvement > 0 else -math.inf
+        self.ard = ard
+        self.low_fidelity = low_fidelity
+        self.probes = probes
+        self.probe_rounds = probe_rounds
+
+    def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
+        """Choose the centres: the best by utility, each `diversity` edits from the others."""
+        self._proposer, self._ladder, self._utility = proposer, ladder, utility
+        self._informed = self.low_fidelity and len(ladder.steps) > 1
+        self._evaluations = 0
+        self._best = 0.0  # y_t^+ when the last request was made
+        self._asked: tuple[tuple[Request, int], ...] = ()  # requests not told yet, with their regions
+        self._probed: Pool = {}  # pool members with a short run in this step
+        self._round = 0
+        self._promise: float | None = None  # largest log EI of the pool members without a short run
+        self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
+        self._diagnostics: dict[str, float] = {}
+        self.fallbacks: list[str] = []
+        ranked = self._ranked(history)
+        centres = spread(ranked, proposer.problem.space, count=self.num_regions, distance=self.diversity)
+        self._regions = [Region(centre, self.rule.start) for centre in centres]
+        if not ranked:
+            self._stop = "no feasible configuration was measured at the highest rung"
+
+    def ask(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
+        """The next request at the highest rung, or probes at the lowest; empty when finished."""
+        if self.finished:
+            return ()
+        self._best = self._utility_of(history, self._ranked(history)[0])
+        self._replace_exhausted(history)
+        return self._after_probes(history, rng) if self._probed else self._screen(history, rng)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Update radius and centre of the region that generated the candidate (Eq. 18, 19)."""
+        for (request, number), evaluation in zip(self._asked, evaluations, strict=True):
+            if request.steps != self._ladder.highest:
+                continue
+            improved = self._utility.of(evaluation) > self._best
+            self._regions[number] = self._regions[number].after(
+                request.configuration, improved=improved, rule=self.rule
+            )
+            self._evaluations += 1
+        self._asked = ()
+        if self._stop:
+            return
+        if self._evaluations >= self.max_evaluations:
+            self._stop = f"the cap of {self.max_evaluations} local evaluations was reached"
+        elif not self.replace_exhausted and not self._open():
+            self._stop = f"every trust region used up its {self.max_region_evaluations} evaluations"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a cap, a lack of candidates or a lack of expected improvement (Eq. 20) ended the search."""
+        return bool(self._stop)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why it finished; empty before."""
+        return self._stop
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Of the last proposal: log expected improvement, pool size, region, its radius, length-scale, fallback."""
+        return dict(self._diagnostics)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The trust regions as they stand."""
+        return tuple(self._regions)
+
+    def planned_evaluations(self, ladder: FidelityLadder) -> dict[int, int]:
+        """At most the caps at the highest rung; with `low_fidelity`, every round of probes before each of them."""
+        regions = math.inf if self.replace_exhausted else self.num_regions * self.max_region_evaluations
+        most = int(min(self.max_evaluations, regions))
+        planned = {ladder.highest: most}
+        if self.low_fidelity and len(ladder.steps) > 1 and most:
+            planned[ladder.lowest] = self.probes * self.probe_rounds * most
+        return planned
+
+    def state(self) -> dict[str, Any]:
+        """Regions, counters and requests that wait for their evaluation."""
+        return {
+            "regions": [[str(r.centre), r.radius, r.evaluations] for r in self._regions],
+            "evaluations": self._evaluations,
+            "best": self._best,
+            "asked": [_request_state(request, number) for request, number in self._asked],
+            "probed": [[str(configuration), number] for configuration, number in self._probed.items()],
+            "round": self._round,
+            "promise": self._promise,
+            "stop": self._stop,
+            "diagnostics": dict(self._diagnostics),
+            "fallbacks": list(self.fallbacks),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._regions = [Region(Configuration.from_text(text), *counts) for text, *counts in state["regions"]]
+        self._evaluations = state["evaluations"]
+        self._best = state["best"]
+        self._asked = tuple(_restored_request(entry) for entry in state["asked"])
+        self._probed = {Configuration.from_text(text): number for text, number in state["probed"]}
+        self._round = state["round"]
+        self._promise = state["promise"]
+        self._stop = state["stop"]
+        self._diagnostics = dict(state["diagnostics"])
+        self.fallbacks = list(state["fallbacks"])
+
+    # -- the regions and their pool
+
+    def _ranked(self, history: History) -> list[Configuration]:
+        """Feasible configurations of the space measured at the highest rung: best first, ties by footprint."""
+        problem = self._proposer.problem
+        measured = [e for e in history.at(self._ladder.highest) if self._in_space(e.configuration)]
+        feasible = [e for e in measured if problem.feasible(e.configuration)]
+        feasible.sort(key=lambda e: (-self._utility.of(e), problem.bytes(e.configuration), e.configuration))
+        return [e.configuration for e in feasible]
+
+    def _in_space(self, configuration: Configuration) -> bool:
+        space = self._proposer.problem.space
+        on_ladders = all(c.bits in space.bits and c.rank in space.ranks for c in configuration.layers)
+        return on_ladders and len(configuration) == space.num_layers
+
+    def _utility_of(self, history: History, configuration: Configuration) -> float:
+        evaluation = history.get(configuration, self._ladder.highest)
+        assert evaluation is not None
+        return self._utility.of(evaluation)
+
+    def _open(self) -> list[int]:
+        return [n for n, region in enumerate(self._regions) if region.evaluations < self.max_region_evaluations]
+
+    def _replace_exhausted(self, history: History) -> None:
+        """Move each exhausted region to the best measured configuration away from all centres, if there is one."""
+        if not self.replace_exhausted:
+            return
+        ranked, space = self._ranked(history), self._proposer.problem.space
+        for number in set(range(len(self._regions))) - set(self._open()):
+            centres = [region.centre for region in self._regions]
+            for centre in spread(ranked, space, count=1, distance=self.diversity, taken=centres):
+                self._regions[number] = Region(centre, self.rule.start)
+
+    def _pool(self, history: History, rng: np.random.Generator) -> Pool:
+        """Union of the open regions' pools (Eq. 15), without what ran at the highest rung or failed at any."""
+        excluded = {e.configuration for e in history if not e.ok or e.steps == self._ladder.highest}
+        while True:
+            union: Pool = {}
+            numbers = self._open()
+            for number in numbers:
+                region = self._regions[number]
+                size = math.ceil(self.pool_size / len(numbers))
+                found = pool(self._proposer, region.centre, region.radius, size=size, excluded=excluded, rng=rng)
+                for configuration in found:
+                    union.setdefault(configuration, number)
+            if union or not self._grow(numbers):
+                return union
+
+    def _grow(self, numbers: Sequence[int]) -> bool:
+        grown = {n: max(self.rule.grown(self._regions[n].radius), self._regions[n].radius + 1) for n in numbers}
+        allowed = {n: radius for n, radius in grown.items() if radius <= self.rule.highest}
+        for number, radius in allowed.items():
+            region = self._regions[number]
+            self._regions[number] = Region(region.centre, radius, region.evaluations)
+        return bool(allowed)
+
+    # -- the choice
+
+    def _screen(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
+        """Request for the pool member of largest expected improvement (Eq. 17), or for probes of the best few."""
+        candidates = self._pool(history, rng)
+        if not candidates:
+            return self._finish("nothing new is left in any trust region")
+        order, scores = self._rank(history, candidates, rng)
+        if scores is not None and scores[order[0]] < self.log_threshold:
+            return self._finish("the expected improvement fell below the threshold")
+        members = list(candidates.items())
+        best = [members[n] for n in order]
+        if not self._informed:
+            return self._request(best[:1], self._ladder.highest)
+        self._promise = _next_promise(scores, order, self.probes * (self._round + 1))
+        return self._probe(history, rng, best)
+
+    def _rank(
+        self, history: History, candidates: Pool, rng: np.random.Generator
+    ) -> tuple[list[int], NDArray[np.float64] | None]:
+        """Order of the pool, best first, and the log EI of its members; a random order and None without a fit."""
+        seed = int(rng.integers(2**31))
+        measured = self._measured(history)
+        members = list(candidates)
+        space = self._proposer.problem.space
+        utilities = np.array([value for _, value in measured])
+        points = embed(space, [configuration for configuration, _ in measured])
+        self._diagnostics = {"pool": float(len(members)), "best_utility": self._best, "fallback": 0.0}
+        scores = self._scores(points, utilities, embed(space, members), seed=seed, extra=0)
+        if scores is None:
+            return [int(n) for n in rng.permutation(len(members))], None
+        return self._ordered(members, scores), scores
+
+    def _scores(
+        self,
+        points: NDArray[np.float64],
+        utilities: NDArray[np.float64],
+        members: NDArray[np.float64],
+        *,
+        seed: int,
+        extra: int,
+    ) -> NDArray[np.float64] | None:
+        process = load()
+        try:
+            acquisition: Acquisition = process.fit(
+                points, utilities, best=self._best, seed=seed, ard=self.ard, extra=extra
+            )
+            scores = acquisition.log_ei(members)
+        except process.FitError as error:
+            self.fallbacks.append(f"evaluation {self._evaluations}: {error}")
+            self._diagnostics["fallback"] = 1.0
+            return None
+        best = float(scores.max())
+        self._diagnostics |= {
+            "length_scale": acquisition.length_scale,
+            "log_expected_improvement": max(best, -1e3),  # finite, for JSON and plots
+            "expected_improvement": math.exp(min(best, 700.0)),
+        }
+        return scores
+
+    def _ordered(self, members: Sequence[Configuration], scores: NDArray[np.float64]) -> list[int]:
+        """Numbers of the members by descending score; ties by footprint, then by configuration."""
+        problem = self._proposer.problem
+        # Only exact ties need the bytes: computing them for a whole pool would cost more than the fit.
+        order = sorted(range(len(members)), key=lambda n: -scores[n])
+        value, repeats = np.unique(scores, return_counts=True)
+        if not (repeats > 1).any():
+            return order
+        tied = set(value[repeats > 1].tolist())
+        bytes_of = {n: problem.bytes(members[n]) if scores[n] in tied else 0 for n in order}
+        return sorted(order, key=lambda n: (-scores[n], bytes_of[n], members[n]))
+
+    def _measured(self, history: History) -> list[tuple[Configuration, float]]:
+        """Utilities at the highest rung of all configurations on the ladders; a failure counts as the worst one."""
+        found = [e for e in history if e.steps == self._ladder.highest and self._in_space(e.configuration)]
+        worst = min(self._utility.of(e) for e in found if e.ok)
+        return [(e.configuration, self._utility.of(e) if e.ok else worst) for e in found]
+
+    def _request(self, chosen: Sequence[tuple[Configuration, int]], steps: int) -> tuple[Request, ...]:
+        requests = []
+        for configuration, number in chosen:
+            region = self._regions[number]
+            candidate = Candidate(
+                configuration, "trust_region", (region.centre.digest,), generation=self._evaluations, phase="local"
+            )
+            requests.append((Request(candidate, steps), number))
+        if requests:
+            number = requests[0][1]
+            self._diagnostics |= {"region": float(number), "radius": float(self._regions[number].radius)}
+        self._asked = tuple(requests)
+        if requests and steps == self._ladder.highest:
+            self._probed, self._round, self._promise = {}, 0, None
+        return tuple(request for request, _ in requests)
+
+    def _finish(self, reason: str) -> tuple[Request, ...]:
+        self._stop = reason
+        self._asked = ()
+        return ()
+
+    # -- short runs
+
+    def _probe(
+        self, history: History, rng: np.random.Generator, best: Sequence[tuple[Configuration, int]]
+    ) -> tuple[Request, ...]:
+        """Short runs of the best members; one that has its short run already joins the choice without another."""
+        low = self._ladder.lowest
+        top = dict(best[: self.probes * (self._round + 1)])
+        self._round += 1
+        self._probed |= top
+        missing = [member for member in top.items() if history.get(member[0], low) is None][: self.probes]
+        return self._request(missing, low) if missing else self._after_probes(history, rng)
+
+    def _after_probes(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
+        """Request for the best probed member, for more probes, or none when neither promises anything."""
+        alive = {c: number for c, number in self._probed.items() if self._low_utility(history, c) is not None}
+        best, log_ei = self._best_probed(history, list(alive), rng)
+        if best is not None and log_ei >= self.log_threshold:
+            return self._request([(best, alive[best])], self._ladder.highest)
+        if self._round < self.probe_rounds and self._promise is not None and self._promise >= self.log_threshold:
+            return self._screen(history, rng)
+        return self._finish(
+            "no short run promised an improvement" if alive else "every short run of the local phase failed"
+        )
+
+    def _best_probed(
+        self, history: History, alive: list[Configuration], rng: np.random.Generator
+    ) -> tuple[Configuration | None, float]:
+        """Probed member of largest informed expected improvement and its logarithm."""
+        if not alive:
+            return None, -math.inf
+        seed = int(rng.integers(2**31))
+        pairs = [(c, y, low) for c, y in self._measured(history) if (low := self._low_utility(history, c)) is not None]
+        low_alive = np.array([self._low_utility(history, c) for c in alive])
+        scores = None
+        if len(pairs) >= INFORMATIVE_PAIRS:
+            space, known = self._proposer.problem.space, np.array([low for *_, low in pairs])
+            deviation = float(known.std()) or 1.0
+            points = np.column_stack([embed(space, [c for c, *_ in pairs]), (known - known.mean()) / deviation])
+            members = np.column_stack([embed(space, alive), (low_alive - known.mean()) / deviation])
+            scores = self._scores(points, np.array([y for _, y, _ in pairs]), members, seed=seed, extra=1)
+        if scores is None:  # too few pairs, or no fit: the short runs themselves decide
+            return alive[self._ordered(alive, low_alive)[0]], math.inf
+        best = self._ordered(alive, scores)[0]
+        return alive[best], float(scores[best])
+
+    def _low_utility(self, history: History, configuration: Configuration) -> float | None:
+        evaluation = history.get(configuration, self._ladder.lowest)
+        return self._utility.of(evaluation) if evaluation is not None and evaluation.ok else None
+
+
+def _next_promise(scores: NDArray[np.float64] | None, order: Sequence[int], taken: int) -> float | None:
+    """Log EI of the best member after the first `taken`; None when there is none."""
+    if len(order) <= taken:
+        return None
+    return 0.0 if scores is None else _finite(scores[order[taken]])
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _request_state(request: Request, number: int) -> list[Any]:
+    candidate = request.candidate
+    return [str(candidate.configuration), list(candidate.parents), candidate.generation, request.steps, number]
+
+
+def _restored_request(entry: list[Any]) -> tuple[Request, int]:
+    text, parents, generation, steps, number = entry
+    candidate = Candidate(Configuration.from_text(text), "trust_region", tuple(parents), generation, "local")
+    return Request(candidate, steps), number
