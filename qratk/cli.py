@@ -1,0 +1,387 @@
+"""Lightning's commands and ours on one configuration: the only module that knows every part."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from qratk import _names
+from qratk.backbone.module import FineTuneModule
+from qratk.core.errors import ConfigurationError
+from qratk.core.result import SearchResult
+from qratk.data.base import TaskData
+from qratk.data.instruction import InstructionData
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.data.text import TextData
+from qratk.embedded.datamodule import EmbeddedData
+from qratk.loop import SearchLoop
+from qratk.reporting._atomic import write_atomically
+from qratk.reporting._text import without_secrets
+from qratk.reporting.base import Reporter
+
+LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
+DATA: Final = (InstructionData, MultipleChoiceData, TextData, EmbeddedData)  # imported, so that their names resolve
+COMMANDS: Final = (*LIGHTNING_COMMANDS, "search", "plan")
+
+_YAML: Final = "qratk"  # the parser mode: YAML in which components go by their names
+# What one command saves and another must accept, with the commands that use it by themselves.
+_SHARED: Final = {"ckpt_path": str, "weights_only": bool, "verbose": bool, "return_predictions": bool, "run_dir": str}
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """What `qratk test` runs with lm-eval beside the data's own scores.
+
+    Args:
+        tasks: names of lm-eval tasks; none by default.
+        task_folders: folders with task files of your own.
+        limit: only so many items of each task.
+        batch_size: sequences in one pass.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    task_folders: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+
+
+class SearchTrainer(Trainer):
+    """Lightning's Trainer with one more verb; its options hold for every run of a search too."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = copy.deepcopy(options)
+        super().__init__(**options)
+
+    def another(self, **options: Any) -> Trainer:
+        """A fresh Trainer with the same options, except for those given: a search makes one a run."""
+        return Trainer(**{**copy.deepcopy(self._options), **options})
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        search: SearchLoop,
+        *,
+        run_dir: Path,
+        reporter: Reporter,
+        config: dict[str, Any] | None = None,
+    ) -> SearchResult:
+        """Result of searching bits and ranks under a memory budget; continues what `run_dir` holds."""
+        return search.run(
+            run_dir=run_dir,
+            reporter=reporter,
+            config=config or {},
+            module=model,
+            datamodule=datamodule,
+            trainer=self.another,
+        )
+
+
+class CommandParser(LightningArgumentParser):
+    """Lightning's parser; components go by their registered names, and a mistake ends in one line."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:
+        """Namespace of command-line arguments."""
+        given = sys.argv[1:] if args is None else args
+        parsed: Namespace = super().parse_args(_names.resolve_arguments(given), *more, **options)
+        return parsed
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"{self.prog}: error: {message.strip()}\n(`{self.prog} --help` lists all settings)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class QratkCLI(LightningCLI):
+    """Builds module, data, trainer and search loop from YAML and the command line, and runs a command.
+
+    One file serves all commands: every command accepts all sections, and builds only what it needs.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str] = ()) -> None:
+        _prepare_parsing()
+        self._command = command
+        super().__init__(
+            FineTuneModule,
+            TaskData,
+            save_config_callback=SaveCleanConfig,
+            trainer_class=SearchTrainer,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": _YAML, "prog": "qratk", "description": "Commands of qratk."},
+            parser_class=CommandParser,
+            subclass_mode_data=True,
+            args=[command, *arguments],
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, with the arguments that the command line does not give."""
+        ours: dict[str, set[str]] = {"search": set(), "plan": set()}
+        return {**LightningCLI.subcommands(), **ours}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections `search` and `lm_eval`."""
+        parser.add_class_arguments(SearchLoop, _names.SECTION, instantiate=False, sub_configs=True)
+        parser.set_defaults({f"{_names.SECTION}.{slot}": value for slot, value in _names.defaults().items()})
+        parser.add_class_arguments(LmEvalOptions, "lm_eval")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the command that was asked for: the parser of each takes about half a second.
+        command = self._command
+        self._subcommand_parsers = {command: self._prepare_subcommand_parser(self.trainer_class, command)}
+        parser.add_subcommands().add_subcommand(command, self._subcommand_parsers[command])
+        self._subcommand_parsers[command].prog = f"qratk {command}"
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # Ours are prepared by hand: `add_method_arguments` would make a second group named "search".
+        if subcommand in LIGHTNING_COMMANDS:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        else:
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            self._subcommand_method_arguments[subcommand] = []
+        _add_own_arguments(parser, subcommand, present=self._subcommand_method_arguments[subcommand])
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; unlike Lightning's, without a warning when arguments are given from Python."""
+        if isinstance(args, dict | Namespace):
+            document = args.as_dict() if isinstance(args, Namespace) else args
+            self.config = parser.parse_object(_names.resolve_document(document, COMMANDS))
+        else:
+            self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning takes the checkpoint's model settings over the given ones in silence: say so. A search or a plan
+        # starts from no checkpoint, even when the file of a fit names one.
+        command = self.config.subcommand
+        if command not in LIGHTNING_COMMANDS:
+            return
+        given = _plain(self.config[command].get("model"))
+        super()._parse_ckpt_path()
+        used = _plain(self.config[command].get("model"))
+        for key in (key for key in used if used[key] != given.get(key)):
+            text = f"model.{key}: {used[key]!r} of the checkpoint is used, not {given.get(key)!r}"
+            print(f"qratk {command}: {text}", file=sys.stderr)
+
+    def instantiate_classes(self) -> None:
+        """Build what the command needs; the search section only for `search`, and nothing for `plan`."""
+        if self.subcommand == "plan":
+            return
+        if self.subcommand == "search":
+            self.save_config_callback = None  # a search saves its configuration itself, once
+            super().instantiate_classes()
+            return
+        whole = self.config
+        self.config = whole.clone()
+        self.config[self.subcommand].pop(_names.SECTION)
+        super().instantiate_classes()
+        self.config = whole
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "plan":
+            self.plan()
+        else:
+            super()._run_subcommand(subcommand)
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain data, without secrets and without what names a single run."""
+        command = str(self.subcommand)
+        text = self._parser(command).dump(self.config[command], skip_none=False)
+        document = without_secrets(yaml.safe_load(text))
+        return {key: value for key, value in document.items() if key not in ("config", *_SHARED)}
+
+    def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Run the search, or continue it."""
+        section = self._get(self.config_init, _names.SECTION)
+        loop = SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
+        run_dir = choose_run_dir(self.config[self.subcommand].get("run_dir"), name=section["name"])
+        config = self.resolved()
+        save_config(config, run_dir)
+        reporter = make_reporter(run_dir, fit_config(config, steps=loop.ladder.highest))
+        go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
+        with resumable(go_on), closing(reporter):
+            self.trainer.search(model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=config)
+
+    def plan(self) -> None:
+        """Print what a search would take."""
+
+    def after_fit(self) -> None:
+        """Save the adapter beside the logs, as PEFT wants it."""
+        if not self.trainer.is_global_zero or not self.trainer.log_dir:
+            return
+        folder = Path(self.trainer.log_dir) / "adapter"
+        self.model.save_adapter(folder)
+        print(f"adapter: {folder}")
+
+    def after_test(self) -> None:
+        """Run lm-eval on what was tested, when tasks are given."""
+        options: LmEvalOptions = self._get(self.config_init, "lm_eval")
+        if not options.tasks:
+            return
+        from qratk.data.lm_eval import evaluate_lm_eval
+
+        scores = evaluate_lm_eval(
+            self.model.backbone.model,
+            self.model.tokenizer,
+            options.tasks,
+            task_folders=options.task_folders,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            device=str(self.model.device),
+        )
+        print(yaml.safe_dump({"lm_eval": scores}, sort_keys=False), end="")
+
+
+class SaveCleanConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        clean = parser.parse_object(without_secrets(config.as_dict()))
+        super().__init__(parser, clean, **{"overwrite": True, **options})
+
+
+def choose_run_dir(given: str | None, *, name: str) -> Path:
+    """The folder that was asked for, or a new `runs/<time>-<name>`."""
+    if given:
+        return Path(given)
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    tries = (Path("runs") / (stem + (f"-{n}" if n else "")) for n in range(1000))
+    return next(path for path in tries if not path.exists())
+
+
+def save_config(config: dict[str, Any], run_dir: Path) -> None:
+    """Write `config.yaml` of a run; one that is there stays, for what was measured belongs to it."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def fit_config(config: Mapping[str, Any], *, steps: int) -> dict[str, Any]:
+    """What `best.yaml` holds besides the configuration: a fit of as many steps as the search's highest rung."""
+    trainer = {**config.get("trainer", {})}
+    if trainer.get("max_steps") in (None, -1):
+        trainer["max_steps"] = steps
+    return {**config, "trainer": trainer}
+
+
+def make_reporter(run_dir: Path, best: Mapping[str, Any]) -> Reporter:
+    """Reporter to the terminal, to TensorBoard, and to the files and pictures of a run directory."""
+    from qratk.reporting.files import RunFiles
+    from qratk.reporting.multi import Reporters
+    from qratk.reporting.pictures import Pictures
+    from qratk.reporting.tensorboard import TensorBoardReporter
+    from qratk.reporting.terminal import TerminalReporter
+
+    board = TensorBoardReporter(run_dir / "tensorboard")
+    return Reporters([RunFiles(run_dir, fit_config=best), board, Pictures(run_dir), TerminalReporter()])
+
+
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """Context in which Ctrl-C ends with status 130 and the command that goes on.
+
+    Lightning turns a KeyboardInterrupt inside a fit into a SystemExit, so the signal itself is remembered.
+    """
+    interrupted = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not interrupted and isinstance(stop, SystemExit):
+            raise
+        print(f"interrupted; to go on: {command}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Exit status of a command with its arguments."""
+    # Classes named in a configuration may live in the working directory; last, so that they shadow nothing.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        QratkCLI(command, arguments)
+    except MisconfigurationException as error:
+        raise ConfigurationError(str(error)) from error
+    return 0
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk fit`."""
+    return run("fit", arguments)
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk validate`."""
+    return run("validate", arguments)
+
+
+def test(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk test`."""
+    return run("test", arguments)
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk predict`."""
+    return run("predict", arguments)
+
+
+def search(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk search`."""
+    return run("search", arguments)
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk plan`."""
+    return run("plan", arguments)
+
+
+def _prepare_parsing() -> None:
+    yaml_loader = get_loader("yaml")
+    set_loader(_YAML, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS))
+    set_dumper(_YAML, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    # Quantisers are given as plain data and built by the module, from the registry alone.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def _add_own_arguments(parser: LightningArgumentParser, command: str, *, present: Sequence[str]) -> None:
+    if command == "plan":
+        parser.add_argument("--json", action="store_true", help="Print the plan for machines.")
+    for name, kind in _SHARED.items():
+        if name == "run_dir" and command == "search":
+            text = "Folder of the run; one that holds a search continues it. Default: runs/<time>-<name>."
+        else:
+            text = "Accepted so that one file serves all commands; unused here."
+        if name not in present:
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+
+
+def _plain(namespace: Any) -> dict[str, Any]:
+    return dict(namespace.as_dict()) if isinstance(namespace, Namespace) else dict(namespace or {})

@@ -1,0 +1,46 @@
+"""The embedded data set as a data module: `data: EmbeddedData` in a configuration file."""
+
+from __future__ import annotations
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.data.scoring import ChoiceScore
+from qratk.embedded.data import write_dataset
+
+
+class EmbeddedData(MultipleChoiceData):
+    """The embedded multiple-choice task: 4 choices, two facts composed; made on the spot, nothing is kept.
+
+    Args:
+        data_seed: seed of the rows.
+        score: what a search maximises, as in `MultipleChoiceData`; options of `TaskData` (batch_size, ...) apply too.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_seed: int = 0,
+        score: ChoiceScore = "log_likelihood",
+        batch_size: int = 16,
+        eval_batch_size: int | None = 128,
+        max_length: int | None = None,
+        seed: int = 0,
+        max_train_items: int | None = None,
+        max_validation_items: int | None = None,
+        max_test_items: int | None = None,
+    ) -> None:
+        self._folder = TemporaryDirectory(prefix="qratk-embedded-")
+        files: dict[str, Any] = {str(k): str(path) for k, path in write_dataset(self._folder.name, data_seed).items()}
+        super().__init__(
+            **files,
+            score=score,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            seed=seed,
+            max_train_items=max_train_items,
+            max_validation_items=max_validation_items,
+            max_test_items=max_test_items,
+        )
