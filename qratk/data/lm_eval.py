@@ -1,0 +1,163 @@
+"""lm-eval on a model in memory, and multiple choice data as an lm-eval task."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qratk.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qratk.data.base import Split
+    from qratk.data.multiple_choice import Choices, MultipleChoiceData
+
+
+def evaluate_lm_eval(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    task_folders: Sequence[str | Path] = (),
+    batch_size: int = 8,
+    limit: int | None = None,
+    device: str | None = None,
+    max_length: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Figures of each task, as in {"arc_easy": {"acc": 0.31, "acc_norm": 0.29}}, measured by lm-eval.
+
+    `tasks` are names of lm-eval's own tasks or of tasks in `task_folders`; its own are only read (20 s) when a name is
+    in no folder. The model stays where it is (`device` moves it there and back), and in the mode it was in. Raises
+    DataError for an unknown task or a missing folder.
+    """
+    results = run_lm_eval(
+        model, tokenizer, tasks, task_folders=task_folders, batch_size=batch_size, limit=limit, device=device,
+        max_length=max_length,
+    )  # fmt: skip
+    return {name: _figures(values) for name, values in results["results"].items()}
+
+
+def run_lm_eval(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    task_folders: Sequence[str | Path] = (),
+    batch_size: int = 8,
+    limit: int | None = None,
+    device: str | None = None,
+    max_length: int | None = None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """What `lm_eval.evaluate` returns, with each item under "samples" if asked for; see `evaluate_lm_eval`."""
+    task_dict = _tasks(tasks, task_folders)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _placed(model, device):
+        # lm-eval sets a padding token on the tokenizer it is given.
+        harness = HFLM(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+        )
+        results: dict[str, Any] | None = evaluate(
+            harness, task_dict, limit=limit, bootstrap_iters=0, log_samples=log_samples
+        )
+    if results is None:  # on other ranks than the first
+        raise DataError("lm-eval returned no results: call it on the first process only")
+    return results
+
+
+@contextmanager
+def _placed(model: nn.Module, device: str | None) -> Iterator[None]:
+    training = {name: module.training for name, module in model.named_modules()}
+    before = next(model.parameters()).device
+    if device is not None:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            model.to(before)
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+def _tasks(names: Sequence[str], folders: Sequence[str | Path]) -> Any:
+    if isinstance(names, str) or not names:
+        raise DataError(f"tasks must be a list of task names, got {names!r}")
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise DataError(f"there is no task folder {folder}; paths are relative to {Path.cwd()}")
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=paths, include_defaults=True)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise DataError(
+                f"there is no lm-eval task {name!r}, neither among lm-eval's own nor in {paths or 'a task folder'}"
+                + (f"; near are {', '.join(near)}" if near else "")
+            )
+    try:
+        return get_task_dict(list(names), manager)
+    except (OSError, ConnectionError, ValueError, RuntimeError) as error:
+        raise DataError(f"the data of lm-eval tasks {', '.join(names)} cannot be loaded: {error}") from error
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    numbers = {name: value for name, value in numbers.items() if name != "sample_len" and "_stderr" not in name}
+    return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+
+
+def write_task(
+    directory: str | Path,
+    name: str,
+    data: MultipleChoiceData,
+    *,
+    split: Split = "test",
+    metrics: Sequence[str] = ("acc", "acc_norm"),
+) -> Path:
+    """Path of the task's YAML file; `evaluate_lm_eval(..., [name], task_folders=[directory])` then scores these items.
+
+    The items of a split are written beside it, prompts rendered, so that lm-eval sees the very texts that `data` does.
+    """
+    import yaml
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows_path = (folder / f"{name}.jsonl").resolve()
+    chosen = [data.choices(item) for item in data.items(split)]
+    rows = [_document(c, data) for c in chosen]
+    rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows_path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "label" if data.substitutes else "prompt",
+        "doc_to_target": "rest" if data.substitutes else "label",
+        "doc_to_choice": "choices",
+        "target_delimiter": data.target_delimiter,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
+        "metadata": {"version": 1.0},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _document(choices: Choices, data: MultipleChoiceData) -> dict[str, Any]:
+    context, continuation = choices.pairs[0]
+    text = {"rest": continuation.removeprefix(data.target_delimiter)} if data.substitutes else {"prompt": context}
+    return {**text, "choices": list(choices.texts), "label": choices.label}

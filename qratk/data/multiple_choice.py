@@ -1,0 +1,157 @@
+"""Multiple choice: the right choice is learnt, and choices are scored by likelihood as lm-eval does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from qratk.core.errors import DataError
+from qratk.data.base import Encoded, Item, Split, TaskData
+from qratk.data.encoding import PairEncoder
+from qratk.data.scoring import ChoiceScore, ChoiceScorer
+from qratk.data.sources import Row
+
+_BLANK = re.compile(r"(?<!\w)_(?!\w)")
+DEFAULT_PROMPT = "{{ [context, question] | select | join('\\n') }}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Pairs of (context, continuation), one a choice; the text lm-eval measures each choice by; the right index."""
+
+    pairs: tuple[tuple[str, str], ...]
+    texts: tuple[str, ...]
+    label: int
+
+
+class MultipleChoiceData(TaskData):
+    """Rows of context, question, choices and label.
+
+    Args:
+        train: As in `TaskData`, whose other options apply too.
+        prompt: Jinja template of the prompt over the row's fields, lm-eval's `doc_to_text`.
+        target_delimiter: What stands between prompt and choice.
+        blank: `substitute` puts each choice in the place of `_` and scores the rest of the sentence (partial
+            evaluation, as lm-eval does for WinoGrande); `auto` does so when every row has such a blank.
+        score: What a search maximises: accuracy (`acc`; `acc_norm` divides by the characters of a choice), the mean
+            log-probability of the right choice among the choices (`log_likelihood`, smooth), or its plain mean
+            log-likelihood (`nats`).
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        *,
+        prompt: str = DEFAULT_PROMPT,
+        target_delimiter: str = " ",
+        blank: Literal["auto", "substitute", "none"] = "auto",
+        score: ChoiceScore = "log_likelihood",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, **kwargs)
+        if blank not in ("auto", "substitute", "none"):
+            raise DataError(f"blank must be auto, substitute or none, got {blank!r}")
+        if score not in ("acc", "acc_norm", "log_likelihood", "nats"):
+            raise DataError(f"score must be acc, acc_norm, log_likelihood or nats, got {score!r}")
+        self.prompt, self.target_delimiter, self.blank, self.score = prompt, target_delimiter, blank, score
+
+    def options(self) -> Mapping[str, Any]:
+        """Prompt, delimiter, blank and score."""
+        names = ("prompt", "target_delimiter", "blank", "score")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2 import StrictUndefined, TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        # The settings of lm-eval's environment, in a sandbox: a template may come with somebody else's recipe.
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        try:
+            return environment.from_string(self.prompt)
+        except TemplateError as error:
+            raise DataError(f"prompt is not a Jinja template: {error}; got {self.prompt!r}") from error
+
+    def parse(self, row: Row) -> tuple[str, tuple[str, ...], int]:
+        """Rendered prompt, choices and the index of the right one."""
+        from jinja2 import TemplateError
+
+        fields = {**row.data, "context": row.text("context", default=""), "question": row.text("question", default="")}
+        choices = row.data.get("choices")
+        if not isinstance(choices, list | tuple) or len(choices) < 2:
+            raise row.error(f"needs `choices`, a list of at least two texts; got {choices!r:.80}")
+        if not all(isinstance(choice, str) and choice for choice in choices):
+            raise row.error(f"has a choice that is empty or no text: {choices!r:.120}")
+        try:
+            prompt = self._template.render(**fields)
+        except TemplateError as error:
+            raise row.error(f"does not fit the prompt template: {error}") from error
+        return prompt, tuple(choices), self._label(row, len(choices))
+
+    @staticmethod
+    def _label(row: Row, number: int) -> int:
+        label = row.data.get("label")
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < number:
+            raise row.error(f"needs `label`, an index from 0 to {number - 1}; got {label!r:.80}")
+        return label
+
+    @cached_property
+    def substitutes(self) -> bool:
+        """Whether choices are put in the place of a blank."""
+        if self.blank != "auto":
+            return self.blank == "substitute"
+        return all(_BLANK.search(item.content[0]) for items in self._items.values() for item in items)
+
+    def choices(self, item: Item) -> Choices:
+        """What lm-eval would score of an item. Raises DataError when a blank is missing."""
+        prompt, choices, label = item.content
+        if self.substitutes:
+            return self._around_blank(prompt, choices, label, item.where)
+        return Choices(tuple((prompt, self.target_delimiter + choice) for choice in choices), choices, label)
+
+    def _around_blank(self, prompt: str, choices: tuple[str, ...], label: int, where: str) -> Choices:
+        found = _BLANK.search(prompt)
+        if found is None:
+            raise DataError(f"{where}: there is no blank `_` to put the choices in; set blank to none")
+        head, tail = prompt[: found.start()], prompt[found.end() :].strip()
+        if not tail:
+            raise DataError(f"{where}: nothing follows the blank, so there is nothing to score; set blank to none")
+        contexts = tuple(head + choice for choice in choices)
+        return Choices(tuple((context, self.target_delimiter + tail) for context in contexts), contexts, label)
+
+    def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """The right choice after its prompt; only the choice is learnt."""
+        chosen = [self.choices(item) for item in items]
+        yield from self._encode([c.pairs[c.label] for c in chosen], range(len(items)), items)
+
+    def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """Every choice after its prompt."""
+        pairs, owners = [], []
+        for index, item in enumerate(items):
+            pairs += self.choices(item).pairs
+            owners += [index] * (len(pairs) - len(owners))
+        yield from self._encode(pairs, owners, items)
+
+    def _encode(
+        self, pairs: Sequence[tuple[str, str]], owners: Sequence[int], items: Sequence[Item]
+    ) -> Iterator[Encoded]:
+        limit = self.max_length
+        for (context, continuation), owner in zip(PairEncoder(self.tokenizer)(pairs), owners, strict=True):
+            if not continuation or len(continuation) >= limit:
+                raise DataError(
+                    f"{items[owner].where}: a choice has {len(continuation)} tokens, needed are 1 to max_length - 1 "
+                    f"({limit - 1})"
+                )
+            tokens = tuple(context + continuation)[-limit:]  # cut from the left, as lm-eval does
+            labelled = (False,) * (len(tokens) - len(continuation)) + (True,) * len(continuation)
+            yield Encoded(tokens, labelled, len(context) + len(continuation) > limit, owner)
+
+    def build_scorer(self, split: Split) -> ChoiceScorer:
+        """Scorer of acc, acc_norm, log_likelihood and nats."""
+        chosen = [self.choices(item) for item in self.items(split)]
+        lengths = [len(text) for c in chosen for text in c.texts]
+        owners = [row.item for row in self.scoring_rows(split)]
+        return ChoiceScorer(owners, [c.label for c in chosen], lengths, score=self.score)

@@ -1,0 +1,81 @@
+"""Which items make up micro-batch k of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from qratk.core.errors import DataError
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of item indices, where micro-batch k of the whole run is a pure function of (seed, k).
+
+    A run that stopped anywhere continues with `start=k` as if it had never stopped. The items are an endless
+    concatenation of permutations, one an epoch, each from its own generator; the last short batch of an epoch is
+    completed from the next permutation, so that no item is ever skipped. Endless unless `length` says how many batches
+    an epoch of the Trainer has; then `set_epoch` (which Lightning calls) moves on, so that no epoch repeats another.
+    With several replicas, replica `rank` takes batches `rank, rank + replicas, ...` of the same sequence.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        *,
+        length: int | None = None,
+        rank: int = 0,
+        replicas: int = 1,
+    ) -> None:
+        if num_items < 1 or batch_size < 1 or start < 0:
+            raise DataError(
+                f"a sampler needs at least one item, a batch size of at least 1 and a start of at least 0; "
+                f"got {num_items}, {batch_size} and {start}"
+            )
+        self.num_items, self.batch_size, self.seed, self.start = num_items, batch_size, seed, start
+        self.length, self.rank, self.replicas = length, rank, replicas
+        self._epoch = 0
+        self._cached: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def sampler(self) -> StepSampler:
+        """Itself: Lightning calls `set_epoch` of `loader.batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start at the given epoch of the Trainer; no effect on an endless sampler."""
+        self._epoch = epoch
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        """Order of the items in an epoch, (num_items,)."""
+        if self._cached is None or self._cached[0] != epoch:
+            # Odd multipliers keep (seed, epoch) pairs apart; torch has no seed sequences.
+            seed = (self.seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + 1) % (1 << 63)
+            self._cached = (epoch, torch.randperm(self.num_items, generator=torch.Generator().manual_seed(seed)))
+        return self._cached[1]
+
+    def batch(self, k: int) -> list[int]:
+        """Indices of micro-batch k, `batch_size` of them."""
+        indices: list[int] = []
+        epoch, offset = divmod(k * self.batch_size, self.num_items)
+        while len(indices) < self.batch_size:
+            missing = self.batch_size - len(indices)
+            indices += self.permutation(epoch)[offset : offset + missing].tolist()
+            epoch, offset = epoch + 1, 0
+        return indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + (self._epoch * self.length if self.length is not None else 0)
+        count = 0
+        while self.length is None or count < self.length:
+            yield self.batch((first + count) * self.replicas + self.rank)
+            count += 1
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("this sampler is endless: give the Trainer max_steps")
+        return self.length

@@ -1,0 +1,191 @@
+"""From log-likelihoods of rows to figures of items."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from qratk.core.errors import DataError
+
+IGNORE = -100
+_CHUNK_BYTES = 1 << 26
+
+ChoiceScore = Literal["acc", "acc_norm", "log_likelihood", "nats"]
+
+
+def token_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed natural log-likelihood of each row's labelled tokens, (B,) float32, and their number, (B,) int64.
+
+    `logits` is (B, T, V), `labels` is (B, T) with -100 where nothing is scored; position t is predicted by the logits
+    of t - 1, so the first label of a row never counts. Only the labelled positions are converted to float32, some at a
+    time, so that no second (B, T, V) tensor is made. Differentiable.
+    """
+    targets = labels[:, 1:]
+    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+    per_token = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)  # (B, T-1)
+    step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    pieces = [
+        _log_probability(logits[row, column], targets[row, column])
+        for row, column in zip(rows.split(step), columns.split(step), strict=True)
+    ]
+    if pieces:
+        # Unique indices: deterministic on a GPU, which adding up by index is not.
+        per_token = per_token.index_put((rows, columns), torch.cat(pieces))
+    return per_token.sum(1), (targets != IGNORE).sum(1)
+
+
+def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.float()  # (n, V)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def greedy_match(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether every labelled token of a row is the likeliest one, (B,) bool."""
+    targets = labels[:, 1:]
+    return ((logits[:, :-1].argmax(-1) == targets) | (targets == IGNORE)).all(1)
+
+
+class Scorer(Metric):
+    """Figures of a split from the log-likelihoods of its rows; every row of every item must be seen before `outcomes`.
+
+    Works with several replicas: states are summed, and a row that two replicas scored counts once.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    log_likelihood: Tensor
+    tokens: Tensor
+    seen: Tensor
+    greedy: Tensor
+    items: Tensor
+
+    def __init__(self, items: Sequence[int], num_items: int) -> None:
+        super().__init__()
+        rows = len(items)
+        self.num_items = num_items
+        self.register_buffer("items", torch.tensor(items, dtype=torch.int64), persistent=False)  # (rows,)
+        self.add_state("log_likelihood", torch.zeros(rows), dist_reduce_fx="sum")
+        for name in ("tokens", "seen", "greedy"):
+            self.add_state(name, torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, batch: Mapping[str, Tensor], log_likelihood: Tensor, tokens: Tensor, greedy: Tensor | None = None
+    ) -> None:
+        """Take the summed log-likelihood and the number of labelled tokens of each row of a batch, both (B,)."""
+        row = batch["row"].to(self.seen.device)
+        self.log_likelihood.index_add_(0, row, log_likelihood.detach().to(self.log_likelihood))
+        self.tokens.index_add_(0, row, tokens.to(self.tokens))
+        self.seen.index_add_(0, row, torch.ones_like(row))
+        if greedy is not None:
+            self.greedy.index_add_(0, row, greedy.to(self.greedy))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Named figures, among them "score" (larger is better), over the items whose every row was seen."""
+        complete = self._complete()
+        if not bool(complete.any()):
+            raise DataError("no item was scored: run at least one scoring batch before asking for the score")
+        return self._figures(complete)
+
+    def outcomes(self) -> Tensor:
+        """Figure of each item, (num_items,), whose mean under the item weights is the score."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            complete = self._complete()
+            if not bool(complete.all()):
+                missing = int((~complete).sum())
+                raise DataError(f"{missing} of {self.num_items} items were not scored: run all scoring batches")
+            return self._outcomes().clone()
+
+    @abstractmethod
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        """Figures over the items that `complete`, (num_items,) bool, admits."""
+
+    @abstractmethod
+    def _outcomes(self) -> Tensor:
+        """Figure of each item, (num_items,)."""
+
+    def _complete(self) -> Tensor:
+        missing = torch.zeros(self.num_items, dtype=torch.int64, device=self.seen.device)
+        return missing.index_add_(0, self.items, (self.seen == 0).long()) == 0
+
+    def _row_values(self) -> tuple[Tensor, Tensor]:
+        """Log-likelihood and tokens of each row, (rows,), in double precision where the device has it."""
+        times = self.seen.clamp(min=1)
+        # Apple's GPUs have no double precision.
+        precise = torch.float32 if self.seen.device.type == "mps" else torch.float64
+        return self.log_likelihood.to(precise) / times, (self.tokens // times).to(precise)
+
+
+class LikelihoodScorer(Scorer):
+    """Minus nats per token: items weigh as many tokens as they have."""
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        log_likelihood, tokens = self._row_values()
+        zeros = log_likelihood.new_zeros(self.num_items)
+        return zeros.index_add(0, self.items, log_likelihood), zeros.index_add(0, self.items, tokens)
+
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        log_likelihood, tokens = self._sums()
+        score = log_likelihood[complete].sum() / tokens[complete].sum()
+        return {"score": score, "nats_per_token": -score, "perplexity": (-score).exp()}
+
+    def _outcomes(self) -> Tensor:
+        log_likelihood, tokens = self._sums()
+        return log_likelihood / tokens
+
+
+class ChoiceScorer(Scorer):
+    """Accuracy and likelihood of the right choice; the figures are lm-eval's where it has them."""
+
+    choice_rows: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    def __init__(
+        self, items: Sequence[int], labels: Sequence[int], lengths: Sequence[int], *, score: ChoiceScore
+    ) -> None:
+        """`items` and `lengths` (characters of the choice) are of rows, in the order of choices; `labels` of items."""
+        super().__init__(items, len(labels))
+        self.score = score
+        counts = torch.bincount(self.items, minlength=len(labels))
+        width = int(counts.max())
+        first = counts.cumsum(0) - counts
+        columns = torch.arange(width)
+        rows = torch.where(columns < counts[:, None], first[:, None] + columns, -1)
+        self.register_buffer("choice_rows", rows, persistent=False)  # (num_items, width), -1 where there is no choice
+        self.register_buffer("lengths", torch.tensor(lengths, dtype=torch.float64).to(torch.float32), persistent=False)
+        self.register_buffer("labels", torch.tensor(labels, dtype=torch.int64), persistent=False)
+
+    def _per_item(self) -> dict[str, Tensor]:
+        log_likelihood, _ = self._row_values()
+        table = self._table(log_likelihood)
+        normed = self._table(log_likelihood / self.lengths)
+        right = self.labels[:, None]
+        return {
+            # argmax gives the first of equals, as numpy's does in lm-eval.
+            "acc": (table.argmax(1) == self.labels).to(table),
+            "acc_norm": (normed.argmax(1) == self.labels).to(table),
+            "log_likelihood": table.log_softmax(1).gather(1, right).squeeze(1),
+            "nats": table.gather(1, right).squeeze(1),
+        }
+
+    def _table(self, values: Tensor) -> Tensor:
+        present = self.choice_rows >= 0
+        return torch.where(present, values[self.choice_rows.clamp(min=0)], -torch.inf)  # (num_items, width)
+
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        figures = {name: values[complete].mean() for name, values in self._per_item().items()}
+        return {"score": figures[self.score], **figures}
+
+    def _outcomes(self) -> Tensor:
+        return self._per_item()[self.score]
+
+
+def as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Plain numbers of computed figures."""
+    return {name: float(value) for name, value in values.items()}
