@@ -37,6 +37,9 @@ class HQQQuantizer(Quantizer):
     metadata_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     optimize: bool = True
 
+    # The library's layer adds the bias to the finished product; a fused addition differs in the last bit.
+    adds_bias_afterwards = True
+
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ConfigurationError(f"group_size must be 2 or more, as in 64; got {self.group_size}")

@@ -1,0 +1,244 @@
+"""LoRA adapters that change rank in place: PEFT wraps the model once, a switch swaps the tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from qratk.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from qratk.backbone.bank import BankLinear
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How adapters are scaled and stored.
+
+    Args:
+        alpha_over_rank: scaling of the adapters' output; constant, so that rank alone differs between layers.
+        rslora: scale by `alpha` / sqrt(rank) instead (rank-stabilised LoRA).
+        alpha: numerator of the scaling with `rslora`; of no effect without it.
+        dropout: probability of dropping an adapter's input in training.
+        dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+    """
+
+    alpha_over_rank: float = 2.0
+    rslora: bool = False
+    dropout: float = 0.0
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if not (self.alpha_over_rank > 0 and self.alpha > 0):
+            raise ConfigurationError(f"alpha must be positive, got {self.alpha_over_rank} and {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigurationError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ConfigurationError(f"adapters are stored in 'bfloat16' or 'float16', got {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The stored type."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def lora_alpha(self, rank: int) -> float:
+        """PEFT's `lora_alpha` at a rank."""
+        return self.alpha if self.rslora else self.alpha_over_rank * rank
+
+    def scaling(self, rank: int) -> float:
+        """Factor of the adapter's output at a rank, computed as PEFT does."""
+        return self.lora_alpha(rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def initial_a(name: str, rank: int, d_in: int, *, seed: int) -> torch.Tensor:
+    """First matrix of an adapter, (rank, d_in) float32, uniform as PEFT's: Kaiming with a = sqrt(5).
+
+    Seeded by (seed, module name) and nested in rank: the matrix of rank 8 is the first 8 rows of that of rank 16, so
+    that two configurations differ only where they differ. The same on every device and version of torch.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
+    uniform = np.random.Generator(np.random.Philox(key=key)).random((rank, d_in), dtype=np.float32)
+    return torch.from_numpy((2.0 * uniform - 1.0) * np.float32(1.0 / math.sqrt(d_in)))
+
+
+class Adapters:
+    """The adapters of a wrapped model: ranks, tensors, rounding, files.
+
+    They are trained in float32 masters (`describe` says so) and stored, counted and scored in 16 bits. A projection of
+    rank 0 has no adapter at all.
+    """
+
+    def __init__(self, model: PreTrainedModel, banks: Mapping[str, BankLinear], options: AdapterOptions) -> None:
+        self.options = options
+        self.banks = dict(banks)
+        self.peft_model = _wrap(model, self.banks, options)
+        base = self.peft_model.get_base_model()
+        self._wrappers: dict[str, Any] = {name: base.get_submodule(name) for name in self.banks}
+        self._linears = {n: (w.lora_A[_ADAPTER], w.lora_B[_ADAPTER]) for n, w in self._wrappers.items()}
+
+    def rank(self, name: str) -> int:
+        """Rank of a projection's adapter; 0 when there is none."""
+        wrapper = self._wrappers[name]
+        return int(wrapper.r[_ADAPTER]) if _ADAPTER in wrapper.lora_A else 0
+
+    def reset(self, name: str, rank: int, *, seed: int) -> None:
+        """Give a projection a fresh adapter of this rank: A seeded, B zero."""
+        wrapper, bank = self._wrappers[name], self.banks[name]
+        if rank == 0:
+            for matrices in (wrapper.lora_A, wrapper.lora_B):
+                if _ADAPTER in matrices:
+                    matrices.pop(_ADAPTER)
+            return
+        a, b = self._linears[name]
+        a.weight = nn.Parameter(initial_a(name, rank, bank.in_features, seed=seed).to(bank.device))
+        b.weight = nn.Parameter(torch.zeros(bank.out_features, rank, device=bank.device))
+        a.out_features = b.in_features = rank
+        wrapper.lora_A[_ADAPTER], wrapper.lora_B[_ADAPTER] = a, b
+        wrapper.r[_ADAPTER], wrapper.lora_alpha[_ADAPTER] = rank, self.options.lora_alpha(rank)
+        wrapper.scaling[_ADAPTER] = self.options.scaling(rank)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters in model order, as in 'model.layers.0.mlp.up_proj.lora_A.weight'."""
+        found = []
+        for name, wrapper in self._wrappers.items():
+            if _ADAPTER in wrapper.lora_A:
+                found.append((f"{name}.lora_A.weight", wrapper.lora_A[_ADAPTER].weight))
+                found.append((f"{name}.lora_B.weight", wrapper.lora_B[_ADAPTER].weight))
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of the float32 masters by name."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters()}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy masters in place; raises `ConfigurationError` unless names and shapes are those of the active ranks."""
+        parameters = dict(self.parameters())
+        wrong = sorted(parameters.keys() ^ state.keys())
+        wrong += [n for n, p in parameters.items() if n in state and state[n].shape != p.shape]
+        if wrong:
+            raise ConfigurationError(
+                f"the adapters are of another configuration: {len(wrong)} tensors differ, the first is {wrong[0]!r}; "
+                "activate the configuration that they were trained with first"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state[name])
+
+    @contextmanager
+    def stored_precision(self) -> Iterator[None]:
+        """Within it the adapters have the values that are stored (16 bits); the masters return afterwards."""
+        masters = [(parameter, parameter.data) for _, parameter in self.parameters()]
+        for parameter, master in masters:
+            parameter.data = master.to(self.options.torch_dtype).to(master.dtype)
+        try:
+            yield
+        finally:
+            for parameter, master in masters:
+                parameter.data = master
+
+    def describe(self) -> dict[str, str]:
+        """The precision that adapters are trained in, and that they are stored in."""
+        stored = self.options.dtype
+        return {
+            "trained_in": "float32",
+            "stored_in": stored,
+            "text": f"adapters are trained in float32 (so are AdamW's moments) and stored, counted and scored in {stored}",
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` for plain PEFT, in the stored type.
+
+        Ranks and alphas are anchored patterns, one for each projection; a pattern that matches none or not just its
+        own projection is an error.
+        """
+        from safetensors.torch import save_file
+
+        config = self.peft_config()
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        dtype = self.options.torch_dtype
+        tensors = {f"base_model.model.{n}": p.detach().to("cpu", dtype).contiguous() for n, p in self.parameters()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(directory))
+
+    def peft_config(self) -> LoraConfig:
+        """PEFT's configuration of the active ranks; raises `ConfigurationError` when every rank is 0."""
+        from peft import LoraConfig
+
+        ranks = {name: self.rank(name) for name in self._wrappers if self.rank(name) > 0}
+        if not ranks:
+            raise ConfigurationError("every layer has rank 0: there is no adapter to save")
+        patterns = {name: anchored(name) for name in ranks}
+        check_patterns(patterns, list(self._wrappers))
+        largest = max(ranks.values())
+        return LoraConfig(
+            r=largest,
+            lora_alpha=self.options.lora_alpha(largest),
+            rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
+            alpha_pattern={patterns[name]: self.options.lora_alpha(rank) for name, rank in ranks.items()},
+            target_modules=list(ranks),
+            lora_dropout=self.options.dropout,
+            use_rslora=self.options.rslora,
+            bias="none",
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=self.peft_model.peft_config[_ADAPTER].base_model_name_or_path,
+        )
+
+
+def anchored(name: str) -> str:
+    """Pattern that PEFT matches with this module name alone: 'layers.1' must not match layer 11."""
+    return "^" + name.replace(".", r"\.")
+
+
+def check_patterns(patterns: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise `ConfigurationError` unless each pattern matches, by PEFT's own rule, the one module it is for."""
+    from peft.utils.other import get_pattern_key
+
+    values = list(patterns.values())
+    own = {name: get_pattern_key(values, name) for name in names}
+    for name, pattern in patterns.items():
+        if own.get(name) != pattern:
+            raise ConfigurationError(
+                f"the pattern {pattern!r} matches no module; {name!r} is not among the projections"
+            )
+    for name, pattern in own.items():
+        if pattern in values and patterns.get(name) != pattern:
+            raise ConfigurationError(f"the pattern {pattern!r} also matches {name!r}")
+
+
+def _wrap(model: PreTrainedModel, banks: Mapping[str, BankLinear], options: AdapterOptions) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=list(banks),
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    for bank in banks.values():
+        bank.hide_weight = True  # PEFT looks at every weight; on the meta device that costs nothing
+    try:
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
+    finally:
+        for bank in banks.values():
+            bank.hide_weight = False

@@ -1,0 +1,253 @@
+"""A linear layer that holds its weight at several bit-widths, packed, and multiplies by one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from qratk.core.errors import QuantizationError
+from qratk.quantizers.base import Quantizer
+
+Packed = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A weight packed by a quantizer: which one, at how many bits (more than asked for after a fallback)."""
+
+    quantizer: Quantizer
+    bits: int
+    packed: Packed
+
+    def dequantize(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Dense weight (d_out, d_in)."""
+        return self.quantizer.dequantize(self.packed, shape, self.bits, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensors."""
+        return sum(tensor.nbytes for tensor in self.packed.values())
+
+
+class DequantizedMatmul(torch.autograd.Function):
+    """x W^T with W made anew in forward and again in backward, so that no dense weight is kept between them.
+
+    The gradient is that of x alone: the weight is frozen. `after` adds the bias to the finished product, as the hqq
+    library does, instead of fusing it into the multiplication: the two differ in the last bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dense: Callable[[], torch.Tensor], bias: torch.Tensor | None, after: bool
+    ) -> torch.Tensor:
+        """Product (..., d_out) of x (..., d_in) with the dense weight that `dense()` returns, plus the bias."""
+        ctx.dense = dense
+        if not after or bias is None:
+            return nn.functional.linear(x, dense(), bias)
+        return torch.matmul(x, dense().t()).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        """Gradient of x, (..., d_in)."""
+        return (torch.matmul(grad, ctx.dense()) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class FrozenWeight(torch.Tensor):
+    """A dense copy of a packed weight, for reading. Assigning to `data` raises.
+
+    PEFT merges adapters, and several initialisations (PiSSA, OLoRA, LoftQ) shift the base, by
+    `base_layer.weight.data = ...`. On a copy that would be lost in silence, so it is an error here.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """A plain copy of the values."""
+        return self.as_subclass(torch.Tensor).detach().clone()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise QuantizationError(
+            "the weight of a bank layer is packed and cannot be assigned: an adapter merged into it would be lost. "
+            "Export the model instead: `qratk.export` writes adapters, native quantised layers and dense merged weights"
+        )
+
+
+class BankLinear(nn.Linear):
+    """A frozen `nn.Linear` whose weight is one of several packed variants, chosen by `active`.
+
+    PEFT wraps it as any `nn.Linear`. The packed tensors are neither parameters nor buffers: they follow `.to(device)`,
+    but no change of dtype (which would break their format), no state dict and no broadcast between processes.
+
+    Args:
+        weight: the reference (d_out, d_in), in the checkpoint's own dtype; may be on the meta device.
+        bias: (d_out,) or None, kept in the checkpoint's own dtype.
+        dense_cache: keep the dequantised weight of the active variant: faster, more memory, the same results.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, dense_cache: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.dense_cache = dense_cache
+        self._reference: torch.Tensor | None = weight.detach().contiguous()
+        self._bias = None if bias is None else bias.detach().contiguous()
+        self._variants: dict[int, Variant] = {}
+        self._active = 16
+        self._cached: tuple[tuple[int, torch.dtype], torch.Tensor] | None = None
+        self.hide_weight = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return (self.out_features, self.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self._any_tensor().device
+
+    @property
+    def reference(self) -> torch.Tensor:
+        """The full-precision weight (d_out, d_in); raises `QuantizationError` once it was released."""
+        if self._reference is None:
+            raise QuantizationError("the full-precision weight was released; load the model again to use it")
+        return self._reference
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the full-precision weight is still held."""
+        return self._reference is not None
+
+    @property
+    def variants(self) -> Mapping[int, Variant]:
+        """The packed variants by the bit-width they answer to."""
+        return self._variants
+
+    @property
+    def active(self) -> int:
+        """The bit-width in use."""
+        return self._active
+
+    def activate(self, bits: int) -> None:
+        """Multiply by the variant of this bit-width from now on; raises `QuantizationError` when it is not there."""
+        if bits not in self._variants:
+            raise QuantizationError(
+                f"the bank holds {sorted(self._variants)} bits for this projection, not {bits}; "
+                f"build it first: `backbone.build_bank([{bits}])`"
+            )
+        if bits != self._active:
+            self._cached = None
+        self._active = bits
+
+    def set_dense_cache(self, enabled: bool) -> None:
+        """Keep the dequantised weight of the active variant, or not."""
+        self.dense_cache = enabled
+        self._cached = None
+
+    def add_variant(self, bits: int, variant: Variant) -> None:
+        """Put a packed weight into the bank."""
+        self._variants[bits] = variant
+        self._cached = None
+
+    def drop_variant(self, bits: int) -> None:
+        """Take a packed weight out of the bank; nothing happens when it is not there."""
+        self._variants.pop(bits, None)
+        self._cached = None
+
+    def release_reference(self) -> None:
+        """Let go of the full-precision weight; the packed variants stay."""
+        self._reference = None
+
+    def dequantized(self, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense weight (d_out, d_in) that a variant stands for, as a new tensor."""
+        if bits not in self._variants:
+            raise QuantizationError(f"the bank holds {sorted(self._variants)} bits for this projection, not {bits}")
+        with torch.no_grad():
+            return self._variants[bits].dequantize(self.shape, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Dense copy of the active weight, read-only, made anew at each access; prefer `dequantized`."""
+        if self.hide_weight or self._active not in self._variants:
+            return torch.empty(self.shape, device="meta")
+        dense = self.dequantized(self._active, self._cache_dtype)
+        return torch.Tensor._make_subclass(FrozenWeight, dense)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The bias (d_out,) as stored, or None."""
+        return self._bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Product (..., d_out) of x (..., d_in) with the active weight, plus the bias, in the dtype of x."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        variant = self._variants.get(self._active)
+        if variant is None:
+            self.activate(self._active)  # raises, saying what is missing
+            raise AssertionError
+        bias = None if self._bias is None else self._bias.to(x.dtype)
+        after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
+        out: torch.Tensor = DequantizedMatmul.apply(x, self._dense(variant, x.dtype), bias, after)
+        return out
+
+    def _dense(self, variant: Variant, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
+        shape = self.shape
+        if not self.dense_cache:
+            return lambda: variant.dequantize(shape, dtype)
+        key = (self._active, dtype)
+        if self._cached is None or self._cached[0] != key:
+            with torch.no_grad():
+                self._cached = (key, variant.dequantize(shape, dtype))
+        cached = self._cached[1]
+        return lambda: cached
+
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def _any_tensor(self) -> torch.Tensor:
+        if self._reference is not None:
+            return self._reference
+        return next(iter(next(iter(self._variants.values())).packed.values()))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> BankLinear:
+        super()._apply(fn, recurse)
+        # The 16-bit variant may share memory with the reference: move it once. The old one is held, for its address.
+        moved: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # Tested on an empty tensor, so that a mere change of dtype costs no dense copy.
+            device = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
+            if device == tensor.device:
+                return tensor
+            key = (tensor.data_ptr() or id(tensor), tensor.dtype)
+            if key not in moved:
+                moved[key] = (tensor, tensor.to(device))
+            return moved[key][1]
+
+        if self._reference is not None:
+            self._reference = move(self._reference)
+        if self._bias is not None:
+            self._bias = move(self._bias)
+        self._variants = {
+            bits: Variant(v.quantizer, v.bits, {name: move(t) for name, t in v.packed.items()})
+            for bits, v in self._variants.items()
+        }
+        self._cached = None
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and bit-widths."""
+        held = sorted(self._variants)
+        return (
+            f"{self.in_features}, {self.out_features}, bits={held}, active={self._active}, bias={self.bias is not None}"
+        )

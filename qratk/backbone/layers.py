@@ -1,0 +1,138 @@
+"""What is a layer: the transformer blocks of a causal language model and their target projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import nn
+
+from qratk.core.errors import ConfigurationError, UnsupportedModelError
+from qratk.core.memory import LayerShape
+
+if TYPE_CHECKING:
+    from qratk.backbone.bank import BankLinear
+
+Granularity = Literal["block", "sublayer", "linear"]
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """One searched layer: its name, its bytes, and its projections as (qualified name, module), in model order."""
+
+    name: str
+    shape: LayerShape
+    modules: tuple[tuple[str, BankLinear], ...]
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """A layer before its modules are replaced: its name and the qualified names of its projections."""
+
+    name: str
+    projections: tuple[str, ...]
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a linear map that the bank can replace: `nn.Linear`, or GPT-2's transposed `Conv1D`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`, which stores its weight as (d_in, d_out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Qualified name and module list of the transformer blocks.
+
+    They are the longest outermost `ModuleList` whose members are of one class and hold linear maps; the experts of a
+    mixture lie inside a block, so they are no outermost list. Raises `UnsupportedModelError`.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in _outermost_lists(model, ""):
+        if _are_blocks(module) and (best is None or len(module) > len(best[1])):
+            best = (name, module)
+    if best is None:
+        raise UnsupportedModelError(
+            f"no transformer blocks were found in {type(model).__name__}: looked for a torch ModuleList whose members "
+            "are of one class and contain nn.Linear or Conv1D modules, as in 'model.layers' of a Llama. "
+            "Models of another build are not supported."
+        )
+    return best
+
+
+def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, path)
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    classes = {type(module) for module in modules}
+    return len(classes) == 1 and any(is_projection(m) for m in modules[0].modules())
+
+
+def find_layers(
+    model: nn.Module, *, granularity: Granularity = "block", target_modules: str | Sequence[str] = "all"
+) -> tuple[LayerNames, ...]:
+    """Layers in model order.
+
+    Args:
+        model: a causal language model whose projections are still plain.
+        granularity: "block" (all projections of a block), "sublayer" (attention and feed-forward apart; projections
+            that lie directly in a block form its feed-forward), or "linear" (each projection by itself).
+        target_modules: "all", or names of projections relative to their block or a tail of them, such as "q_proj".
+
+    Raises:
+        ConfigurationError: a name matches no projection, or the granularity is unknown.
+        UnsupportedModelError: no blocks were found.
+    """
+    if granularity not in get_args(Granularity):
+        raise ConfigurationError(f"granularity must be one of {get_args(Granularity)}, got {granularity!r}")
+    prefix, blocks = find_blocks(model)
+    wanted = None if target_modules == "all" else tuple(_as_list(target_modules))
+    _check_targets(blocks, wanted)
+    layers: list[LayerNames] = []
+    for index, block in enumerate(blocks):
+        block_name = f"{prefix}.{index}"
+        groups: dict[str, list[str]] = {}
+        for local, module in block.named_modules():
+            if is_projection(module) and _is_wanted(local, wanted):
+                groups.setdefault(_group(block_name, local, granularity), []).append(f"{block_name}.{local}")
+        layers += [LayerNames(name, tuple(projections)) for name, projections in groups.items()]
+    return tuple(layers)
+
+
+def _as_list(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _group(block_name: str, local: str, granularity: Granularity) -> str:
+    if granularity == "block":
+        return block_name
+    if granularity == "linear":
+        return f"{block_name}.{local}"
+    head, _, tail = local.partition(".")
+    return f"{block_name}.{head}" if tail else f"{block_name}.feed_forward"
+
+
+def _is_wanted(local: str, wanted: tuple[str, ...] | None) -> bool:
+    return wanted is None or any(local == name or local.endswith(f".{name}") for name in wanted)
+
+
+def _check_targets(blocks: nn.ModuleList, wanted: tuple[str, ...] | None) -> None:
+    known = sorted({local for block in blocks for local, m in block.named_modules() if is_projection(m)})
+    for name in wanted or ():
+        if not any(_is_wanted(local, (name,)) for local in known):
+            raise ConfigurationError(
+                f"target_modules: {name!r} matches no projection of the blocks; their projections are {known}"
+            )
+    if wanted is not None and not wanted:
+        raise ConfigurationError(f"target_modules is empty; give 'all' or some of {known}")

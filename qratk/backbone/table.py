@@ -1,0 +1,133 @@
+"""Which quantizer packs which projection at which bit-width, and what happens when it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+
+from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.memory import LayerShape
+from qratk.quantizers.base import PackedBytes, Quantizer
+from qratk.quantizers.none import NoQuantizer
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A projection that its quantizer could not take: what was wanted, what is used instead, and why."""
+
+    layer: str
+    projection: str
+    bits: int
+    wanted: str
+    used: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layer}.{self.projection} at {self.bits} bits: {self.used} instead of {self.wanted} ({self.reason})"
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A quantizer and the bit-width that it packs at."""
+
+    quantizer: Quantizer
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{describe(self.quantizer)} at {self.bits} bits"
+
+    def packed_bytes(self, shape: tuple[int, int]) -> PackedBytes:
+        """Exact bytes of a weight (d_out, d_in)."""
+        return self.quantizer.packed_bytes(shape, self.bits)
+
+
+def options(quantizer: Quantizer) -> dict[str, object]:
+    """Constructor options of a quantizer as plain data; of one that is no dataclass, its public attributes."""
+    if is_dataclass(quantizer):
+        return {field.name: getattr(quantizer, field.name) for field in fields(quantizer) if field.init}
+    return {name: value for name, value in vars(quantizer).items() if not name.startswith("_")}
+
+
+def describe(quantizer: Quantizer) -> str:
+    """Name and options of a quantizer, as in 'hqq(group_size=64)': equal text means equal results."""
+    name = getattr(quantizer, "component_name", f"{type(quantizer).__module__}.{type(quantizer).__qualname__}")
+    return f"{name}({', '.join(f'{key}={value}' for key, value in sorted(options(quantizer).items()))})"
+
+
+class QuantizerTable:
+    """The quantizer of each bit-width; 16 bits are always there.
+
+    A projection that a quantizer cannot take gets its alternatives (smaller groups), then the next higher bit-width
+    of the table. Each such case is recorded in `fallbacks`, and its exact bytes are counted.
+    """
+
+    def __init__(self, quantizers: Mapping[int, Quantizer]) -> None:
+        table = {int(bits): quantizer for bits, quantizer in quantizers.items()}
+        table.setdefault(16, NoQuantizer())
+        for bits, quantizer in table.items():
+            if bits not in quantizer.supported_bits:
+                raise ConfigurationError(
+                    f"quantizer {describe(quantizer)} does {quantizer.supported_bits} bits, not {bits}; "
+                    f"name another one for {bits} bits"
+                )
+        self._table = dict(sorted(table.items()))
+        self._fallbacks: dict[tuple[str, str, int], Fallback] = {}
+
+    @property
+    def quantizers(self) -> Mapping[int, Quantizer]:
+        """The table, by ascending bits."""
+        return self._table
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Every fallback met so far, in the order they were met."""
+        return tuple(self._fallbacks.values())
+
+    def choose(self, layer: str, projection: str, shape: tuple[int, int], bits: int) -> Chosen:
+        """What packs a projection of a layer, (d_out, d_in), at a bit-width.
+
+        Raises `ConfigurationError` when the table has no such bit-width.
+        """
+        if bits not in self._table:
+            raise ConfigurationError(
+                f"no quantizer for {bits} bits: there are some for {tuple(self._table)}; add one under 'quantizers'"
+            )
+        wanted, reason = Chosen(self._table[bits], bits), ""
+        for chosen in self._chain(bits):
+            try:
+                chosen.quantizer.check(shape, chosen.bits)
+            except QuantizationError as error:
+                reason = reason or str(error)
+                continue
+            if reason:
+                fallback = Fallback(layer, projection, bits, str(wanted), str(chosen), reason)
+                self._fallbacks.setdefault((layer, projection, bits), fallback)
+            return chosen
+        raise QuantizationError(f"{layer}.{projection}: nothing takes it at {bits} bits or more: {reason}")
+
+    def _chain(self, bits: int) -> Iterator[Chosen]:
+        for other, quantizer in self._table.items():
+            if other >= bits:
+                yield Chosen(quantizer, other)
+                for alternative in getattr(quantizer, "alternatives", tuple)():
+                    yield Chosen(alternative, other)
+
+    def layer_bytes(self, shape: LayerShape, bits: int) -> PackedBytes:
+        """Exact bytes of all projections of a layer at a bit-width."""
+        parts = [
+            self.choose(shape.name, name, (d_out, d_in), bits).packed_bytes((d_out, d_in))
+            for name, d_in, d_out in shape.projections
+        ]
+        return PackedBytes(sum(part.weights for part in parts), sum(part.metadata for part in parts))
+
+    def shared_bytes(self, shapes: tuple[LayerShape, ...], bits: tuple[int, ...]) -> int:
+        """Bytes of code tables that the quantizers in use hold once in all, whatever the number of layers."""
+        used = {
+            self.choose(shape.name, name, (d_out, d_in), b).quantizer
+            for shape in shapes
+            for name, d_in, d_out in shape.projections
+            for b in bits
+        }
+        return sum(int(getattr(quantizer, "shared_bytes", 0)) for quantizer in used)

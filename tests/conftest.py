@@ -1,0 +1,125 @@
+"""Shared fixtures: tiny random models of eight families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qratk.backbone.backbone import Backbone
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt_neox", "opt", "gpt2")
+VOCABULARY = 96
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass two warnings that libraries raise by how they use each other, and that we cannot cure."""
+    # Importing hqq makes torch warn of its own use of torch.jit.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+    # PEFT reads an attribute of every model that transformers 5 renamed.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def tiny_config(family: str, *, layers: int = 3, hidden: int = 64, intermediate: int = 128) -> Any:
+    """Configuration of a tiny model of a family."""
+    from transformers import (
+        GemmaConfig,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+        MistralConfig,
+        OPTConfig,
+        PhiConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        **ends,
+    }
+    grouped = {**common, "intermediate_size": intermediate, "num_key_value_heads": 2}
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: LlamaConfig(**grouped),
+        "qwen2": lambda: Qwen2Config(**grouped),
+        "qwen3": lambda: Qwen3Config(**grouped, head_dim=hidden // 4),
+        "mistral": lambda: MistralConfig(**grouped, sliding_window=None),
+        "gemma": lambda: GemmaConfig(**grouped, head_dim=hidden // 4),
+        "phi": lambda: PhiConfig(**{**common, "intermediate_size": intermediate}),
+        "gpt_neox": lambda: GPTNeoXConfig(**{**common, "intermediate_size": intermediate}),
+        "opt": lambda: OPTConfig(**common, ffn_dim=intermediate, word_embed_proj_dim=hidden, dropout=0.0),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCABULARY, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64, n_inner=intermediate,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **ends,
+        ),
+    }  # fmt: skip
+    return makers[family]()
+
+
+def make_tiny_model(family: str = "llama", *, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """Tiny random model of a family, in eval mode, with weights that 16 bits (bfloat16) can hold."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **sizes), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # biases and norms begin at 0 and 1, which tests nothing
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.copy_(parameter.to(torch.bfloat16))
+    return model.eval()
+
+
+def make_quantizers() -> dict[int, Any]:
+    """The default quantizer of each bit-width, with small groups."""
+    from qratk.quantizers.base import quantizers
+
+    hqq = quantizers.create("hqq", group_size=32)
+    return {2: hqq, 3: hqq, 4: quantizers.create("nf4"), 8: quantizers.create("int8"), 16: quantizers.create("none")}
+
+
+def make_tiny_backbone(family: str = "llama", *, bits: tuple[int, ...] = (), **options: Any) -> Backbone:
+    """Backbone of a tiny model, with the bank built at `bits`."""
+    from qratk.backbone.backbone import Backbone
+
+    sizes = {key: options.pop(key) for key in ("layers", "hidden", "intermediate", "seed") if key in options}
+    options.setdefault("quantizers", make_quantizers())
+    backbone = Backbone.from_model(make_tiny_model(family, **sizes), **options)
+    backbone.build_bank(bits)
+    return backbone
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Factory of tiny random models: `tiny_model("llama", layers=3)`."""
+    return make_tiny_model
+
+
+@pytest.fixture
+def tiny_backbone() -> Callable[..., Backbone]:
+    """Factory of tiny backbones: `tiny_backbone("llama", bits=(2, 4, 8), granularity="linear")`."""
+    return make_tiny_backbone
+
+
+@pytest.fixture
+def tiny_batch() -> dict[str, Any]:
+    """Two sequences of 12 tokens, the second padded at the end."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 9:] = 0
+    input_ids[1, 9:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
