@@ -16,6 +16,7 @@ from qratk.core.memory import Budget
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Importance
 from qratk.core.result import Record, SearchResult
+from qratk.core.space import SearchSpace
 from qratk.reporting._text import label, short_names
 from qratk.reporting.tracker import Tracker
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with any common colour vision, and by lightness in grey print.
-BLUE, ORANGE, GREEN, RED, SKY, BLACK, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#000000", "#8A8A8A",
+BLUE, ORANGE, RED, SKY, BLACK, GREY = (
+    "#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#000000", "#8A8A8A",
 )  # fmt: skip
 MIB = 2**20
 DPI = 150
@@ -58,122 +59,200 @@ class FrontParts:
 
 
 def front_figure(source: SearchResult | FrontParts) -> Figure:
-    """Score against bytes of all that was measured at T_S: front, uniform baselines, best, budget."""
+    """Score against bytes of all that was measured at T_S: front, uniform baselines, best, budget.
+
+    A reference far over the budget is drawn as a level line, so that it does not squeeze the rest.
+    """
     parts = FrontParts.of_result(source) if isinstance(source, SearchResult) else source
     figure, axes = _new(7.0, 4.4)
+    far = [e for e in parts.references if e.ok and _mib(parts, e) > 1.2 * _right_edge(parts)]
+    near = [e for e in parts.references if e.ok and e not in far]
     special = {e.configuration for e in (*parts.baselines, *parts.references)}
     plain = [e for e in parts.measured if e.configuration not in special]
-    _points(axes, parts, plain, label="measured", marker="o", color=SKY, s=26, alpha=0.8, linewidths=0)
+    _points(axes, parts, plain, label="measured", marker="o", color=SKY, s=22, alpha=0.9, linewidths=0)
     _front_line(axes, parts)
-    _points(axes, parts, parts.baselines, label="uniform", marker="s", s=34, facecolors="white", edgecolors=BLACK)
-    _points(axes, parts, parts.references, label="reference", marker="^", s=40, facecolors="white", edgecolors=GREY)
+    uniform = {"marker": "s", "s": 40, "linewidths": 1.2, "edgecolors": BLACK, "zorder": 5}
+    _points(axes, parts, parts.baselines, label="uniform", facecolors="none", **uniform)
+    _points(axes, parts, near, label="reference", marker="^", s=44, facecolors="white", edgecolors=BLACK, zorder=5)
     if parts.best is not None:
-        _points(axes, parts, [parts.best], label="best", marker="*", s=230, color=RED, edgecolors="white", zorder=6)
-    limit = parts.budget.limit_bytes / MIB
-    axes.axvline(limit, color=GREY, linestyle="--", linewidth=1, label="budget")
+        _points(axes, parts, [parts.best], label="best", marker="*", s=170, color=RED, edgecolors="white", zorder=6)
+    axes.axvline(parts.budget.limit_bytes / MIB, color=GREY, linestyle="--", linewidth=1.2, label="budget", zorder=2)
     axes.set_xlabel(f"{parts.budget.scope} bytes (MiB)")
     axes.set_ylabel("validation score")
-    axes.margins(0.07, 0.1)
-    _annotate(axes, parts)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+    axes.margins(0.08, 0.1)
+    for evaluation in (*parts.baselines, *near):
+        _name(axes, label(evaluation.configuration), _mib(parts, evaluation), evaluation.score)
+    for evaluation in far:
+        _level_line(axes, parts, evaluation)
+    _legend(axes)
     return figure
 
 
-def _coordinates(parts: FrontParts, evaluations: Sequence[Evaluation]) -> tuple[list[float], list[float]]:
-    done = [e for e in evaluations if e.ok]
-    return [e.footprint.bytes(parts.budget.scope) / MIB for e in done], [e.score for e in done]
+def _mib(parts: FrontParts, evaluation: Evaluation) -> float:
+    return evaluation.footprint.bytes(parts.budget.scope) / MIB
+
+
+def _right_edge(parts: FrontParts) -> float:
+    inside = [_mib(parts, e) for e in (*parts.front.evaluations, *parts.baselines)]
+    return max([parts.budget.limit_bytes / MIB, *inside])
 
 
 def _points(axes: Axes, parts: FrontParts, evaluations: Sequence[Evaluation], **style: Any) -> None:
-    x, y = _coordinates(parts, evaluations)
-    if x:
-        axes.scatter(x, y, **{"zorder": 3, **style})
+    done = [e for e in evaluations if e.ok]
+    if done:
+        axes.scatter([_mib(parts, e) for e in done], [e.score for e in done], **{"zorder": 3, **style})
 
 
 def _front_line(axes: Axes, parts: FrontParts) -> None:
-    x, y = _coordinates(parts, parts.front.evaluations)
+    x = [_mib(parts, e) for e in parts.front.evaluations]
+    y = [e.score for e in parts.front.evaluations]
     if x:
-        axes.step(x, y, where="post", color=BLUE, linewidth=1.6, marker="o", markersize=4.5, label="front", zorder=4)
+        axes.step(x, y, where="post", color=BLUE, linewidth=1.6, marker="o", markersize=4, label="front", zorder=4)
 
 
-def _annotate(axes: Axes, parts: FrontParts) -> None:
-    for evaluation in (*parts.baselines, *parts.references):
-        if evaluation.ok:
-            x, y = _coordinates(parts, [evaluation])
-            axes.annotate(label(evaluation.configuration), (x[0], y[0]), xytext=(0, -5), textcoords="offset points",
-                          ha="center", va="top", fontsize=7.5, color="#303030", zorder=5)  # fmt: skip
+def _name(axes: Axes, text: str, x: float, y: float, *, offset: tuple[float, float] = (4, -4)) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    axes.annotate(
+        text, (x, y), xytext=offset, textcoords="offset points", ha="left", va="top", fontsize=8, color=BLACK,
+        path_effects=halo, zorder=7,
+    )  # fmt: skip
+
+
+def _level_line(axes: Axes, parts: FrontParts, evaluation: Evaluation) -> None:
+    axes.axhline(evaluation.score, color=GREY, linestyle="-.", linewidth=1, zorder=1)
+    text = f"reference {label(evaluation.configuration)}, at {_mib(parts, evaluation):.4g} MiB"
+    _name(axes, text, axes.get_xlim()[0], evaluation.score, offset=(3, -2))
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0, fontsize=9)
 
 
 def allocation_figure(
-    configuration: Configuration, layer_names: Sequence[str], *, importance: Importance | None = None
+    configuration: Configuration,
+    layer_names: Sequence[str],
+    *,
+    importance: Importance | None = None,
+    space: SearchSpace | None = None,
 ) -> Figure:
     """Bits and ranks of every layer in two aligned rows, their correlation in the title.
 
-    With an importance, its normalised scores are drawn as dots on a second axis of each row.
+    With an importance, its normalised scores are drawn as dots on a second axis of each row; with a space, the
+    rows reach up to the top of the ladders.
     """
     if len(layer_names) != len(configuration):
         raise ValueError(f"{len(configuration)} layer names are needed, got {len(layer_names)}")
-    figure, (top, bottom) = _new(min(14.0, max(7.0, 2.0 + 0.14 * len(configuration))), 4.4, rows=2)
+    figure, (top, bottom) = _new(min(14.0, max(7.0, 2.0 + 0.1 * len(configuration))), 4.4, rows=2)
     bits, ranks = np.array(configuration.bits), np.array(configuration.ranks)
+    ladders = ((), ()) if space is None else (space.bits, space.ranks)
     scores = (None, None) if importance is None else (importance.normalised("bits"), importance.normalised("rank"))
-    _bars(top, bits, BLUE, "bits", scores[0])
-    _bars(bottom, ranks, ORANGE, "adapter rank", scores[1])
+    _bars(top, bits, ladders[0], color=BLUE, name="bits", scores=scores[0])
+    _bars(bottom, ranks, ladders[1], color=ORANGE, name="adapter rank", scores=scores[1])
     _layer_ticks(bottom, short_names(layer_names))
-    top.set_title(f"bits and ranks by layer ({_correlation(bits, ranks)})", fontsize=10)
+    figure.suptitle(f"Bits and ranks by layer: {_correlation(bits, ranks)}", fontsize=10)
     return figure
 
 
-def _bars(axes: Axes, values: NDArray[np.int64], color: str, name: str, scores: NDArray[np.float64] | None) -> None:
+def _bars(
+    axes: Axes,
+    values: NDArray[np.int64],
+    ladder: Sequence[int],
+    *,
+    color: str,
+    name: str,
+    scores: NDArray[np.float64] | None,
+) -> None:
     positions = np.arange(len(values))
-    axes.bar(positions, values, width=0.85, color=color, label=name)
+    top = max(1, *(int(v) for v in (*values, *ladder)))
+    axes.bar(positions, values, width=0.8, color=color, alpha=0.85)
     axes.set_ylabel(name)
-    axes.set_yticks(sorted({0, *(int(v) for v in values)}))
-    axes.set_ylim(0, max(1, int(values.max())) * 1.08)
+    axes.set_yticks(sorted({0, *(int(v) for v in (*values, *ladder))}))
+    axes.set_ylim(0, top * 1.06)
     axes.grid(axis="x", visible=False)
+    for position in positions[values == 0]:
+        axes.annotate("0", (float(position), 0.0), ha="center", va="bottom", fontsize=7)
     if scores is not None:
         twin = axes.twinx()
-        twin.plot(positions, scores, color=BLACK, marker=".", markersize=5, linewidth=0.7)
-        twin.set_ylim(0, 1.08)
-        twin.set_ylabel("importance")
-        twin.grid(visible=False)
+        size = 5.0 if len(values) <= 40 else 3.5
+        twin.plot(
+            positions,
+            scores,
+            "o",
+            color=BLACK,
+            markersize=size,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            clip_on=False,
+        )
+        twin.set_ylim(0, 1.06)
+        twin.set_yticks([0, 0.5, 1])
+        twin.set_ylabel("importance (dots)")
+        twin.spines["top"].set_visible(False)
 
 
 def _layer_ticks(axes: Axes, names: Sequence[str]) -> None:
-    stride = max(1, -(-len(names) // 40))
+    stride = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, 1000, len(names)) if len(names) <= 40 * s)
     positions = range(0, len(names), stride)
     longest = max(len(names[i]) for i in positions)
-    axes.set_xticks(list(positions), [names[i] for i in positions], rotation=0 if longest <= 3 else 90, fontsize=7.5)
+    axes.set_xticks(list(positions), [names[i] for i in positions], rotation=0 if longest <= 3 else 90, fontsize=8)
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.set_xlabel("layer")
 
 
 def _correlation(bits: NDArray[np.int64], ranks: NDArray[np.int64]) -> str:
-    if bits.std() == 0 or ranks.std() == 0:
-        return "no correlation: one of them is the same everywhere"
+    equal = [name for name, values in (("bits", bits), ("rank", ranks)) if values.std() == 0]
+    if equal:
+        return f"{' and '.join(equal)} the same everywhere"
     return f"Pearson correlation {np.corrcoef(bits, ranks)[0, 1]:+.2f}"
 
 
 def progress_figure(records: Sequence[Record], steps: int, *, baseline: Evaluation | None = None) -> Figure:
     """Scores of all rungs and the best so far at `steps` (T_S), against the number of evaluations."""
     figure, axes = _new(7.0, 4.0)
-    rungs = sorted({r.evaluation.steps for r in records})
-    shades = np.linspace(0.75, 0.35, max(1, len(rungs)))
+    done = [r for r in records if r.evaluation.ok]
+    references = [r for r in done if r.candidate.phase == "reference"]
+    rungs = sorted({r.evaluation.steps for r in done})
     for number, rung in enumerate(rungs):
-        done = [(r.index + 1, r.evaluation.score) for r in records if r.evaluation.steps == rung and r.evaluation.ok]
-        style = {"color": SKY if rung == steps else str(shades[number]), "marker": _MARKERS[number % len(_MARKERS)]}
-        if done:
-            axes.scatter(*zip(*done, strict=True), s=20, linewidths=0, label=f"{rung} steps", **style)
+        points = [r for r in done if r.evaluation.steps == rung and r not in references]
+        shade = BLUE if rung == steps else str(0.78 - 0.4 * number / max(1, len(rungs) - 1))
+        _scatter(axes, points, label=f"{rung} steps", color=shade, marker=_MARKERS[number % len(_MARKERS)], s=20)
+    _scatter(axes, references, label="reference", marker="v", facecolors="white", edgecolors=BLACK, s=28)
+    failed = [r.index + 1 for r in records if not r.evaluation.ok]
+    if failed:
+        bottom = axes.get_xaxis_transform()
+        axes.plot(failed, [0.02] * len(failed), "x", color=BLACK, markersize=5, transform=bottom, label="failed")
     x, y = _best_so_far(records, steps)
     if x:
-        axes.step(x, y, where="post", color=RED, linewidth=1.6, label="best so far", zorder=4)
+        axes.step(x, y, where="post", color=RED, linewidth=1.8, label="best so far", zorder=4)
     if baseline is not None:
-        axes.axhline(baseline.score, color=BLACK, linestyle=":", linewidth=1,
-                     label=f"best uniform ({label(baseline.configuration)})")  # fmt: skip
+        name = f"best uniform\n({label(baseline.configuration)})"
+        axes.axhline(baseline.score, color=BLACK, linestyle=":", linewidth=1.2, label=name)
+    _phases(axes, records)
     axes.set_xlabel("evaluations")
     axes.set_ylabel("validation score")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
+    _legend(axes)
     return figure
+
+
+def _scatter(axes: Axes, records: Sequence[Record], **style: Any) -> None:
+    if records:
+        axes.scatter([r.index + 1 for r in records], [r.evaluation.score for r in records], **{"zorder": 3, **style})
+
+
+def _phases(axes: Axes, records: Sequence[Record]) -> None:
+    """Thin lines where a phase begins, with the phases' names above the picture."""
+    starts = [i for i, r in enumerate(records) if i == 0 or records[i - 1].candidate.phase != r.candidate.phase]
+    for start, stop in zip(starts, [*starts[1:], len(records)], strict=True):
+        x = records[start].index + 0.5
+        axes.axvline(x, color=GREY, linewidth=0.6, zorder=1)
+        if stop - start >= 0.1 * len(records) or stop == len(records):  # a shorter one has no room for its name
+            axes.annotate(
+                records[start].candidate.phase, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 3),
+                textcoords="offset points", fontsize=8, color="#404040",
+            )  # fmt: skip
 
 
 def _best_so_far(records: Sequence[Record], steps: int) -> tuple[list[int], list[float]]:

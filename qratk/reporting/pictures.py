@@ -58,8 +58,10 @@ class Pictures(Reporter):
         picture = progress_figure(tracker.records, tracker.plan.ladder.highest, baseline=tracker.best_baseline)
         self._write("progress.png", to_png(picture))
         if parts.best is not None:
-            names = problem.space.layer_names
-            picture = allocation_figure(parts.best.configuration, names, importance=problem.importance)
+            space = problem.space
+            picture = allocation_figure(
+                parts.best.configuration, space.layer_names, importance=problem.importance, space=space
+            )
             self._write("allocation.png", to_png(picture))
 
     def _write(self, name: str, data: bytes) -> None:

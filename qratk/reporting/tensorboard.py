@@ -139,8 +139,10 @@ class TensorBoardReporter(Reporter):
         step, problem = len(self._tracker.records), self._tracker.plan.problem
         self._writer.add_image("front", to_array(front_figure(parts)), step, dataformats="HWC")
         if parts.best is not None:
-            names = problem.space.layer_names
-            picture = allocation_figure(parts.best.configuration, names, importance=problem.importance)
+            space = problem.space
+            picture = allocation_figure(
+                parts.best.configuration, space.layer_names, importance=problem.importance, space=space
+            )
             self._writer.add_image("allocation", to_array(picture), step, dataformats="HWC")
 
     def _hyper_parameters(self, result: SearchResult) -> None:

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 _LEVELS = "▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = ".:-=+*#@"
 _MAX_STRIP_ROWS = 3
+FILES = (
+    "config.yaml", "journal.sqlite", "evaluations.csv", "front.json", "best.yaml", "result.json", "front.png",
+    "allocation.png", "progress.png", "tensorboard", "checkpoints",
+)  # fmt: skip
 _MESSAGES = 3
 
 
@@ -47,6 +51,7 @@ class TerminalReporter(Reporter):
     Args:
         stream: where to write; standard output if not given.
         plain: lines instead of the live view; by default when the stream is not a terminal that can move its cursor.
+        run_dir: the run's folder, whose files the summary names; reporters that write them must be told before.
         clock: seconds that only grow, for the times shown.
     """
 
@@ -55,10 +60,12 @@ class TerminalReporter(Reporter):
         stream: TextIO | None = None,
         plain: bool | None = None,
         *,
+        run_dir: str | Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._plain = plain
+        self._run_dir = None if run_dir is None else Path(run_dir)
         self._view = LiveView(clock)
         self._live: Live | None = None
         self._console: Console | None = None
@@ -120,16 +127,10 @@ class TerminalReporter(Reporter):
         self._view.hear(result.best)
         self._stop(keep=False)
         if self._plain:
-            for line in summary_lines(result):
+            for line in summary_lines(result, run_dir=self._run_dir):
                 self._line(line)
         elif self._console is not None:
-            self._console.print(summary_table(result))
-
-    def files(self, paths: Sequence[Path]) -> None:
-        """Say which files were written."""
-        existing = [str(path) for path in paths if path.exists()]
-        if existing:
-            self._line("files: " + ", ".join(existing))
+            self._console.print(Summary(result, run_dir=self._run_dir))
 
     def close(self) -> None:
         """Give the terminal back; after an error the last view stays to be read."""
@@ -199,15 +200,17 @@ class LiveView:
         problem, best = self._tracker.plan.problem, self._tracker.best
         words = [f"[{duration(progress.seconds)}] {progress.done}/{progress.planned}", _stage_text(progress) + ":"]
         if record.evaluation.ok:
-            words.append(f"score {_score(record.evaluation.score)}, {_size(problem, record.evaluation)},")
-            words.append(f"took {duration(record.evaluation.seconds)}")
+            words.append(f"score {_score(record.evaluation.score)}, {_short_size(problem, record.evaluation)},")
+            words.append(duration(record.evaluation.seconds))
         else:
             words.append(_failure(record))
-        words.append(f"| best {_score(best.score)} at {_size(problem, best)}" if best else "| no best yet")
-        words.append(f"| at most {duration(progress.seconds_left)} left")
+        words.append(f"| best {_score(best.score)}, {_short_size(problem, best)}" if best else "| no best yet")
+        if progress.seconds_left is not None:
+            words.append(f"| at most {duration(progress.seconds_left)} left")
         return " ".join(words)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.console import Group
         from rich.panel import Panel
         from rich.text import Text
 
@@ -216,13 +219,11 @@ class LiveView:
             return
         ascii_only = options.ascii_only
         inner = options.max_width - 4
-        body: list[RenderableType] = [_overflowing(line) for line in plan_lines(tracker.plan)[1:]]
+        body: list[RenderableType] = [Text(line, style="dim") for line in plan_lines(tracker.plan)[1:]]
         body.append(self._table(tracker, inner, ascii_only))
         if tracker.best is not None:
             body.append(strip(tracker.plan.problem, tracker.best.configuration, inner, ascii_only=ascii_only))
         body += [Text(f"- {text}", style="yellow", no_wrap=True, overflow="ellipsis") for text in tuple(self.messages)]
-        from rich.console import Group
-
         yield Panel(Group(*body), title=Text(f"qratk search: {clean(tracker.plan.name)}"), title_align="left")
 
     def _table(self, tracker: Tracker, width: int, ascii_only: bool) -> Table:
@@ -302,12 +303,6 @@ def _count(log10: float) -> str:
     return f"{round(10**log10)}" if log10 < 6 else f"10^{log10:.1f}"
 
 
-def _overflowing(text: str) -> Text:
-    from rich.text import Text
-
-    return Text(text, style="dim")
-
-
 def strip(problem: Problem, configuration: Configuration, width: int, *, ascii_only: bool = False) -> Text:
     """Bits and ranks of every layer as rows of marks that grow with the rung.
 
@@ -316,20 +311,18 @@ def strip(problem: Problem, configuration: Configuration, width: int, *, ascii_o
     from rich.text import Text
 
     space = problem.space
-    margin = 7
-    columns = max(10, (width - margin) // 10 * 10)
+    margin = 11
+    columns = max(10, width - margin)
     group = -(-len(configuration) // (columns * _MAX_STRIP_ROWS))
-    marks = {
-        "bits": _marks(configuration.bits, space.bits, group, ascii_only),
-        "ranks": _marks(configuration.ranks, space.ranks, group, ascii_only),
-    }
+    bits = _marks(configuration.bits, space.bits, group, ascii_only)
+    ranks = _marks(configuration.ranks, space.ranks, group, ascii_only)
     text = Text(no_wrap=True)
-    for start in range(0, len(marks["bits"]), columns):
-        for name, style in (("bits", "blue"), ("ranks", "yellow")):
-            text.append(f"{name:<{margin}}", style="bold").append(marks[name][start : start + columns], style=style)
-            text.append("\n")
+    for start in range(0, len(bits), columns):
+        for name, marks, style in (("bits", bits, "blue"), ("ranks", ranks, "yellow")):
+            text.append(f"{name:<6}", style="bold").append(f"{start * group:>4} ", style="dim")
+            text.append(marks[start : start + columns] + "\n", style=style)
     legend = f"{_legend('bits', space.bits, ascii_only)}  {_legend('rank', space.ranks, ascii_only)}"
-    text.append(" " * margin + legend + (f"  (a mark: {group} layers)" if group > 1 else ""), style="dim")
+    text.append(legend + (f"  (a mark: {group} layers)" if group > 1 else ""), style="dim")
     return text
 
 
@@ -434,7 +427,7 @@ def _interval(comparison: Comparison) -> str:
     return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
 
 
-def _facts(result: SearchResult) -> Iterator[tuple[str, str]]:
+def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, str]]:
     best, problem = result.best, result.plan.problem
     yield "best configuration", str(best.configuration)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
@@ -462,36 +455,52 @@ def _facts(result: SearchResult) -> Iterator[tuple[str, str]]:
         yield "hypervolume", f"{result.generations[-1].hypervolume:.4g} after {len(result.generations)} generations"
     if result.seconds:
         yield "time", ", ".join(f"{clean(stage)} {duration(seconds)}" for stage, seconds in result.seconds.items())
+    if run_dir is not None:
+        yield f"files in {run_dir}", ", ".join(name for name in FILES if (run_dir / name).exists()) or "none"
 
 
 _HEADS = ("", "configuration", "score", "bytes (of the budget)", "bits / rank", "best minus it [interval]")
 
 
-def summary_table(result: SearchResult) -> RenderableType:
-    """The end of a search for a terminal: best, baselines and references, then facts."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+class Summary:
+    """The end of a search for rich: best, baselines and references as a table, then facts."""
 
-    table = Table(title=Text(f"search {clean(result.plan.name)}"), title_justify="left")
-    for head in _HEADS:
-        table.add_column(head, overflow="fold")
-    for row in _outcome_rows(result):
-        table.add_row(*(Text(cell, style="bold green" if row[0] == "best" else "") for cell in row))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for name, value in _facts(result):
-        facts.add_row(Text(name), Text(value))
-    return Group(table, facts)
+    def __init__(self, result: SearchResult, *, run_dir: Path | None = None) -> None:
+        self._result = result
+        self._run_dir = run_dir
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        wide = options.max_width >= 110
+        table = Table(title=Text(f"search {clean(self._result.plan.name)}"), title_justify="left")
+        for head in _HEADS if wide else ("", "configuration", "score", "budget", "best - it"):
+            table.add_column(head, overflow="fold")
+        for row in _outcome_rows(self._result):
+            style = "bold green" if row[0] == "best" else ""
+            table.add_row(*(Text(cell, style=style) for cell in (row if wide else _narrow(row))))
+        yield table
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="bold", overflow="fold", max_width=max(16, options.max_width // 3))
+        facts.add_column(overflow="fold")
+        for name, value in _facts(self._result, self._run_dir):
+            facts.add_row(Text(name), Text(value))
+        yield facts
 
 
-def summary_lines(result: SearchResult) -> list[str]:
+def _narrow(row: Sequence[str]) -> tuple[str, ...]:
+    """A row without averages and intervals; of the bytes only the share of the budget."""
+    kind, name, score, size, _, difference = row
+    return kind, name, score, size.partition("(")[2].rstrip(")"), difference.partition(" ")[0]
+
+
+def summary_lines(result: SearchResult, *, run_dir: Path | None = None) -> list[str]:
     """The same as plain lines."""
     rows = [_HEADS, *_outcome_rows(result)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
     lines = ["", *("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
-    return lines + [f"{name}: {value}" for name, value in _facts(result)]
+    return lines + [f"{name}: {value}" for name, value in _facts(result, run_dir)]
 
 
 def _console(stream: TextIO) -> Console:
