@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,6 @@ class _Search:
         settings, searcher = self.settings, self.settings.searcher
         rng = np.random.default_rng([settings.seed, 1])
         searcher.begin(self.proposer, self.ladder)
-        searcher.tell([e for e in self.history if e.configuration in set(self.baselines)])
         self.phase = "global"
         for number in range(1, settings.generations + 1):
             began = time.monotonic()
@@ -302,7 +301,9 @@ class _Search:
 
     def _ask_searcher(self, rng: np.random.Generator) -> tuple[Request, ...]:
         candidates = self.settings.searcher.ask(self.history, rng)
-        return tuple(Request(candidate, self.ladder.lowest) for candidate in candidates)
+        return tuple(
+            Request(replace(c, generation=self.generation, phase="global"), self.ladder.lowest) for c in candidates
+        )
 
     def _race(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """All that was measured of a generation: each rung continues the most promising of the rung below."""

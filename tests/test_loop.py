@@ -1,0 +1,337 @@
+"""The search loop on a toy landscape: the promises of a search, without torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qratk.components import REGISTRIES
+from qratk.core import (
+    ConfigurationError,
+    Evaluation,
+    InfeasibleBudgetError,
+    ParetoFront,
+    Request,
+    RunDirectoryError,
+    SearchError,
+)
+from qratk.core.result import (
+    GenerationSummary,
+    Progress,
+    Record,
+    RefinementSummary,
+    SearchPlan,
+    SearchResult,
+)
+from qratk.estimators.base import ImportanceEstimator
+from qratk.journal import Journal
+from qratk.loop import SearchLoop
+from qratk.reporting.base import Reporter
+from qratk.testing import ToyEvaluator
+
+
+class Recorder(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.plans: list[SearchPlan] = []
+        self.messages: list[str] = []
+        self.records: list[Record] = []
+        self.progresses: list[Progress] = []
+        self.generations: list[GenerationSummary] = []
+        self.refinements: list[RefinementSummary] = []
+        self.results: list[SearchResult] = []
+
+    def started(self, plan: SearchPlan) -> None:
+        self.plans.append(plan)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def progress(self, progress: Progress) -> None:
+        self.progresses.append(progress)
+
+    def evaluated(self, record: Record, progress: Progress) -> None:
+        self.records.append(record)
+
+    def generation(self, summary: GenerationSummary) -> None:
+        self.generations.append(summary)
+
+    def refinement(self, summary: RefinementSummary) -> None:
+        self.refinements.append(summary)
+
+    def finished(self, result: SearchResult) -> None:
+        self.results.append(result)
+
+    def close(self) -> None:
+        pass
+
+
+class NamedEstimator(ImportanceEstimator):
+    """Stands for an estimator: the toy evaluator looks at its name only."""
+
+    def __init__(self, name: str) -> None:
+        self.component_name = name
+
+    def estimate(self, module: Any, batches: Any, *, lowest_bits: int) -> Any:
+        raise AssertionError("the toy evaluator does not call estimators")
+
+
+class InterruptedEvaluator(ToyEvaluator):
+    """Is killed before its n-th evaluation."""
+
+    def __init__(self, limit: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.limit = limit
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+        for evaluation in super().evaluate(requests):
+            if len(self.calls) > self.limit:
+                raise KeyboardInterrupt
+            yield evaluation
+
+
+def loop(evaluator: ToyEvaluator | None = None, **changes: Any) -> SearchLoop:
+    strategies = {
+        "searcher": ("searchers", "nsga2", {"offspring": 8, "population": 12}),
+        "refiner": ("refiners", "none", {}),
+        "surrogate": ("surrogates", "huber", {}),
+        "repair": ("repairs", "greedy", {}),
+    }
+    built = {name: REGISTRIES[kind].create(key, **options) for name, (kind, key, options) in strategies.items()}
+    mutations = REGISTRIES["mutations"]
+    settings: dict[str, Any] = {
+        **built,
+        "mutations": [mutations.create("sensitivity"), mutations.create("coupled")],
+        "bits_importance": NamedEstimator("fisher_residual"),
+        "rank_importance": NamedEstimator("gradient_spectrum"),
+        "evaluator": evaluator or ToyEvaluator(num_layers=4),
+        "like": (4, 16),
+        "steps": (100, 300, 900),
+        "generations": 3,
+        "hypervolume_tolerance": -1.0,
+        "high_fidelity_candidates": 2,
+    }
+    return SearchLoop(**{**settings, **changes})
+
+
+def search(run_dir: Path, settings: SearchLoop, config: Any = None) -> tuple[SearchResult, Recorder]:
+    recorder = Recorder()
+    result = settings.run(run_dir=run_dir, reporter=recorder, config=config or {"seed": settings.seed})
+    return result, recorder
+
+
+def decisions(result: SearchResult) -> list[tuple[str, int, float, str, int]]:
+    return [
+        (str(r.evaluation.configuration), r.evaluation.steps, r.evaluation.score, r.candidate.origin, r.index)
+        for r in result.records
+    ]
+
+
+def test_the_answer_fits_the_budget_and_is_no_worse_than_any_uniform_baseline(tmp_path: Path) -> None:
+    for seed in range(10):
+        result, _ = search(tmp_path / str(seed), loop(ToyEvaluator(num_layers=6, seed=seed), seed=seed))
+        assert result.plan.problem.feasible(result.best.configuration)
+        assert result.baselines
+        assert all(result.best.score >= baseline.score for baseline in result.baselines)
+
+
+def test_every_uniform_configuration_that_fits_is_measured_on_every_rung(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop())
+    problem = result.plan.problem
+    fitting = {c for c in problem.space.uniforms() if problem.feasible(c)}
+    assert fitting == set(result.plan.baselines)
+    for steps in (100, 300, 900):
+        assert fitting <= {e.configuration for e in result.history.at(steps)}
+
+
+def test_nothing_is_evaluated_twice(tmp_path: Path) -> None:
+    evaluator = ToyEvaluator(num_layers=4)
+    search(tmp_path, loop(evaluator, generations=6))
+    counts = Counter((request.configuration, request.steps) for request in evaluator.calls)
+    assert set(counts.values()) == {1}
+
+
+def test_a_generation_shrinks_from_rung_to_rung(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop())
+    first = Counter(r.evaluation.steps for r in result.records if r.candidate.generation == 1)
+    assert first == {100: 8, 300: 3, 900: 2}
+
+
+def test_promoted_candidates_are_those_that_scored_best_while_the_surrogate_is_not_trusted(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(surrogate=REGISTRIES["surrogates"].create("none"), generations=1))
+    ran = [r.evaluation for r in result.records if r.candidate.generation == 1]
+    low = sorted((e for e in ran if e.steps == 100), key=lambda e: -e.score)
+    assert {e.configuration for e in ran if e.steps == 300} == {e.configuration for e in low[:3]}
+
+
+def test_the_front_holds_measurements_at_the_highest_rung_that_none_dominates(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop())
+    measured = [e for e in result.history.at(900) if result.plan.problem.feasible(e.configuration)]
+    assert set(result.front.evaluations) <= set(measured)
+    for kept in result.front.evaluations:
+        assert not any(
+            other.score >= kept.score
+            and other.footprint.storage_bytes <= kept.footprint.storage_bytes
+            and (other.score, other.footprint.storage_bytes) != (kept.score, kept.footprint.storage_bytes)
+            for other in measured
+        )
+    assert result.front == ParetoFront.of(measured)
+
+
+def test_the_hypervolume_never_shrinks(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(generations=6))
+    volumes = [generation.hypervolume for generation in result.generations]
+    assert len(volumes) == 6
+    assert all(b >= a for a, b in itertools.pairwise(volumes))
+
+
+def test_the_global_phase_stops_when_the_hypervolume_stalls(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(generations=50, hypervolume_tolerance=1e9, hypervolume_patience=2))
+    # The first generation has no predecessor, so that progress counts from the second.
+    assert len(result.generations) == 3
+    assert "hypervolume" in result.stop_reasons["global"]
+
+
+@pytest.mark.parametrize("refiner", ["none", "trust_region"])
+@pytest.mark.parametrize("limit", [0, 7, 33])
+def test_a_search_that_was_killed_and_resumed_equals_an_uninterrupted_one(
+    tmp_path: Path, limit: int, refiner: str
+) -> None:
+    def settings(evaluator: ToyEvaluator) -> SearchLoop:
+        return loop(evaluator, refiner=REGISTRIES["refiners"].create(refiner), seed=3)
+
+    whole, _ = search(tmp_path / "whole", settings(ToyEvaluator(num_layers=4)))
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", settings(InterruptedEvaluator(limit, num_layers=4)))
+    again = ToyEvaluator(num_layers=4)
+    resumed, recorder = search(tmp_path / "cut", settings(again))
+    assert decisions(resumed) == decisions(whole)
+    assert resumed.best == whole.best
+    assert resumed.generations[-1].hypervolume == whole.generations[-1].hypervolume
+    assert recorder.plans[0].resumed == limit
+    assert len(again.calls) == len(whole.records) - limit
+
+
+def test_a_finished_search_is_answered_without_any_evaluation(tmp_path: Path) -> None:
+    first, _ = search(tmp_path, loop())
+    evaluator = ToyEvaluator(num_layers=4)
+    second, _ = search(tmp_path, loop(evaluator))
+    assert evaluator.calls == []
+    assert decisions(second) == decisions(first)
+    assert second.test_scores == first.test_scores
+
+
+def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path) -> None:
+    search(tmp_path, loop(), {"search": {"seed": 0}})
+    with pytest.raises(RunDirectoryError, match=r"search\.seed: 0 there, 1 now"):
+        search(tmp_path, loop(), {"search": {"seed": 1}})
+    with pytest.raises(RunDirectoryError, match=r"content\.toy"):
+        search(tmp_path, loop(ToyEvaluator(num_layers=4, noise=0.5)), {"search": {"seed": 0}})
+
+
+def test_failed_evaluations_are_recorded_and_never_win(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(ToyEvaluator(num_layers=4, failures=0.4), generations=4))
+    failed = [r for r in result.records if not r.evaluation.ok]
+    assert failed
+    assert all("toy" in r.evaluation.reason for r in failed)
+    promoted = Counter(r.evaluation.configuration for r in result.records if r.candidate.phase == "global")
+    assert all(promoted[r.evaluation.configuration] == 1 for r in failed if r.candidate.phase == "global")
+    assert result.best.ok
+
+
+def test_a_search_in_which_everything_fails_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match="loss is not finite"):
+        search(tmp_path, loop(ToyEvaluator(num_layers=4, failures=1.0)))
+
+
+def test_test_data_is_scored_only_after_the_last_decision(tmp_path: Path) -> None:
+    class Watchful(ToyEvaluator):
+        def test(self, evaluation: Evaluation) -> dict[str, float]:
+            seen.append(len(self.calls))
+            return super().test(evaluation)
+
+    seen: list[int] = []
+    result, _ = search(tmp_path, loop(evaluator := Watchful(num_layers=4)))
+    assert set(seen) == {len(evaluator.calls)}
+    assert str(result.best.configuration) in result.test_scores
+
+
+def test_references_are_measured_but_enter_no_history(tmp_path: Path) -> None:
+    plain, _ = search(tmp_path / "a", loop(ToyEvaluator(num_layers=4)))
+    result, _ = search(tmp_path / "b", loop(ToyEvaluator(num_layers=4), references=[[16, 16]]))
+    (reference,) = result.references
+    assert reference.configuration.bits == (16,) * 4
+    assert result.best == plain.best
+    assert reference.configuration not in {e.configuration for e in result.history}
+
+
+def test_checkpoints_are_discarded_except_those_of_the_front_the_baselines_and_the_best(tmp_path: Path) -> None:
+    evaluator = ToyEvaluator(num_layers=4)
+    result, _ = search(tmp_path, loop(evaluator))
+    kept = {(e.configuration, e.steps) for e in result.history} - {
+        (e.configuration, e.steps) for e in evaluator.discarded
+    }
+    wanted = {e.configuration for e in result.front.evaluations} | set(result.plan.baselines)
+    assert kept == {(c, 900) for c in wanted | {result.best.configuration}}
+
+
+def test_an_impossible_budget_ends_before_anything_is_measured(tmp_path: Path) -> None:
+    evaluator = ToyEvaluator(num_layers=4)
+    with pytest.raises(InfeasibleBudgetError, match="smallest configuration"):
+        search(tmp_path, loop(evaluator, like=None, limit="1MiB"))
+    assert evaluator.calls == []
+
+
+def test_a_budget_that_never_binds_is_said(tmp_path: Path) -> None:
+    _, recorder = search(tmp_path, loop(like=None, limit="900GB", generations=1))
+    assert any("never binds" in message for message in recorder.messages)
+
+
+def test_a_cap_on_the_average_bits_is_kept(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(like=(8, 16), max_average_bits=4.0))
+    problem = result.plan.problem
+    assert all(problem.memory.average_bits(e.configuration) <= 4 + 1e-9 for e in result.history)
+
+
+def test_the_plan_is_an_upper_bound_and_exact_without_early_stops(tmp_path: Path) -> None:
+    result, recorder = search(tmp_path, loop())
+    done = Counter(r.evaluation.steps for r in result.records)
+    assert dict(done) == dict(recorder.plans[0].evaluations)
+
+
+def test_alpha_below_one_trades_score_for_bytes_but_never_below_the_best_uniform(tmp_path: Path) -> None:
+    rich, _ = search(tmp_path / "a", loop(alpha=1.0))
+    lean, _ = search(tmp_path / "b", loop(alpha=0.1))
+    assert lean.best.footprint.storage_bytes <= rich.best.footprint.storage_bytes
+    assert lean.best.score >= max(b.score for b in lean.baselines)
+
+
+def test_the_comparison_with_a_baseline_covers_the_difference(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop())
+    for comparison in result.comparisons:
+        assert comparison.difference == result.best.score - comparison.baseline.score
+        if comparison.baseline is not result.best:
+            assert comparison.low <= comparison.difference <= comparison.high
+
+
+def test_random_states_are_in_the_journal(tmp_path: Path) -> None:
+    search(tmp_path, loop())
+    with Journal(tmp_path) as journal:
+        saved = journal.decision("generation/1")
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = saved["rng"]
+    assert saved["strategy"]["generation"] == 0
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="alpha"):
+        loop(alpha=1.5)
+    with pytest.raises(ConfigurationError, match="steps must be positive and ascending"):
+        loop(steps=(300, 100))
