@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from qratk.surrogates.base import surrogates
+from qratk.testing import SurrogateContract
+
+
+class TestRegisteredSurrogates(SurrogateContract):
+    @pytest.fixture(params=surrogates.names())
+    def make(self, request):
+        return partial(surrogates.create, request.param)
