@@ -1,0 +1,63 @@
+"""What low bits would cost: the quantisation residual weighted by the Fisher diagonal (Eq. 24)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.errors import ConfigurationError
+from qratk.estimators.base import ImportanceEstimator, estimators
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qratk.backbone.module import FineTuneModule
+
+
+@estimators.register("fisher_residual")
+class FisherResidual(ImportanceEstimator):
+    """I_q(l) = sum over projections W of <F_W, (W - Q(W))^2>, Q at the lowest bits of the ladder (Eq. 24).
+
+    F_W is the mean over sequences of the squared gradient of each (squaring the mean gradient of a batch would be
+    far smaller: single gradients cancel). One sequence's gradient of one projection exists at a time.
+
+    Args:
+        max_batches: use at most so many of the batches.
+    """
+
+    def __init__(self, max_batches: int | None = None) -> None:
+        if max_batches is not None and max_batches < 1:
+            raise ConfigurationError(f"fisher_residual: max_batches must be at least 1, got {max_batches}")
+        self.max_batches = max_batches
+
+    def estimate(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
+    ) -> NDArray[np.float64]:
+        """Scores (L,); the bank must hold the lowest bits. Raises `DataError` when nothing is labelled."""
+        from qratk.estimators._streaming.gradients import BatchSize, per_sequence, stream
+
+        layers = module.backbone.layers
+        projections = {name: projection for layer in layers for name, projection in layer.modules}
+        layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
+        sums = np.zeros(len(layers))
+
+        def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+            projection = projections[name]
+            residual = projection.reference.float() - projection.dequantized(lowest_bits).float()
+            x, grad = per_sequence(x, grad, name, size.sequences)
+            sums[layer_of[name]] += _weighted_residual(x, grad, residual.square_())
+
+        sizes = stream(module.backbone.model, projections, batches[: self.max_batches], visit)
+        return sums / sum(size.labelled for size in sizes)
+
+
+def _weighted_residual(x: Tensor, grad: Tensor, squared_residual: Tensor) -> float:
+    """Sum over sequences of <G^2, residual^2> with G = grad^T x, (d_out, d_in) of one sequence."""
+    total = 0.0
+    for inputs, gradients in zip(x, grad, strict=True):
+        gradient = gradients.float().T @ inputs.float()
+        total += float((gradient.square_() * squared_residual).sum())
+    return total

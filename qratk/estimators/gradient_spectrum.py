@@ -1,0 +1,102 @@
+"""What an adapter could learn: the leading spectral energy of the mean gradient (Eq. 25, 26)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.errors import ConfigurationError
+from qratk.core.memory import parse_bytes
+from qratk.estimators.base import ImportanceEstimator, estimators
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qratk.backbone.bank import BankLinear
+    from qratk.backbone.module import FineTuneModule
+
+
+@estimators.register("gradient_spectrum")
+class GradientSpectrum(ImportanceEstimator):
+    """I_r(l) = sum over projections of the largest `components` squared singular values of the mean gradient.
+
+    The gradient is that of the projection's own weight, averaged over the batches (Eq. 25: the K steps of a probe;
+    the weights stay as they are, so that the result does not depend on a learning rate). Dense mean gradients are
+    held for as many projections at a time as `gradient_memory` allows; the batches are gone through once for each
+    such chunk.
+
+    Args:
+        components: number of singular values, J_0.
+        max_batches: use at most so many of the batches, K.
+        gradient_memory: bytes of float32 gradients held at a time, e.g. "1GiB"; one projection always fits.
+    """
+
+    def __init__(
+        self, components: int = 8, max_batches: int | None = None, gradient_memory: str | int = "1GiB"
+    ) -> None:
+        if components < 1 or (max_batches is not None and max_batches < 1):
+            raise ConfigurationError("gradient_spectrum: components and max_batches must be at least 1")
+        self.components = components
+        self.max_batches = max_batches
+        self.gradient_bytes = parse_bytes(gradient_memory)
+
+    def estimate(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
+    ) -> NDArray[np.float64]:
+        """Scores (L,). Raises `DataError` when nothing is labelled."""
+        layers = module.backbone.layers
+        layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
+        projections = [projection for layer in layers for projection in layer.modules]
+        scores = np.zeros(len(layers))
+        for chunk in _chunks(projections, self.gradient_bytes):
+            gradients = _mean_gradients(module.backbone.model, chunk, batches[: self.max_batches])
+            for name in (name for name in chunk if name in gradients):  # an expert that no token reached has none
+                scores[layer_of[name]] += spectral_energy(gradients[name], self.components)
+        return scores
+
+
+def spectral_energy(matrix: Tensor, components: int) -> float:
+    """Sum of the largest squared singular values of a matrix: eigenvalues of the smaller Gram matrix, in float64."""
+    import torch
+
+    matrix = matrix.double()
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    # Rounding may turn a zero eigenvalue negative.
+    return float(torch.linalg.eigvalsh(gram)[-components:].clamp(min=0).sum())
+
+
+def _chunks(projections: Sequence[tuple[str, BankLinear]], limit_bytes: int) -> Iterator[dict[str, BankLinear]]:
+    chunk: dict[str, BankLinear] = {}
+    held = 0
+    for name, projection in projections:
+        size = 4 * projection.shape[0] * projection.shape[1]
+        if chunk and held + size > limit_bytes:
+            yield chunk
+            chunk, held = {}, 0
+        chunk[name] = projection
+        held += size
+    if chunk:
+        yield chunk
+
+
+def _mean_gradients(
+    model: Any, projections: dict[str, BankLinear], batches: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Gradient (d_out, d_in) of each weight, averaged over batches, each the mean over its labelled sequences."""
+    import torch
+
+    from qratk.estimators._streaming.gradients import BatchSize, stream
+
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+        gradient = grad.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros_like(gradient)
+        sums[name].add_(gradient, alpha=1.0 / size.labelled)
+
+    sizes = stream(model, projections, batches, visit)
+    return {name: gradient / len(sizes) for name, gradient in sums.items()}

@@ -1,0 +1,230 @@
+"""Importance estimators against dense gradients of plain models by autograd."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import estimator_models as toys
+import numpy as np
+import pytest
+import torch
+
+from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
+from qratk.estimators._streaming.gradients import per_sequence
+from qratk.estimators.base import estimators
+from qratk.estimators.gradient_spectrum import spectral_energy
+
+NAMES = ("fisher_residual", "gradient_spectrum", "uniform")
+FAMILIES = {"llama": toys.llama, "gpt2": toys.gpt2}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def models(request: pytest.FixtureRequest) -> toys.Models:
+    return toys.models(request.param)
+
+
+@pytest.fixture
+def llama() -> toys.Models:
+    return toys.models(toys.llama)
+
+
+def estimate(name: str, models: toys.Models, batches: list[dict[str, torch.Tensor]], **options: object) -> np.ndarray:
+    return estimators.create(name, **options).estimate(models.module, batches, lowest_bits=toys.LOWEST)
+
+
+def fisher_by_autograd(models: toys.Models, batches: list[dict[str, torch.Tensor]]) -> np.ndarray:
+    """Eq. 24 with a loop over single sequences and dense gradients."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch["labels"]))]
+    gradients = [toys.dense_gradients(models, batch, slice(row, row + 1)) for batch, row in rows]
+    scores = []
+    for layer in models.module.backbone.layers:
+        total = 0.0
+        for name, bank in layer.modules:
+            fisher = torch.stack([g[name].square() for g in gradients]).mean(dim=0)
+            total += float((fisher * (bank.reference - bank.dequantized(toys.LOWEST)).square()).sum())
+        scores.append(total)
+    return np.array(scores)
+
+
+def spectrum_by_svd(models: toys.Models, batches: list[dict[str, torch.Tensor]], components: int) -> np.ndarray:
+    """Eq. 25-26 with dense gradients and a singular value decomposition."""
+    gradients = [toys.dense_gradients(models, batch, slice(None)) for batch in batches]
+    scores = []
+    for layer in models.module.backbone.layers:
+        means = [torch.stack([g[name] for g in gradients]).mean(dim=0) for name, _ in layer.modules]
+        scores.append(sum(float(torch.linalg.svdvals(m)[:components].square().sum()) for m in means))
+    return np.array(scores)
+
+
+def test_fisher_residual_equals_dense_gradients_of_single_sequences(models: toys.Models) -> None:
+    batches = toys.batches()
+    np.testing.assert_allclose(
+        estimate("fisher_residual", models, batches), fisher_by_autograd(models, batches), rtol=2e-4
+    )
+
+
+def test_fisher_residual_is_not_the_square_of_the_batch_gradient(llama: toys.Models) -> None:
+    [batch] = toys.batches(count=1)
+    gradient = toys.dense_gradients(llama, batch, slice(None))
+    squared_mean = sum(
+        float((gradient[name].square() * (bank.reference - bank.dequantized(toys.LOWEST)).square()).sum())
+        for layer in llama.module.backbone.layers
+        for name, bank in layer.modules
+    )
+    assert estimate("fisher_residual", llama, [batch]).sum() > 1.5 * squared_mean
+
+
+@pytest.mark.parametrize("components", [1, 8])
+def test_gradient_spectrum_equals_singular_values_of_dense_mean_gradients(models: toys.Models, components: int) -> None:
+    batches = toys.batches()
+    np.testing.assert_allclose(
+        estimate("gradient_spectrum", models, batches, components=components),
+        spectrum_by_svd(models, batches, components),
+        rtol=2e-4,
+    )
+
+
+def test_gradient_spectrum_does_not_depend_on_the_memory_for_gradients(llama: toys.Models) -> None:
+    batches = toys.batches()
+    whole = estimate("gradient_spectrum", llama, batches)
+    np.testing.assert_array_equal(estimate("gradient_spectrum", llama, batches, gradient_memory="1KiB"), whole)
+
+
+def test_gradient_memory_bounds_what_is_held_at_a_time(llama: toys.Models) -> None:
+    from qratk.estimators.gradient_spectrum import _chunks
+
+    projections = [p for layer in llama.module.backbone.layers for p in layer.modules]
+    chunks = list(_chunks(projections, 3000))
+    assert [name for chunk in chunks for name in chunk] == [name for name, _ in projections]
+    assert len(chunks) > 1
+    for chunk in chunks:
+        held = sum(4 * bank.shape[0] * bank.shape[1] for bank in chunk.values())
+        assert held <= 3000 or len(chunk) == 1
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_scores_add_up_over_a_finer_split_of_the_layers(name: str, llama: toys.Models) -> None:
+    batches = toys.batches()
+    blocks = estimate(name, llama, batches)
+    backbone = llama.module.backbone
+    parts = [SimpleNamespace(name=n, modules=((n, bank),)) for layer in backbone.layers for n, bank in layer.modules]
+    split = SimpleNamespace(backbone=SimpleNamespace(model=backbone.model, layers=tuple(parts)))
+    single = estimators.create(name).estimate(split, batches, lowest_bits=toys.LOWEST)
+    sizes = [len(layer.modules) for layer in backbone.layers]
+    sums = [single[start:stop].sum() for start, stop in itertools.pairwise(np.cumsum([0, *sizes]))]
+    np.testing.assert_allclose(blocks, sums, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_does_not_change_the_scores(name: str, llama: toys.Models) -> None:
+    [batch] = toys.batches(count=1)
+    size = len(batch["labels"])
+    fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    padded = {k: torch.cat([v, torch.full((size, 5), fill[k])], dim=1) for k, v in batch.items()}
+    np.testing.assert_allclose(estimate(name, llama, [padded]), estimate(name, llama, [batch]), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_without_a_label_do_not_count(name: str, llama: toys.Models) -> None:
+    [batch] = toys.batches(count=1)
+    blank = {k: torch.cat([v, v[:1]]) for k, v in batch.items()}
+    blank["labels"][-1] = -100
+    unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    np.testing.assert_allclose(estimate(name, llama, [unlabelled, blank]), estimate(name, llama, [batch]), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_batches_without_any_label_are_an_error(name: str, llama: toys.Models) -> None:
+    [batch] = toys.batches(count=1)
+    with pytest.raises(DataError, match="labelled token"):
+        estimate(name, llama, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_module_and_random_state_are_left_as_found(name: str, models: toys.Models) -> None:
+    model = models.module.backbone.model
+    model.train()
+    model.get_submodule(models.module.backbone.layers[1].name).eval()
+    adapter = torch.nn.Parameter(torch.ones(1))  # a trainable parameter in the graph must not collect a gradient
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0] * adapter,))
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    scores = estimate(name, models, toys.batches())
+    handle.remove()
+    assert scores.shape == (3,)
+    assert scores.dtype == np.float64
+    assert np.isfinite(scores).all()
+    assert (scores > 0).all()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert adapter.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for _, bank in _banks(models) for module in [bank])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def _banks(models: toys.Models) -> list[tuple[str, torch.nn.Module]]:
+    return [pair for layer in models.module.backbone.layers for pair in layer.modules]
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_hooks_and_modes_are_restored_after_an_error(name: str, llama: toys.Models) -> None:
+    model = llama.module.backbone.model.train()
+    [batch] = toys.batches(count=1)
+    with pytest.raises(KeyError):
+        estimate(name, llama, [{k: v for k, v in batch.items() if k != "attention_mask"}])
+    assert model.training
+    assert all(not bank._forward_hooks for _, bank in _banks(llama))
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_max_batches_uses_the_first_ones(name: str, llama: toys.Models) -> None:
+    batches = toys.batches(count=3)
+    np.testing.assert_array_equal(estimate(name, llama, batches, max_batches=1), estimate(name, llama, batches[:1]))
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_scores_are_equal_with_and_without_dropout_in_the_training_mode(name: str, llama: toys.Models) -> None:
+    batches = toys.batches(count=1)
+    scores = []
+    for training in (True, False):
+        llama.module.backbone.model.train(training)
+        scores.append(estimate(name, llama, batches))
+    np.testing.assert_array_equal(*scores)
+
+
+def test_spectral_energy_of_a_diagonal_matrix_is_known() -> None:
+    matrix = torch.zeros(3, 5)
+    matrix[0, 0], matrix[1, 1], matrix[2, 2] = 3.0, -2.0, 1.0
+    assert spectral_energy(matrix, 2) == pytest.approx(13.0)
+    assert spectral_energy(matrix.T, 8) == pytest.approx(14.0)
+
+
+def test_flattened_tokens_are_told_apart_by_sequence() -> None:
+    x, grad = torch.arange(24.0).reshape(2, 3, 4), torch.arange(12.0).reshape(2, 3, 2)
+    found = per_sequence(x.reshape(6, 4), grad.reshape(6, 2), "mlp", 2)
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[1], grad)
+
+
+def test_rows_that_belong_to_no_sequence_are_an_error() -> None:
+    with pytest.raises(UnsupportedModelError, match="batch size of 1"):
+        per_sequence(torch.zeros(5, 4), torch.zeros(5, 2), "experts.0", 2)
+
+
+@pytest.mark.parametrize("options", [{"components": 0}, {"max_batches": 0}, {"gradient_memory": "much"}])
+def test_bad_options_of_the_spectrum_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError):
+        estimators.create("gradient_spectrum", **options)
+
+
+def test_bad_options_of_the_fisher_residual_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="max_batches"):
+        estimators.create("fisher_residual", max_batches=0)
+
+
+def test_uniform_scores_are_one() -> None:
+    module = SimpleNamespace(backbone=SimpleNamespace(layers=(None,) * 4))
+    np.testing.assert_array_equal(estimators.create("uniform").estimate(module, [], lowest_bits=2), np.ones(4))
