@@ -1,4 +1,4 @@
-"""Data modules: instruction tuning, multiple choice and plain text. Nothing heavy is imported before it is asked for."""
+"""Data modules: instruction tuning, multiple choice, plain text. Nothing heavy is imported before it is asked for."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,14 +29,33 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _DEFAULT_LENGTH = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
-    """Tokens of one row, whether each is labelled, whether some were cut off, and the item it belongs to."""
+    """Tokens of a row, (T,), which are labelled, (T,), whether some were cut off, and the item it belongs to."""
 
-    tokens: tuple[int, ...]
-    labelled: tuple[bool, ...]
+    tokens: NDArray[np.int32]
+    labelled: NDArray[np.bool_]
     truncated: bool = False
     item: int = 0
+
+
+def encoded(tokens: Sequence[int], labelled: Sequence[bool], *, truncated: bool = False, item: int = 0) -> Encoded:
+    """A row from plain lists."""
+    return Encoded(np.array(tokens, dtype=np.int32), np.array(labelled, dtype=np.bool_), truncated, item)
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """One batch, padded at the right to its longest row: input_ids, attention_mask, labels, each (B, T) int64."""
+    width = max(len(row.tokens) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORE)
+    for index, row in enumerate(rows):
+        size = len(row.tokens)
+        tokens = torch.from_numpy(row.tokens.astype(np.int64))
+        ids[index, :size], mask[index, :size] = tokens, 1
+        labels[index, :size] = torch.where(torch.from_numpy(row.labelled), tokens, IGNORE)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class TaskData(LightningDataModule, ABC):
         self._check_options()
 
     def _check_options(self) -> None:
-        sizes = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
+        sizes: dict[str, int | None] = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
         sizes |= {f"max_{split}_items": limit for split, limit in self.limits.items()}
         sizes |= {"max_length": self._max_length, "validation_items": self.validation_items}
         for name, value in sizes.items():
@@ -247,7 +267,7 @@ class TaskData(LightningDataModule, ABC):
     def training_rows(self) -> tuple[Encoded, ...]:
         """Encoded rows to train on, only those with something to learn."""
         if ("train", True) not in self._encoded:
-            rows = tuple(row for row in self.encode_training(self.items("train")) if any(row.labelled[1:]))
+            rows = tuple(row for row in self.encode_training(self.items("train")) if row.labelled[1:].any())
             if not rows:
                 raise DataError(f"no training row has anything to learn within max_length {self.max_length}: raise it")
             self._encoded["train", True] = rows
@@ -261,31 +281,22 @@ class TaskData(LightningDataModule, ABC):
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """One batch, padded at the right to its longest row: input_ids, attention_mask, labels, each (B, T) int64."""
-        width = max(len(row.tokens) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, IGNORE)
-        for index, row in enumerate(rows):
-            tokens = torch.tensor(row.tokens, dtype=torch.int64)
-            ids[index, : len(tokens)] = tokens
-            mask[index, : len(tokens)] = 1
-            labels[index, : len(tokens)] = torch.where(torch.tensor(row.labelled), tokens, IGNORE)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return collate(rows, self.pad_id)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Training batches from micro-batch `start_batch` on; endless when the Trainer has `max_steps`.
+        """Training batches from micro-batch `start_batch` on; endless unless a Trainer fits without `max_steps`.
 
         With several devices, give the Trainer `use_distributed_sampler=False`: the batches are already shared out.
         """
         rows = self.training_rows()
         rank, replicas = self._replica()
         length = None
-        if self.trainer is not None and self.trainer.max_steps == -1:
+        if self.trainer is not None and self.trainer.state.fn == "fit" and self.trainer.max_steps == -1:
             length = -(-len(rows) // (self.batch_size * replicas))
         sampler = StepSampler(
             len(rows), self.batch_size, self.seed, self.start_batch, length=length, rank=rank, replicas=replicas
         )
-        return self._loader(_Rows(rows, self.collate), sampler)
+        return self._loader(rows, sampler)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Scoring batches of the validation split."""
@@ -306,19 +317,22 @@ class TaskData(LightningDataModule, ABC):
         size = self.eval_batch_size
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         rank, replicas = self._replica()
-        return self._loader(_Rows(rows, self.collate, numbered=True), batches[rank::replicas])
+        return self._loader(rows, batches[rank::replicas], numbered=True)
 
     def _replica(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(self, rows: _Rows, batches: Any) -> DataLoader[dict[str, Tensor]]:
+    def _loader(
+        self, rows: Sequence[Encoded], batches: Any, *, numbered: bool = False
+    ) -> DataLoader[dict[str, Tensor]]:
         # A loader's iterator draws from the global generator unless it has its own: training would then depend on
         # how often validation ran.
         generator = torch.Generator().manual_seed(self.seed)
+        data: Any = _Rows(rows, self.pad_id, numbered=numbered)
         return DataLoader(
-            rows, batch_sampler=batches, collate_fn=rows.batch, num_workers=self.num_workers, generator=generator
+            data, batch_sampler=batches, collate_fn=data.batch, num_workers=self.num_workers, generator=generator
         )
 
     def calibration_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
@@ -368,8 +382,8 @@ class TaskData(LightningDataModule, ABC):
 class _Rows(torch.utils.data.Dataset[tuple[int, Encoded]]):
     """Encoded rows with their indices, and how to batch them."""
 
-    def __init__(self, rows: Sequence[Encoded], collate: Any, *, numbered: bool = False) -> None:
-        self.rows, self.collate, self.numbered = rows, collate, numbered
+    def __init__(self, rows: Sequence[Encoded], pad_id: int, *, numbered: bool) -> None:
+        self.rows, self.pad_id, self.numbered = rows, pad_id, numbered
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -379,7 +393,7 @@ class _Rows(torch.utils.data.Dataset[tuple[int, Encoded]]):
 
     def batch(self, pairs: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
         """One batch; with "row" where rows are numbered."""
-        batch: dict[str, Tensor] = self.collate([row for _, row in pairs])
+        batch = collate([row for _, row in pairs], self.pad_id)
         if self.numbered:
             batch["row"] = torch.tensor([index for index, _ in pairs], dtype=torch.int64)
         return batch

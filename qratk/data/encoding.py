@@ -10,7 +10,9 @@ from qratk.core.errors import DataError
 
 def prefix_token_id(tokenizer: Any) -> int | None:
     """What stands before the first token of a text: the beginning of sequence, else the end of sequence."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin: int | None = tokenizer.bos_token_id
+    end: int | None = tokenizer.eos_token_id
+    return end if begin is None else begin
 
 
 class PairEncoder:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData
+from qratk.data.base import Encoded, Item, Split, TaskData, encoded
 from qratk.data.encoding import encode_pieces, special_ids
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
@@ -90,11 +90,11 @@ class InstructionData(TaskData):
         beginning-of-sequence token stays in front."""
         limit = self.max_length
         if len(tokens) <= limit:
-            return Encoded(tuple(tokens), tuple(labelled), item=item)
+            return encoded(tokens, labelled, item=item)
         keep = 1 if tokens[0] == self.tokenizer.bos_token_id and limit > 2 else 0
         first = _richest_stretch(labelled[keep:], limit - keep, counts_first=bool(keep)) + keep
         cut = slice(first, first + limit - keep)
-        return Encoded(tuple(tokens[:keep] + tokens[cut]), tuple(labelled[:keep] + labelled[cut]), True, item)
+        return encoded(tokens[:keep] + tokens[cut], labelled[:keep] + labelled[cut], truncated=True, item=item)
 
     def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """One row an item."""
@@ -103,7 +103,7 @@ class InstructionData(TaskData):
     def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """One row an item. Raises DataError when an answer has nothing to score."""
         for row in self._encode(items):
-            if not any(row.labelled[1:]):
+            if not row.labelled[1:].any():
                 raise DataError(f"{items[row.item].where}: there is no answer to score; remove the row")
             yield row
 

@@ -61,9 +61,12 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     with _placed(model, device):
-        # lm-eval sets a padding token on the tokenizer it is given.
         harness = HFLM(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+            pretrained=_view(model),
+            tokenizer=copy.deepcopy(tokenizer),  # a padding token is set on it
+            batch_size=batch_size,
+            max_length=max_length,
+            softmax_dtype="float32",  # its default is the model's type: in bfloat16 choices would tie
         )
         results: dict[str, Any] | None = evaluate(
             harness, task_dict, limit=limit, bootstrap_iters=0, log_samples=log_samples
@@ -71,6 +74,31 @@ def run_lm_eval(
     if results is None:  # on other ranks than the first
         raise DataError("lm-eval returned no results: call it on the first process only")
     return results
+
+
+def _view(model: nn.Module) -> Any:
+    """The model as lm-eval wants it, but deaf to `tie_weights`, which could rewrite tensors of the bank."""
+    from torch import nn
+
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.viewed = model
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "viewed" else getattr(self.viewed, name)
+
+        @property
+        def device(self) -> Any:
+            return next(self.viewed.parameters()).device
+
+        def tie_weights(self) -> None:
+            """Nothing: the weights are as they should be."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.viewed(*args, **kwargs)
+
+    return View()
 
 
 @contextmanager

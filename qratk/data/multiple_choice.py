@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData
+from qratk.data.base import Encoded, Item, Split, TaskData, encoded
 from qratk.data.encoding import PairEncoder
 from qratk.data.scoring import ChoiceScore, ChoiceScorer
 from qratk.data.sources import Row
@@ -129,7 +129,8 @@ class MultipleChoiceData(TaskData):
 
     def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """Every choice after its prompt."""
-        pairs, owners = [], []
+        pairs: list[tuple[str, str]] = []
+        owners: list[int] = []
         for index, item in enumerate(items):
             pairs += self.choices(item).pairs
             owners += [index] * (len(pairs) - len(owners))
@@ -145,9 +146,9 @@ class MultipleChoiceData(TaskData):
                     f"{items[owner].where}: a choice has {len(continuation)} tokens, needed are 1 to max_length - 1 "
                     f"({limit - 1})"
                 )
-            tokens = tuple(context + continuation)[-limit:]  # cut from the left, as lm-eval does
-            labelled = (False,) * (len(tokens) - len(continuation)) + (True,) * len(continuation)
-            yield Encoded(tokens, labelled, len(context) + len(continuation) > limit, owner)
+            tokens = (context + continuation)[-limit:]  # cut from the left, as lm-eval does
+            labelled = [False] * (len(tokens) - len(continuation)) + [True] * len(continuation)
+            yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
 
     def build_scorer(self, split: Split) -> ChoiceScorer:
         """Scorer of acc, acc_norm, log_likelihood and nats."""

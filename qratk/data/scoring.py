@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def token_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
     pieces = [
         _log_probability(logits[row, column], targets[row, column])
-        for row, column in zip(rows.split(step), columns.split(step), strict=True)
+        for row, column in zip(torch.split(rows, step), torch.split(columns, step), strict=True)
     ]
     if pieces:
         # Unique indices: deterministic on a GPU, which adding up by index is not.
@@ -53,7 +53,8 @@ def greedy_match(logits: Tensor, labels: Tensor) -> Tensor:
 class Scorer(Metric):
     """Figures of a split from the log-likelihoods of its rows; every row of every item must be seen before `outcomes`.
 
-    Works with several replicas: states are summed, and a row that two replicas scored counts once.
+    Works with several replicas: states are summed, and a row that two replicas scored counts once. Figures are made on
+    the CPU in double precision, where adding up has one order.
     """
 
     full_state_update = False
@@ -63,13 +64,14 @@ class Scorer(Metric):
     tokens: Tensor
     seen: Tensor
     greedy: Tensor
-    items: Tensor
 
     def __init__(self, items: Sequence[int], num_items: int) -> None:
+        """`items` holds the item of each row."""
         super().__init__()
         rows = len(items)
         self.num_items = num_items
-        self.register_buffer("items", torch.tensor(items, dtype=torch.int64), persistent=False)  # (rows,)
+        self.items = torch.tensor(items, dtype=torch.int64)  # (rows,)
+        self._has_greedy = False
         self.add_state("log_likelihood", torch.zeros(rows), dist_reduce_fx="sum")
         for name in ("tokens", "seen", "greedy"):
             self.add_state(name, torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
@@ -77,12 +79,16 @@ class Scorer(Metric):
     def update(
         self, batch: Mapping[str, Tensor], log_likelihood: Tensor, tokens: Tensor, greedy: Tensor | None = None
     ) -> None:
-        """Take the summed log-likelihood and the number of labelled tokens of each row of a batch, both (B,)."""
+        """Take the summed log-likelihood and the number of labelled tokens of each row of a batch, both (B,).
+
+        `greedy`, (B,) bool, tells whether each row's labelled tokens were the likeliest ones: adds "exact_match".
+        """
         row = batch["row"].to(self.seen.device)
         self.log_likelihood.index_add_(0, row, log_likelihood.detach().to(self.log_likelihood))
         self.tokens.index_add_(0, row, tokens.to(self.tokens))
         self.seen.index_add_(0, row, torch.ones_like(row))
         if greedy is not None:
+            self._has_greedy = True
             self.greedy.index_add_(0, row, greedy.to(self.greedy))
 
     def compute(self) -> dict[str, Tensor]:
@@ -90,16 +96,18 @@ class Scorer(Metric):
         complete = self._complete()
         if not bool(complete.any()):
             raise DataError("no item was scored: run at least one scoring batch before asking for the score")
-        return self._figures(complete)
+        figures = self._figures(complete)
+        if self._has_greedy:
+            figures["exact_match"] = self._exact()[complete].double().mean()
+        return {name: self._placed(value) for name, value in figures.items()}
 
     def outcomes(self) -> Tensor:
         """Figure of each item, (num_items,), whose mean under the item weights is the score."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            complete = self._complete()
-            if not bool(complete.all()):
-                missing = int((~complete).sum())
+            missing = int((~self._complete()).sum())
+            if missing:
                 raise DataError(f"{missing} of {self.num_items} items were not scored: run all scoring batches")
-            return self._outcomes().clone()
+            return self._placed(self._outcomes())
 
     @abstractmethod
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
@@ -109,16 +117,24 @@ class Scorer(Metric):
     def _outcomes(self) -> Tensor:
         """Figure of each item, (num_items,)."""
 
+    @abstractmethod
+    def _exact(self) -> Tensor:
+        """Whether each item's right answer was the likeliest token by token, (num_items,) bool."""
+
+    def _placed(self, values: Tensor) -> Tensor:
+        # Apple's GPUs have no double precision.
+        return values.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+
     def _complete(self) -> Tensor:
-        missing = torch.zeros(self.num_items, dtype=torch.int64, device=self.seen.device)
-        return missing.index_add_(0, self.items, (self.seen == 0).long()) == 0
+        return self._sum_by_item(self.seen.cpu() == 0) == 0
+
+    def _sum_by_item(self, values: Tensor) -> Tensor:
+        return torch.zeros(self.num_items, dtype=torch.float64).index_add_(0, self.items, values.double())
 
     def _row_values(self) -> tuple[Tensor, Tensor]:
-        """Log-likelihood and tokens of each row, (rows,), in double precision where the device has it."""
-        times = self.seen.clamp(min=1)
-        # Apple's GPUs have no double precision.
-        precise = torch.float32 if self.seen.device.type == "mps" else torch.float64
-        return self.log_likelihood.to(precise) / times, (self.tokens // times).to(precise)
+        """Log-likelihood and tokens of each row, (rows,)."""
+        times = self.seen.cpu().clamp(min=1)
+        return self.log_likelihood.cpu().double() / times, (self.tokens.cpu() // times).double()
 
 
 class LikelihoodScorer(Scorer):
@@ -126,8 +142,7 @@ class LikelihoodScorer(Scorer):
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         log_likelihood, tokens = self._row_values()
-        zeros = log_likelihood.new_zeros(self.num_items)
-        return zeros.index_add(0, self.items, log_likelihood), zeros.index_add(0, self.items, tokens)
+        return self._sum_by_item(log_likelihood), self._sum_by_item(tokens)
 
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
         log_likelihood, tokens = self._sums()
@@ -138,13 +153,12 @@ class LikelihoodScorer(Scorer):
         log_likelihood, tokens = self._sums()
         return log_likelihood / tokens
 
+    def _exact(self) -> Tensor:
+        return self._sum_by_item(self.greedy.cpu() == 0) == 0
+
 
 class ChoiceScorer(Scorer):
     """Accuracy and likelihood of the right choice; the figures are lm-eval's where it has them."""
-
-    choice_rows: Tensor
-    lengths: Tensor
-    labels: Tensor
 
     def __init__(
         self, items: Sequence[int], labels: Sequence[int], lengths: Sequence[int], *, score: ChoiceScore
@@ -153,13 +167,12 @@ class ChoiceScorer(Scorer):
         super().__init__(items, len(labels))
         self.score = score
         counts = torch.bincount(self.items, minlength=len(labels))
-        width = int(counts.max())
         first = counts.cumsum(0) - counts
-        columns = torch.arange(width)
-        rows = torch.where(columns < counts[:, None], first[:, None] + columns, -1)
-        self.register_buffer("choice_rows", rows, persistent=False)  # (num_items, width), -1 where there is no choice
-        self.register_buffer("lengths", torch.tensor(lengths, dtype=torch.float64).to(torch.float32), persistent=False)
-        self.register_buffer("labels", torch.tensor(labels, dtype=torch.int64), persistent=False)
+        columns = torch.arange(int(counts.max()))
+        # (num_items, most choices), -1 where there is no choice
+        self.choice_rows = torch.where(columns < counts[:, None], first[:, None] + columns, -1)
+        self.lengths = torch.tensor(lengths, dtype=torch.float64)  # (rows,)
+        self.labels = torch.tensor(labels, dtype=torch.int64)  # (num_items,)
 
     def _per_item(self) -> dict[str, Tensor]:
         log_likelihood, _ = self._row_values()
@@ -168,15 +181,15 @@ class ChoiceScorer(Scorer):
         right = self.labels[:, None]
         return {
             # argmax gives the first of equals, as numpy's does in lm-eval.
-            "acc": (table.argmax(1) == self.labels).to(table),
-            "acc_norm": (normed.argmax(1) == self.labels).to(table),
+            "acc": (table.argmax(1) == self.labels).double(),
+            "acc_norm": (normed.argmax(1) == self.labels).double(),
             "log_likelihood": table.log_softmax(1).gather(1, right).squeeze(1),
             "nats": table.gather(1, right).squeeze(1),
         }
 
     def _table(self, values: Tensor) -> Tensor:
         present = self.choice_rows >= 0
-        return torch.where(present, values[self.choice_rows.clamp(min=0)], -torch.inf)  # (num_items, width)
+        return torch.where(present, values[self.choice_rows.clamp(min=0)], -torch.inf)  # (num_items, most choices)
 
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
         figures = {name: values[complete].mean() for name, values in self._per_item().items()}
@@ -185,7 +198,5 @@ class ChoiceScorer(Scorer):
     def _outcomes(self) -> Tensor:
         return self._per_item()[self.score]
 
-
-def as_floats(values: Mapping[str, Any]) -> dict[str, float]:
-    """Plain numbers of computed figures."""
-    return {name: float(value) for name, value in values.items()}
+    def _exact(self) -> Tensor:
+        return self._table(self.greedy.cpu().double()).gather(1, self.labels[:, None]).squeeze(1) > 0

@@ -76,10 +76,13 @@ def _read_one(source: str, split: str) -> Iterator[Row]:
         files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if files:
             return (row for file in files for row in _read_file(Path(file)))
-    if "#" not in source and (source.endswith(FILE_SUFFIXES) or source.startswith(("/", "./", "../", "~"))):
-        if not path.is_dir():
-            raise DataError(f"{split} data: there is no file {source}; paths are relative to {Path.cwd()}")
+    if _looks_like_path(source) and not path.is_dir():
+        raise DataError(f"{split} data: there is no file {source}; relative paths start at {Path.cwd()}")
     return _read_hub(source, split)
+
+
+def _looks_like_path(source: str) -> bool:
+    return "#" not in source and (source.endswith(FILE_SUFFIXES) or source.startswith(("/", "./", "../", "~")))
 
 
 def _read_file(path: Path) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData
+from qratk.data.base import Encoded, Item, Split, TaskData, encoded
 from qratk.data.encoding import bare_ids, prefix_token_id
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
@@ -79,8 +79,8 @@ class TextData(TaskData):
     def _blocks(self, tokens: Sequence[int], labelled: Sequence[bool]) -> Iterator[Encoded]:
         size = self.max_length
         for first in range(0, len(tokens), size):
-            if len(block := tuple(tokens[first : first + size])) > 1:
-                yield Encoded(block, tuple(labelled[first : first + size]))
+            if len(block := tokens[first : first + size]) > 1:
+                yield encoded(block, labelled[first : first + size])
 
     def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """Windows over each document in which every token but the first is labelled once."""
@@ -90,9 +90,9 @@ class TextData(TaskData):
             done = 1
             while done < len(tokens):
                 end = min(len(tokens), size if done == 1 else done + step)
-                window = tuple(tokens[max(0, end - size) : end])
+                window = tokens[max(0, end - size) : end]
                 new = end - done
-                yield Encoded(window, (False,) * (len(window) - new) + (True,) * new, item=index)
+                yield encoded(window, [False] * (len(window) - new) + [True] * new, item=index)
                 done = end
 
     def build_scorer(self, split: Split) -> LikelihoodScorer:
@@ -108,5 +108,5 @@ def scored_tokens(rows: Sequence[Encoded], num_items: int) -> tuple[float, ...]:
     """Scored tokens of each item."""
     weights = [0.0] * num_items
     for row in rows:
-        weights[row.item] += sum(row.labelled[1:])
+        weights[row.item] += float(row.labelled[1:].sum())
     return tuple(weights)
