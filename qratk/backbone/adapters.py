@@ -113,6 +113,14 @@ class Adapters:
         wrapper.r[_ADAPTER], wrapper.lora_alpha[_ADAPTER] = rank, self.options.lora_alpha(rank)
         wrapper.scaling[_ADAPTER] = self.options.scaling(rank)
 
+    def delta(self, name: str) -> torch.Tensor:
+        """What an adapter adds to its projection's weight, scaling * B A, (d_out, d_in); 0 at rank 0."""
+        wrapper, bank = self._wrappers[name], self.banks[name]
+        if _ADAPTER not in wrapper.lora_A:
+            return torch.zeros(bank.shape, device=bank.device)
+        product: torch.Tensor = wrapper.lora_B[_ADAPTER].weight @ wrapper.lora_A[_ADAPTER].weight
+        return (product * wrapper.scaling[_ADAPTER]).detach()
+
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters in model order, as in 'model.layers.0.mlp.up_proj.lora_A.weight'."""
         found = []
@@ -158,7 +166,7 @@ class Adapters:
         return {
             "trained_in": "float32",
             "stored_in": stored,
-            "text": f"adapters are trained in float32 (so are AdamW's moments) and stored, counted and scored in {stored}",
+            "text": f"adapters are trained in float32, as are AdamW's moments; stored, counted and scored in {stored}",
         }
 
     def save(self, directory: str | Path) -> None:

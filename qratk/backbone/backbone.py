@@ -215,6 +215,17 @@ class Backbone:
             if 16 not in self._built:
                 bank.drop_variant(16)
 
+    def install(
+        self, packed: Mapping[str, tuple[int, Variant, torch.Tensor | None]], *, digest: str | None = None
+    ) -> None:
+        """Fill a backbone without weights from stored ones: for each projection its bits, packed weight and bias."""
+        missing = sorted(self._banks.keys() ^ packed.keys())
+        if missing:
+            raise ConfigurationError(f"the stored projections are not those of the model; the first is {missing[0]!r}")
+        for name, (bits, variant, bias) in packed.items():
+            self._banks[name].install(bits, variant, bias)
+        self._digest = digest
+
     def dense_cache(self, enabled: bool) -> None:
         """Keep dequantised weights of the active configuration in memory, or not; results are the same to the bit."""
         for bank in self._banks.values():

@@ -156,6 +156,11 @@ class BankLinear(nn.Linear):
         self._variants[bits] = variant
         self._cached = None
 
+    def install(self, bits: int, variant: Variant, bias: torch.Tensor | None) -> None:
+        """Hold this packed weight and bias and nothing else."""
+        self._reference, self._bias = None, bias
+        self._variants, self._active, self._cached = {bits: variant}, bits, None
+
     def drop_variant(self, bits: int) -> None:
         """Take a packed weight out of the bank; nothing happens when it is not there."""
         self._variants.pop(bits, None)

@@ -1,0 +1,1 @@
+"""Models for other tools: native quantised layers, dense merged weights, and our own packed format."""

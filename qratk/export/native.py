@@ -1,0 +1,164 @@
+"""A plain Hugging Face model whose projections are layers of bitsandbytes and hqq with the bank's own codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+from qratk.backbone.bank import BankLinear, DequantizedMatmul, Variant
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.export.skeleton import empty_like, fill, replace_module
+from qratk.quantizers.hqq import HQQQuantizer
+from qratk.quantizers.int8 import Int8Quantizer
+from qratk.quantizers.nf4 import NF4Quantizer
+from qratk.quantizers.none import NoQuantizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qratk.backbone.backbone import Backbone
+
+
+def native_model(
+    backbone: Backbone, configuration: Configuration, *, int8_activations: bool = False
+) -> PreTrainedModel:
+    """Plain Hugging Face model at a configuration: `Linear4bit`, `Linear8bitLt`, `HQQLinear` and `nn.Linear` layers.
+
+    They hold copies of the bank's packed codes, so `PeftModel.from_pretrained(native_model(...), adapter_directory)`
+    with an adapter written by `Backbone.save_adapter` gives the backbone's logits to the bit. One thing stands against
+    that: in eval mode bitsandbytes' `Linear8bitLt` quantises activations too (about 0.2 % on logits), on CUDA always.
+    The adapters were trained and scored without that, so by default the 8-bit layers are `WeightOnlyLinear8bitLt`,
+    a subclass that PEFT takes for the original and that multiplies by the dequantised weight in both modes.
+    `int8_activations=True` gives the original, for whoever wants its speed more than equality.
+
+    Raises `QuantizationError` when a projection is packed by a quantizer without a native layer, or is not in the bank
+    at the wanted bits.
+    """
+    if len(configuration) != len(backbone.layers):
+        raise ConfigurationError(
+            f"the model has {len(backbone.layers)} layers, but the configuration has {len(configuration)}"
+        )
+    model = empty_like(backbone)
+    fill(model, backbone.fixed_tensors())
+    for layer, choice in zip(backbone.layers, configuration.layers, strict=True):
+        for name, bank in layer.modules:
+            module = _native_layer(name, bank, choice.bits, backbone.compute_dtype, int8_activations)
+            replace_module(model, name, module)
+    # PEFT dispatches hand-built bitsandbytes layers as such only on a model that is marked so.
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+    return model.eval()
+
+
+class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):
+    """A `Linear8bitLt` that never quantises activations: the same product in training and evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Product with the dequantised weight, (..., d_out)."""
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        codes, absmax = self.state.CB, self.state.SCB
+        packed = {Int8Quantizer.CODES: codes, "absmax": absmax}
+        shape = (self.out_features, self.in_features)
+        dtype = x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        out: torch.Tensor = DequantizedMatmul.apply(
+            x, lambda: Int8Quantizer().dequantize(packed, shape, 8, dtype), bias, False
+        )
+        return out
+
+
+def _native_layer(name: str, bank: BankLinear, bits: int, dtype: torch.dtype, int8_activations: bool) -> nn.Module:
+    if bits not in bank.variants:
+        raise QuantizationError(f"{name}: the bank holds {sorted(bank.variants)} bits, not {bits}; build it first")
+    variant = bank.variants[bits]
+    makers: dict[type, Callable[[], nn.Module]] = {
+        NoQuantizer: lambda: _plain(bank, variant, dtype),
+        Int8Quantizer: lambda: _int8(bank, variant, dtype, int8_activations),
+        NF4Quantizer: lambda: _nf4(bank, variant, dtype),
+        HQQQuantizer: lambda: _hqq(bank, variant, dtype),
+    }
+    maker = makers.get(type(variant.quantizer))
+    if maker is None:
+        raise QuantizationError(
+            f"{name}: {type(variant.quantizer).__name__} has no native layer in PEFT; save the model in qratk's own "
+            "format (`save_quantized`), or export dense weights (`merged_model`)"
+        )
+    module = maker()
+    module.in_features, module.out_features = (
+        bank.in_features,
+        bank.out_features,
+    )  # HQQLinear sets them only when loaded
+    return module.train(False)
+
+
+def _bias(bank: BankLinear, dtype: torch.dtype) -> nn.Parameter | None:
+    return None if bank.bias is None else nn.Parameter(bank.bias.to(dtype, copy=True), requires_grad=False)
+
+
+def _plain(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
+    module = nn.Linear(bank.in_features, bank.out_features, bias=bank.bias is not None, device="meta")
+    weight = variant.dequantize(bank.shape, dtype)
+    module.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    module.bias = _bias(bank, dtype)
+    return module
+
+
+def _int8(bank: BankLinear, variant: Variant, dtype: torch.dtype, activations: bool) -> nn.Module:
+    cls = bnb.nn.Linear8bitLt if activations else WeightOnlyLinear8bitLt
+    module = cls(bank.in_features, bank.out_features, bias=bank.bias is not None, has_fp16_weights=False, device="meta")
+    codes, absmax = (variant.packed[key].clone() for key in (Int8Quantizer.CODES, "absmax"))
+    module.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+    module.bias = _bias(bank, dtype)
+    return module
+
+
+def _nf4(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
+    quantizer = variant.quantizer
+    assert isinstance(quantizer, NF4Quantizer)
+    # Copies: on CPUs with AVX512-BF16, Linear4bit repacks its weight in place.
+    packed = {key: tensor.clone() for key, tensor in variant.packed.items()}
+    state = quantizer.quant_state(packed, bank.shape, dtype)
+    state.code = state.code.clone()
+    module = bnb.nn.Linear4bit(
+        bank.in_features,
+        bank.out_features,
+        bias=bank.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=quantizer.double_quantization,
+        quant_type="nf4",
+        device="meta",
+    )
+    module.weight = bnb.nn.Params4bit(
+        packed[quantizer.CODES],
+        requires_grad=False,
+        quant_state=state,
+        blocksize=quantizer.block_size,
+        compress_statistics=quantizer.double_quantization,
+        quant_type="nf4",
+        module=module,
+        bnb_quantized=True,
+    )
+    module.quant_state = state
+    module.bias = _bias(bank, dtype)
+    return module
+
+
+def _hqq(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    quantizer = variant.quantizer
+    assert isinstance(quantizer, HQQQuantizer)
+    config: dict[str, Any] = BaseQuantizeConfig(nbits=variant.bits, group_size=quantizer.group_size, axis=1)
+    module = HQQLinear(None, config, compute_dtype=dtype, device=str(bank.device), initialize=False)
+    module.W_q = variant.packed[quantizer.CODES].clone()
+    module.meta = quantizer.library_meta(variant.packed, bank.shape, variant.bits, dtype)
+    bias = _bias(bank, dtype)
+    module.bias = None if bias is None else bias.detach()
+    module.cuda(str(bank.device))  # the library's name for "to this device", CPU included
+    module.ready = True
+    return module

@@ -1,0 +1,184 @@
+"""Our own format: the packed mixed-precision base of one configuration, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qratk.backbone.adapters import AdapterOptions
+from qratk.backbone.backbone import Backbone
+from qratk.backbone.bank import BankLinear, Variant
+from qratk.backbone.table import options
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.export.skeleton import empty_model, fill
+from qratk.quantizers.base import Quantizer, quantizers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT, VERSION = "qratk-quantized", 1
+DESCRIPTION, LAYERS, FIXED = "quantized.json", "quantized.safetensors", "fixed.safetensors"
+
+
+def save_quantized(backbone: Backbone, configuration: Configuration, directory: str | Path) -> Path:
+    """Directory with the packed base of a configuration, complete without the original checkpoint.
+
+    `quantized.safetensors` holds the layers, `<projection>/<part>`: its tensors take exactly the predicted storage
+    bytes less the adapters. `fixed.safetensors` holds embeddings, head and norms. `quantized.json` says bits and
+    quantizer of each projection; `config.json` and the tokenizer are Hugging Face's. Adapters are saved apart.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    bits = _bits(backbone, configuration)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, bank in backbone.banks.items():
+        parts = dict(bank.variants[bits[name]].packed)
+        if bank.bias is not None:
+            parts["bias"] = bank.bias
+        tensors |= {f"{name}/{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+    save_file(tensors, directory / LAYERS)
+    save_file({n: t.cpu().contiguous() for n, t in backbone.fixed_tensors().items()}, directory / FIXED)
+    backbone.config.save_pretrained(directory)
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(directory)
+    text = json.dumps(_description(backbone, configuration, bits), indent=2)
+    (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    return directory
+
+
+def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) -> Backbone:
+    """Backbone with that one configuration active (rank 0: load adapters or `activate` for others); same logits.
+
+    Raises `ConfigurationError` when the directory is not of this format.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(directory)
+    description = read_description(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    model = empty_model(AutoModelForCausalLM, config)
+    fill(model, load_file(directory / FIXED))
+    backbone = Backbone.from_model(
+        model,
+        _tokenizer(directory, trust_remote_code=trust_remote_code),
+        quantizers={int(bits): _quantizer(spec) for bits, spec in description["quantizers"].items()},
+        granularity=description["granularity"],
+        target_modules=description["target_modules"],
+        adapter=AdapterOptions(**description["adapter"]),
+        compute_dtype=description["compute_dtype"],
+    )
+    backbone.install(_variants(description["projections"], load_file(directory / LAYERS)), digest=description["digest"])
+    configuration = Configuration.from_text(description["configuration"])
+    backbone.activate(Configuration.of(configuration.bits, [0] * len(configuration)), seed=0)
+    return backbone
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """What `quantized.json` says; raises `ConfigurationError` when it is missing or of another format."""
+    path = Path(directory) / DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigurationError(
+            f"{directory} holds no quantised model: {path.name} cannot be read ({error})"
+        ) from error
+    if description.get("format") != FORMAT or description.get("version") != VERSION:
+        raise ConfigurationError(
+            f"{path}: expected format {FORMAT!r} version {VERSION}, got {description.get('format')!r} "
+            f"version {description.get('version')!r}"
+        )
+    return description
+
+
+def stored_bytes(directory: str | Path) -> int:
+    """Bytes of the layers' tensors in the directory, read from the file's header."""
+    from safetensors import safe_open
+
+    with safe_open(Path(directory) / LAYERS, framework="pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+
+def _bits(backbone: Backbone, configuration: Configuration) -> dict[str, int]:
+    if len(configuration) != len(backbone.layers):
+        raise ConfigurationError(
+            f"the model has {len(backbone.layers)} layers, but the configuration has {len(configuration)}"
+        )
+    bits = {
+        name: choice.bits
+        for layer, choice in zip(backbone.layers, configuration.layers, strict=True)
+        for name, _ in layer.modules
+    }
+    for name, bank in backbone.banks.items():
+        if bits[name] not in bank.variants:
+            raise QuantizationError(f"{name}: the bank holds {sorted(bank.variants)} bits, not {bits[name]}")
+    return bits
+
+
+def _description(backbone: Backbone, configuration: Configuration, bits: Mapping[str, int]) -> dict[str, Any]:
+    target = backbone.target_modules
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "configuration": str(configuration),
+        "granularity": backbone.granularity,
+        "target_modules": target if isinstance(target, str) else list(target),
+        "compute_dtype": str(backbone.compute_dtype).removeprefix("torch."),
+        "adapter": asdict(backbone.adapters.options),
+        "digest": backbone.digest(),
+        "quantizers": {b: _specification(quantizer) for b, quantizer in backbone.table.quantizers.items()},
+        "projections": {name: _projection(bank, bits[name]) for name, bank in backbone.banks.items()},
+    }
+
+
+def _projection(bank: BankLinear, bits: int) -> dict[str, Any]:
+    variant = bank.variants[bits]
+    return {
+        "bits": bits,
+        "packed_bits": variant.bits,
+        "shape": list(bank.shape),
+        "quantizer": _specification(variant.quantizer),
+    }
+
+
+def _specification(quantizer: Quantizer) -> dict[str, Any]:
+    name = getattr(quantizer, "component_name", None)
+    if name is None:
+        raise QuantizationError(f"{type(quantizer).__name__} is not registered, so a file cannot name it; register it")
+    return {"name": name, "options": options(quantizer)}
+
+
+def _quantizer(specification: Mapping[str, Any]) -> Quantizer:
+    return quantizers.create(specification["name"], **specification["options"])
+
+
+def _variants(
+    projections: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, Variant, torch.Tensor | None]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        parts.setdefault(name, {})[part] = tensor
+    found = {}
+    for name, projection in projections.items():
+        if name not in parts:
+            raise ConfigurationError(f"{LAYERS} holds no tensors of {name!r}; the directory is incomplete")
+        bias = parts[name].pop("bias", None)
+        variant = Variant(_quantizer(projection["quantizer"]), int(projection["packed_bits"]), parts[name])
+        found[name] = (int(projection["bits"]), variant, bias)
+    return found
+
+
+def _tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
+    if not (directory / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

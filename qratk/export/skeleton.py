@@ -1,0 +1,50 @@
+"""A Hugging Face model without weights, to be filled with those of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qratk.backbone.backbone import Backbone
+
+
+def empty_like(backbone: Backbone) -> PreTrainedModel:
+    """A model of the backbone's class and configuration: parameters on the meta device, buffers real."""
+    return empty_model(type(backbone.base), backbone.config)
+
+
+def empty_model(cls: Any, config: Any) -> PreTrainedModel:
+    """A model of a class (or of `AutoModelForCausalLM`): parameters on the meta device, buffers real, in eval mode.
+
+    Buffers that are not stored, such as rotary frequencies, are computed when a model is built: so they must be real.
+    """
+    from accelerate import init_empty_weights
+
+    make = getattr(cls, "from_config", None) or cls._from_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = make(config)
+    return model.eval()
+
+
+def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put copies of tensors in place by name, then tie what the model ties."""
+    for name, tensor in tensors.items():
+        parent, _, attribute = name.rpartition(".")
+        module: nn.Module = model.get_submodule(parent)
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(tensor.clone(), requires_grad=False)
+        else:
+            module._buffers[attribute] = tensor.clone()
+    model.tie_weights()
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in place by qualified name."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

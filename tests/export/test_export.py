@@ -1,0 +1,77 @@
+"""Exports carry the same codes: logits are equal to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.space import SearchSpace
+from qratk.export.dense import merged_model
+from qratk.export.native import native_model
+from qratk.export.quantized import load_quantized, save_quantized, stored_bytes
+
+MIXED = Configuration.of([16, 8, 4, 3, 2], [2, 4, 8, 16, 0])
+
+
+def mixed_backbone(tiny_backbone, family, **options):
+    """Backbone at mixed bits and ranks, with adapters that do something."""
+    backbone = tiny_backbone(family, layers=5, bits=(2, 3, 4, 8, 16), **options)
+    backbone.activate(MIXED, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    state = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in backbone.adapter_state().items()}
+    backbone.load_adapter_state(state)
+    return backbone
+
+
+def stored_logits(backbone, batch):
+    with torch.no_grad(), backbone.stored_precision():
+        return backbone.model(**batch).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_saved_adapter_over_native_layers_gives_the_same_logits_to_the_bit(family, tiny_backbone, tiny_batch, tmp_path):
+    from peft import PeftModel
+
+    backbone = mixed_backbone(tiny_backbone, family)
+    backbone.save_adapter(tmp_path, MIXED)
+    native = PeftModel.from_pretrained(native_model(backbone, MIXED), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(native(**tiny_batch).logits, stored_logits(backbone, tiny_batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_reloaded_quantised_model_gives_the_same_logits_to_the_bit(family, tiny_backbone, tiny_batch, tmp_path):
+    backbone = mixed_backbone(tiny_backbone, family)
+    save_quantized(backbone, MIXED, tmp_path)
+    again = load_quantized(tmp_path)
+    again.activate(MIXED, seed=0)
+    again.load_adapter_state(backbone.adapter_state())
+    assert torch.equal(stored_logits(again, tiny_batch), stored_logits(backbone, tiny_batch))
+    assert again.digest() == backbone.digest()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_stored_bytes_are_the_predicted_storage_less_the_adapters(family, tiny_backbone, tmp_path):
+    backbone = mixed_backbone(tiny_backbone, family)
+    save_quantized(backbone, MIXED, tmp_path)
+    space = SearchSpace((2, 3, 4, 8, 16), (0, 2, 4, 8, 16), tuple(s.name for s in backbone.shapes))
+    footprint = backbone.memory_model(space).footprint(MIXED)
+    assert stored_bytes(tmp_path) == footprint.storage_bytes - footprint.adapters
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_dense_model_agrees_to_rounding(family, tiny_backbone, tiny_batch):
+    backbone = mixed_backbone(tiny_backbone, family)
+    with torch.no_grad():
+        merged = merged_model(backbone)(**tiny_batch).logits
+    torch.testing.assert_close(merged, stored_logits(backbone, tiny_batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_directory_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"quantized\.json"):
+        load_quantized(tmp_path)
+    (tmp_path / "quantized.json").write_text('{"format": "other"}')
+    with pytest.raises(ConfigurationError, match="expected format"):
+        load_quantized(tmp_path)
