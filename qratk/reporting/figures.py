@@ -245,7 +245,8 @@ def _scatter(axes: Axes, records: Sequence[Record], **style: Any) -> None:
 def _phases(axes: Axes, records: Sequence[Record]) -> None:
     """Thin lines where a phase begins, with the phases' names above the picture."""
     starts = [i for i, r in enumerate(records) if i == 0 or records[i - 1].candidate.phase != r.candidate.phase]
-    for start, stop in zip(starts, [*starts[1:], len(records)], strict=True):
+    stops = [*starts[1:], len(records)]
+    for start, stop in zip(starts, stops, strict=False):  # without records there is a stop but no start
         x = records[start].index + 0.5
         axes.axvline(x, color=GREY, linewidth=0.6, zorder=1)
         if stop - start >= 0.1 * len(records) or stop == len(records):  # a shorter one has no room for its name

@@ -75,7 +75,8 @@ class TerminalReporter(Reporter):
     def started(self, plan: SearchPlan) -> None:
         self._console = _console(self._stream)
         if self._plain is None:
-            self._plain = not self._console.is_terminal or self._console.is_dumb_terminal
+            # Not `console.is_terminal`: FORCE_COLOR would turn a log file into one.
+            self._plain = not self._stream.isatty() or self._console.is_dumb_terminal
         self._view.start(plan)
         self._replayed = plan.resumed == 0
         if self._plain:
