@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import Configuration
+from qratk.core.configuration import Configuration, unique
 from qratk.core.space import SearchSpace
 from qratk.mutations._proposer import Proposer
 
@@ -48,25 +48,23 @@ def sampled_ball(
 ) -> Iterator[Configuration]:
     """At most `size` different configurations of the ball, by chains of the proposer's guided operators.
 
-    A chain aims at a number of edits drawn from 1 to the radius; a mutation that would leave the ball ends it.
+    A chain of edits goes on until it would leave the ball; each configuration on its way is a member, so that
+    numbers of edits from 1 to the radius come up alike.
     """
-    operators = proposer.mutations
+    problem, operators = proposer.problem, proposer.mutations
     seen = {centre}
+    parent, edits = centre, 0
     for _ in range(2 * size):
-        child, aim = centre, int(rng.integers(1, radius + 1))
-        for _ in range(aim):
-            varied = operators[int(rng.integers(len(operators)))].mutate(proposer.problem, child, rng)
-            distance = _distance(proposer.problem.space, centre, varied)
-            if distance > radius:
-                break
-            child = varied
-            if distance >= aim:
-                break
-        if child not in seen:
+        child = operators[int(rng.integers(len(operators)))].mutate(problem, parent, rng)
+        edits += 1
+        left_the_ball = _distance(problem.space, centre, child) > radius
+        if not left_the_ball and child not in seen:
             seen.add(child)
             yield child
             if len(seen) > size:
                 return
+        # As many edits as the radius at most: coupled or reversed ones must not make a walk without end.
+        parent, edits = (centre, 0) if left_the_ball or edits == radius else (child, edits)
 
 
 def pool(
@@ -86,12 +84,8 @@ def pool(
     space = proposer.problem.space
     small = ball_size(space, centre, radius) - 1 <= size
     members = ball(space, centre, radius) if small else sampled_ball(proposer, centre, radius, size=size, rng=rng)
-    found: dict[Configuration, None] = {}
-    for member in members:
-        repaired = proposer.repaired(member)
-        if repaired is not None and repaired not in excluded:
-            found[repaired] = None
-    return tuple(found)
+    repaired = (proposer.repaired(member) for member in members)
+    return unique(member for member in repaired if member is not None and member not in excluded)
 
 
 def embed(space: SearchSpace, configurations: Sequence[Configuration]) -> NDArray[np.float64]:

@@ -58,7 +58,7 @@ class LowerLast(RepairPolicy):
 def toy_problem(num_layers: int = 3, budget_share: float = 0.6) -> Problem:
     """Problem of equal layers whose budget is a share of the largest configuration's bytes."""
     space = SearchSpace((2, 4, 8), (4, 8, 16), tuple(f"layer.{n}" for n in range(num_layers)))
-    layer = LayerBytes({q: 100 * q for q in space.bits}, {q: 0 for q in space.bits}, {r: 8 * r for r in space.ranks})
+    layer = LayerBytes({q: 100 * q for q in space.bits}, dict.fromkeys(space.bits, 0), {r: 8 * r for r in space.ranks})
     memory = MemoryModel(space, (layer,) * num_layers, (800,) * num_layers)
     shapes = tuple(LayerShape(name, (("proj", 20, 40),)) for name in space.layer_names)
     budget = Budget(int(budget_share * memory.bytes(space.largest)))

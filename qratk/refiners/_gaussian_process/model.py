@@ -25,8 +25,8 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from numpy.typing import NDArray
 
-CHUNK = 512
-"""Pool members scored at once: bounds the memory of the batched posterior, (chunk, n + 1, dimensions)."""
+CHUNK = 128
+"""Pool members scored at once. The batched posterior takes (chunk, n + 1, dimensions): 128 was twice as fast as 512."""
 
 
 class FitError(RuntimeError):
