@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from qratk.backbone.backbone import AdapterOptions, Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
-from qratk.data.base import Scorer, TaskData, token_log_likelihood
 from qratk.quantizers.base import Quantizer, quantizers
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -98,7 +97,7 @@ class FineTuneModule(LightningModule):
         self.schedule_steps = schedule_steps
         self.last_outcomes: tuple[float, ...] = ()
         self._backbone: Backbone | None = None
-        self._scorer: Scorer | None = None
+        self._scorer: Any = None  # a qratk.data Scorer
         self._scoring = ExitStack()
 
     # The backbone
@@ -108,7 +107,11 @@ class FineTuneModule(LightningModule):
         """The backbone; loaded when first asked for."""
         if self._backbone is None:
             self._backbone = self.load_backbone()
+            self._backbone.dense_cache(self.hparams.dense_cache)
+            if self.hparams.gradient_checkpointing:
+                self._backbone.enable_gradient_checkpointing()
             self.model = self._backbone.model  # registers the parameters
+            self.model.train(self.training)
         return self._backbone
 
     @property
@@ -144,6 +147,8 @@ class FineTuneModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
+        if stage == "fit":
+            self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
         if self.configuration is not None:
             return
         text = self.hparams.configuration
@@ -156,9 +161,6 @@ class FineTuneModule(LightningModule):
         configuration = spread(Configuration.from_text(text), len(backbone.layers))
         backbone.build_bank(sorted(set(configuration.bits)))
         backbone.release_reference()
-        backbone.dense_cache(self.hparams.dense_cache)
-        if self.hparams.gradient_checkpointing:
-            backbone.enable_gradient_checkpointing()
         self.activate(configuration)
 
     # Training
@@ -251,13 +253,10 @@ class FineTuneModule(LightningModule):
         self._scoring.enter_context(self.backbone.stored_precision())
 
     def _score(self, batch: dict[str, Tensor]) -> None:
-        assert self._scorer is not None
-        log_likelihood, tokens = token_log_likelihood(self(batch), batch["labels"])
-        self._scorer.update(batch, log_likelihood, tokens)
+        self._scorer.update(batch, *self._data().log_likelihood(self(batch), batch))
 
     def _end_scoring(self, stage: str) -> None:
         self._scoring.close()
-        assert self._scorer is not None
         self.last_outcomes = tuple(self._scorer.outcomes().double().cpu().tolist())
         metrics = {f"{stage}/{name}": value.float() for name, value in self._scorer.compute().items()}
         self.log_dict(metrics, prog_bar=True)
@@ -290,12 +289,12 @@ class FineTuneModule(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Row indices (B,), summed log-likelihoods (B,) in nats and labelled tokens (B,) of a batch."""
         with self.backbone.stored_precision():
-            log_likelihood, tokens = token_log_likelihood(self(batch), batch["labels"])
+            log_likelihood, tokens = self._data().log_likelihood(self(batch), batch)
         return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}
 
-    def _data(self) -> TaskData:
+    def _data(self) -> Any:
         data = self.trainer.datamodule
-        if not isinstance(data, TaskData):
+        if not hasattr(data, "scorer"):
             raise ConfigurationError(f"the data must be a qratk.data.TaskData, got {type(data).__name__}")
         return data
 

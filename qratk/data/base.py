@@ -345,6 +345,10 @@ class TaskData(LightningDataModule, ABC):
         """A fresh scorer of a split."""
         return self.build_scorer(stage)
 
+    def log_likelihood(self, logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a scorer takes of a batch: see `token_log_likelihood`."""
+        return token_log_likelihood(logits, batch["labels"])
+
     # Identity and description.
 
     def fingerprint(self) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +153,8 @@ class FineTuneEvaluator(Evaluator):
             module, trainer = self.module, self._trainer(max_steps=steps - done)
             module.resume_state = state
             self.data.start_batch = done * trainer.accumulate_grad_batches
-            trainer.fit(module, datamodule=self.data)
+            with quiet_lightning():
+                trainer.fit(module, datamodule=self.data)
             state = module.training_state()
             _save_state(self._path(configuration, steps), state, optimizer=self._continues(steps))
             module.resume_state = None
@@ -188,26 +191,25 @@ class FineTuneEvaluator(Evaluator):
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "limit_val_batches": 1.0,
             "check_val_every_n_epoch": None,
             "val_check_interval": None,
             "max_epochs": -1,
         }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        with quiet_lightning():
             return self.make_trainer(**{**quiet, **options})
 
     # Scoring
 
     def _validated(self) -> tuple[float, tuple[float, ...]]:
-        trainer = self._trainer()
-        metrics = trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
+        with quiet_lightning():
+            metrics = self._trainer().validate(self.module, datamodule=self.data, verbose=False)[0]
         return float(metrics["validation/score"]), self.module.last_outcomes
 
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
         self._train(evaluation.configuration, evaluation.steps)
-        metrics = self._trainer().test(self.module, datamodule=self.data, verbose=False)[0]
+        with quiet_lightning():
+            metrics = self._trainer().test(self.module, datamodule=self.data, verbose=False)[0]
         return {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
 
     def discard(self, evaluation: Evaluation) -> None:
@@ -225,6 +227,23 @@ class FineTuneEvaluator(Evaluator):
     def fingerprint(self) -> dict[str, str]:
         """Digests of the model with its quantisers, and of the data."""
         return {"model": self.module.backbone.digest(), "data": self.data.fingerprint()}
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Context without Lightning's notes on every Trainer: a search makes hundreds of them."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _save_state(path: Path, state: TrainingState, *, optimizer: bool) -> None:
