@@ -23,6 +23,7 @@ from qratk.reporting.tracker import Tracker
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette: told apart with any common colour vision, and by lightness in grey print.
 BLUE, ORANGE, RED, SKY, BLACK, GREY = (
@@ -61,22 +62,15 @@ class FrontParts:
 def front_figure(source: SearchResult | FrontParts) -> Figure:
     """Score against bytes of all that was measured at T_S: front, uniform baselines, best, budget.
 
-    A reference far over the budget is drawn as a level line, so that it does not squeeze the rest.
+    A reference far over the budget is drawn as a level line, so that it does not squeeze the rest; where most
+    measurements crowd in a corner, an inset enlarges it.
     """
     parts = FrontParts.of_result(source) if isinstance(source, SearchResult) else source
-    figure, axes = _new(7.0, 4.4)
+    crowd = _crowd(parts)
+    figure, axes, corner = _front_axes(zoom=crowd is not None)
     far = [e for e in parts.references if e.ok and _mib(parts, e) > 1.2 * _right_edge(parts)]
     near = [e for e in parts.references if e.ok and e not in far]
-    special = {e.configuration for e in (*parts.baselines, *parts.references)}
-    plain = [e for e in parts.measured if e.configuration not in special]
-    _points(axes, parts, plain, label="measured", marker="o", color=SKY, s=22, alpha=0.9, linewidths=0)
-    _front_line(axes, parts)
-    uniform = {"marker": "s", "s": 40, "linewidths": 1.2, "edgecolors": BLACK, "zorder": 5}
-    _points(axes, parts, parts.baselines, label="uniform", facecolors="none", **uniform)
-    _points(axes, parts, near, label="reference", marker="^", s=44, facecolors="white", edgecolors=BLACK, zorder=5)
-    if parts.best is not None:
-        _points(axes, parts, [parts.best], label="best", marker="*", s=170, color=RED, edgecolors="white", zorder=6)
-    axes.axvline(parts.budget.limit_bytes / MIB, color=GREY, linestyle="--", linewidth=1.2, label="budget", zorder=2)
+    _draw_front(axes, parts, near)
     axes.set_xlabel(f"{parts.budget.scope} bytes (MiB)")
     axes.set_ylabel("validation score")
     axes.margins(0.08, 0.1)
@@ -84,8 +78,84 @@ def front_figure(source: SearchResult | FrontParts) -> Figure:
         _name(axes, label(evaluation.configuration), _mib(parts, evaluation), evaluation.score)
     for evaluation in far:
         _level_line(axes, parts, evaluation)
-    _legend(axes)
+    _legend(axes, inside=corner is not None)
+    if crowd is not None and corner is not None:
+        _enlarge(axes, corner, parts, near, crowd)
     return figure
+
+
+def _front_axes(*, zoom: bool) -> tuple[Figure, Axes, Axes | None]:
+    """The figure, its axes, and narrower ones beside them if wanted."""
+    if not zoom:
+        return (*_new(7.0, 4.4), None)
+    figure, (axes, corner) = _new(9.0, 4.4, columns=2)
+    axes.get_subplotspec().get_gridspec().set_width_ratios((1.9, 1.0))
+    return figure, axes, corner
+
+
+def _draw_front(axes: Axes, parts: FrontParts, references: Sequence[Evaluation]) -> None:
+    special = {e.configuration for e in (*parts.baselines, *parts.references)}
+    plain = [e for e in parts.measured if e.configuration not in special]
+    _points(axes, parts, plain, label="measured", marker="o", color=SKY, s=22, alpha=0.9, linewidths=0)
+    _front_line(axes, parts)
+    uniform = {"marker": "s", "s": 40, "linewidths": 1.2, "edgecolors": BLACK, "zorder": 5}
+    _points(axes, parts, parts.baselines, label="uniform", facecolors="none", **uniform)
+    _points(
+        axes, parts, references, label="reference", marker="^", s=44, facecolors="white", edgecolors=BLACK, zorder=5
+    )
+    if parts.best is not None:
+        _points(axes, parts, [parts.best], label="best", marker="*", s=170, color=RED, edgecolors="white", zorder=6)
+    axes.axvline(parts.budget.limit_bytes / MIB, color=GREY, linestyle="--", linewidth=1.2, label="budget", zorder=2)
+
+
+def _crowd(parts: FrontParts) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Corners (low, high), each (bytes in MiB, score), of most searched measurements, the best and the best uniform.
+
+    None unless there are at least 6 measurements and the corner takes less than a quarter of the picture's width.
+    """
+    baselines = {e.configuration for e in (*parts.baselines, *parts.references)}
+    searched = [e for e in parts.measured if e.configuration not in baselines]
+    if len(searched) < 6 or parts.best is None:
+        return None
+    points = np.array([(_mib(parts, e), e.score) for e in searched])
+    shown = [parts.best, *sorted(parts.baselines, key=lambda e: -e.score)[:1]]
+    corners = np.array([(_mib(parts, e), e.score) for e in shown if e.ok])
+    low = np.minimum(np.quantile(points, 0.1, axis=0), corners.min(axis=0))
+    high = np.maximum(np.quantile(points, 0.9, axis=0), corners.max(axis=0))
+    everything = [*points[:, 0], *(_mib(parts, e) for e in parts.baselines), parts.budget.limit_bytes / MIB]
+    if high[0] - low[0] > 0.2 * (max(everything) - min(everything)):
+        return None
+    pad = 0.15 * np.maximum(high - low, 1e-9 + 1e-3 * np.abs(high))
+    return low - pad, high + pad
+
+
+def _enlarge(
+    axes: Axes,
+    corner: Axes,
+    parts: FrontParts,
+    references: Sequence[Evaluation],
+    crowd: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> None:
+    _draw_front(corner, parts, references)
+    low, high = crowd
+    corner.set_xlim(low[0], high[0])
+    corner.set_ylim(low[1], high[1])
+    corner.tick_params(labelsize=7)
+    corner.locator_params(nbins=4)
+    corner.set_xlabel("the framed part, enlarged", fontsize=9)
+    corner.spines[["top", "right"]].set_visible(True)
+    for evaluation in (*parts.baselines, *references):
+        x, y = _mib(parts, evaluation), evaluation.score
+        if low[0] <= x <= high[0] and low[1] <= y <= high[1]:
+            _name(corner, label(evaluation.configuration), x, y, offset=(-24, -4))
+    axes.add_patch(_frame(low, high))
+
+
+def _frame(low: NDArray[np.float64], high: NDArray[np.float64]) -> Rectangle:
+    from matplotlib.patches import Rectangle
+
+    width, height = high - low
+    return Rectangle((low[0], low[1]), width, height, fill=False, edgecolor=BLACK, linewidth=0.7, zorder=5)
 
 
 def _mib(parts: FrontParts, evaluation: Evaluation) -> float:
@@ -126,8 +196,12 @@ def _level_line(axes: Axes, parts: FrontParts, evaluation: Evaluation) -> None:
     _name(axes, text, axes.get_xlim()[0], evaluation.score, offset=(3, -2))
 
 
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
+def _legend(axes: Axes, *, inside: bool = False) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if inside:  # dominated points lie there: the emptiest corner
+        axes.legend(loc="lower right", fontsize=9, framealpha=0.9).set_zorder(8)
+    else:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0, fontsize=9)
 
 
@@ -194,12 +268,22 @@ def _bars(
 
 
 def _layer_ticks(axes: Axes, names: Sequence[str]) -> None:
-    stride = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, 1000, len(names)) if len(names) <= 40 * s)
-    positions = range(0, len(names), stride)
-    longest = max(len(names[i]) for i in positions)
-    axes.set_xticks(list(positions), [names[i] for i in positions], rotation=0 if longest <= 3 else 90, fontsize=8)
+    positions, labels = _ticks(names)
+    longest = max(map(len, labels))
+    axes.set_xticks(positions, labels, rotation=0 if longest <= 3 else 90, fontsize=8)
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.set_xlabel("layer")
+
+
+def _ticks(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Positions and labels of at most 40 ticks: all names, or where a new block begins, thinned out evenly."""
+    positions, labels = list(range(len(names))), list(names)
+    blocks = [name.split(".")[0] for name in names]
+    if len(names) > 40 and len(set(blocks)) < len(names) and all(block.isdigit() for block in blocks):
+        positions = [i for i in positions if i == 0 or blocks[i] != blocks[i - 1]]
+        labels = [blocks[i] for i in positions]
+    stride = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, 1000, len(names)) if len(positions) <= 40 * s)
+    return positions[::stride], labels[::stride]
 
 
 def _correlation(bits: NDArray[np.int64], ranks: NDArray[np.int64]) -> str:
@@ -270,14 +354,14 @@ def _best_so_far(records: Sequence[Record], steps: int) -> tuple[list[int], list
     return x, y
 
 
-def _new(width: float, height: float, *, rows: int = 1) -> tuple[Figure, Any]:
+def _new(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     # Figure and canvas without pyplot, whose figures live in a global list and leak.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, sharex=True)
+    axes = figure.subplots(rows, columns, sharex=rows > 1)
     for one in np.atleast_1d(axes):
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color="#DDDDDD", linewidth=0.6)

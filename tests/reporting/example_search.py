@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -93,6 +94,7 @@ def _better(problem: Problem, rng: np.random.Generator, seen: set[Configuration]
     return current
 
 
+@functools.cache
 def example_search(num_layers: int = 12, *, generations: int = 3, seed: int = 0) -> SearchResult:
     """A search of 6 baselines, `generations` of 5 + 3 + 2 evaluations and 3 refinement steps; one evaluation fails."""
     problem, rng = example_problem(num_layers), np.random.default_rng(seed)

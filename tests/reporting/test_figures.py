@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_search import STEPS, example_search, play
+from example_search import STEPS, example_problem, example_search, play
 from matplotlib.figure import Figure
 
 from qratk.core import Configuration
@@ -47,6 +47,16 @@ def test_front_names_uniform_baselines_and_units_and_marks_all_points(result: Se
     _assert_drawn(figure)
 
 
+def test_front_enlarges_what_is_crowded_near_the_budget() -> None:
+    result = example_search(24, generations=4)
+    figure = front_figure(result)
+    left, right = figure.axes[1].get_xlim()
+    assert left < result.best.footprint.storage_bytes / 2**20 < right
+    wide_left, wide_right = figure.axes[0].get_xlim()
+    assert right - left < 0.25 * (wide_right - wide_left)
+    _assert_drawn(figure)
+
+
 def test_front_can_be_drawn_before_anything_was_measured(result: SearchResult) -> None:
     budget = result.plan.problem.budget
     empty = FrontParts((), type(result.front)(()), budget)
@@ -70,10 +80,12 @@ def test_allocation_of_a_uniform_configuration_claims_no_correlation() -> None:
 
 
 def test_allocation_of_many_layers_thins_out_the_names() -> None:
-    result = example_search(224, generations=1)
-    space, importance = result.plan.problem.space, result.plan.problem.importance
-    figure = allocation_figure(result.best.configuration, space.layer_names, importance=importance, space=space)
-    assert len(figure.axes[1].get_xticks()) <= 40
+    problem = example_problem(224)
+    configuration = problem.space.random(np.random.default_rng(0))
+    names = [f"model.layers.{i // 7}.part_{i % 7}" for i in range(224)]
+    figure = allocation_figure(configuration, names, importance=problem.importance, space=problem.space)
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == [str(i) for i in range(32)]
+    assert figure.axes[1].get_xticks().tolist() == list(range(0, 224, 7))
     assert len(figure.axes) == 4
     _assert_drawn(figure)
 
