@@ -247,7 +247,11 @@ class Backbone:
             raise ConfigurationError(
                 f"the model has {len(self.layers)} layers, but the configuration has {len(configuration)}"
             )
-        for layer, choice in zip(self.layers, configuration.layers, strict=True):
+        choices = list(zip(self.layers, configuration.layers, strict=True))
+        for layer, choice in choices:  # all or nothing: look before the first switch
+            for _, bank in layer.modules:
+                bank.require(choice.bits)
+        for layer, choice in choices:
             for name, bank in layer.modules:
                 bank.activate(choice.bits)
                 self.adapters.reset(name, choice.rank, seed=seed)

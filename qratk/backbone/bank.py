@@ -137,14 +137,20 @@ class BankLinear(nn.Linear):
 
     def activate(self, bits: int) -> None:
         """Multiply by the variant of this bit-width from now on; raises `QuantizationError` when it is not there."""
-        if bits not in self._variants:
-            raise QuantizationError(
-                f"the bank holds {sorted(self._variants)} bits for this projection, not {bits}; "
-                f"build it first: `backbone.build_bank([{bits}])`"
-            )
+        self.require(bits)
         if bits != self._active:
             self._cached = None
         self._active = bits
+
+    def require(self, bits: int) -> Variant:
+        """The variant of a bit-width; raises `QuantizationError`, saying what to do, when it is not in the bank."""
+        if bits not in self._variants:
+            cure = f"`backbone.build_bank([{bits}])`" if self.has_reference else "load the model again, then build it"
+            raise QuantizationError(
+                f"the bank holds {sorted(self._variants)} bits for a {self.out_features} x {self.in_features} "
+                f"projection, not {bits}: {cure}"
+            )
+        return self._variants[bits]
 
     def set_dense_cache(self, enabled: bool) -> None:
         """Keep the dequantised weight of the active variant, or not."""
@@ -172,10 +178,8 @@ class BankLinear(nn.Linear):
 
     def dequantized(self, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight (d_out, d_in) that a variant stands for, as a new tensor."""
-        if bits not in self._variants:
-            raise QuantizationError(f"the bank holds {sorted(self._variants)} bits for this projection, not {bits}")
         with torch.no_grad():
-            return self._variants[bits].dequantize(self.shape, dtype)
+            return self.require(bits).dequantize(self.shape, dtype)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -194,10 +198,7 @@ class BankLinear(nn.Linear):
         """Product (..., d_out) of x (..., d_in) with the active weight, plus the bias, in the dtype of x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        variant = self._variants.get(self._active)
-        if variant is None:
-            self.activate(self._active)  # raises, saying what is missing
-            raise AssertionError
+        variant = self.require(self._active)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
         out: torch.Tensor = DequantizedMatmul.apply(x, self._dense(variant, x.dtype), bias, after)

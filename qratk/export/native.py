@@ -73,9 +73,7 @@ class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):
 
 
 def _native_layer(name: str, bank: BankLinear, bits: int, dtype: torch.dtype, int8_activations: bool) -> nn.Module:
-    if bits not in bank.variants:
-        raise QuantizationError(f"{name}: the bank holds {sorted(bank.variants)} bits, not {bits}; build it first")
-    variant = bank.variants[bits]
+    variant = bank.require(bits)
     makers: dict[type, Callable[[], nn.Module]] = {
         NoQuantizer: lambda: _plain(bank, variant, dtype),
         Int8Quantizer: lambda: _int8(bank, variant, dtype, int8_activations),

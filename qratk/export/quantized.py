@@ -117,8 +117,7 @@ def _bits(backbone: Backbone, configuration: Configuration) -> dict[str, int]:
         for name, _ in layer.modules
     }
     for name, bank in backbone.banks.items():
-        if bits[name] not in bank.variants:
-            raise QuantizationError(f"{name}: the bank holds {sorted(bank.variants)} bits, not {bits[name]}")
+        bank.require(bits[name])
     return bits
 
 

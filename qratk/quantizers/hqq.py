@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.quantizers._checks import require_finite
 from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class HQQQuantizer(Quantizer):
         shape = (weight.shape[0], weight.shape[1])
         self.check(shape, bits)
         groups = weight.detach().float().reshape(-1, self.group_size)  # (groups, group_size): axis 1 of the library
-        if not bool(torch.isfinite(groups).all()):
-            raise QuantizationError("'hqq': the weight holds values that are not finite; is the checkpoint whole?")
+        require_finite("hqq", weight)
         factor = _power_of_two(groups, bits)
         scale, zero = self._grid(groups * factor, bits)
         metadata = getattr(torch, self.metadata_dtype)

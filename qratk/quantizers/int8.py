@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qratk.core.errors import QuantizationError
+from qratk.quantizers._checks import require_finite
 from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Int8Quantizer(Quantizer):
         import torch
 
         self.check((weight.shape[0], weight.shape[1]), bits)
+        require_finite("int8", weight)
         w = weight.detach().float()
         absmax = w.abs().amax(dim=1)
         inverse = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.quantizers._checks import require_finite
 from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class NF4Quantizer(Quantizer):
         from bitsandbytes.functional import quantize_4bit
 
         self.check((weight.shape[0], weight.shape[1]), bits)
+        require_finite("nf4", weight)
         codes, state = quantize_4bit(
             weight.detach().float().contiguous(),
             blocksize=self.block_size,
