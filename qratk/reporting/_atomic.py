@@ -11,7 +11,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Replace a file by way of a synced temporary one in the same folder; on an error the old one stays."""
     if isinstance(data, str):
         data = data.encode("utf-8")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all: what a killed process left is overwritten, and a run directory has one writer.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

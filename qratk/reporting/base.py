@@ -11,10 +11,12 @@ from qratk.core.result import GenerationSummary, Progress, Record, RefinementSum
 class Reporter(ABC):
     """Shows or writes what a search does. A resumed search replays what was recorded before it goes on.
 
-    An `essential` reporter that raises ends the search; any other is dropped with a warning.
+    An `essential` reporter that raises ends the search; any other is dropped with a warning. A person reads the
+    messages of one that `speaks`.
     """
 
     essential: ClassVar[bool] = False
+    speaks: ClassVar[bool] = False
 
     @abstractmethod
     def started(self, plan: SearchPlan) -> None:

@@ -86,6 +86,6 @@ class Reporters(Reporter):
             f"{type(reporter).__name__} failed and is switched off; the search goes on without it "
             f"({type(error).__name__}: {clean(str(error))})"
         )
-        if not self._reporters:
+        if not any(other.speaks for other in self._reporters):
             _log.warning("%s", text)
         self.message(text)

@@ -42,6 +42,7 @@ FILES = (
     "allocation.png", "progress.png", "tensorboard", "checkpoints",
 )  # fmt: skip
 _MESSAGES = 3
+_LONG = 200
 
 
 @final
@@ -54,6 +55,8 @@ class TerminalReporter(Reporter):
         run_dir: the run's folder, whose files the summary names; reporters that write them must be told before.
         clock: seconds that only grow, for the times shown.
     """
+
+    speaks = True
 
     def __init__(
         self,
@@ -482,10 +485,14 @@ class Summary:
             style = "bold green" if row[0] == "best" else ""
             table.add_row(*(Text(cell, style=style) for cell in (row if wide else _narrow(row))))
         yield table
+        best, problem = self._result.best.configuration, self._result.plan.problem
+        yield strip(problem, best, options.max_width, ascii_only=options.ascii_only)
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="bold", overflow="fold", max_width=max(16, options.max_width // 3))
         facts.add_column(overflow="fold")
         for name, value in _facts(self._result, self._run_dir):
+            if name == "best configuration" and len(value) > _LONG:  # the strip shows it, best.yaml holds it
+                continue
             facts.add_row(Text(name), Text(value))
         yield facts
 

@@ -19,6 +19,8 @@ from qratk.reporting.standard import standard_reporters
 class _Noted(Reporter):
     """Notes what it is told, and fails at one of the calls."""
 
+    speaks = True
+
     def __init__(self, fails_at: str = "") -> None:
         self.calls: list[str] = []
         self.messages: list[str] = []
@@ -90,6 +92,14 @@ def test_all_reporters_may_fail_at_the_warning_itself(result: SearchResult, capl
         play(reporters, result)
     assert reporters.alive == ()
     assert "switched off" in caplog.text
+
+
+def test_failure_of_the_only_reporter_that_speaks_is_logged(
+    tmp_path: Path, result: SearchResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "qratk"):
+        play(Reporters([RunFiles(tmp_path), _Noted("generation")]), result)
+    assert caplog.text.count("switched off") == 1
 
 
 def test_error_of_an_essential_reporter_ends_the_search(result: SearchResult) -> None:

@@ -119,6 +119,14 @@ def test_summary_table_fits_its_width(result: SearchResult, width: int) -> None:
     assert any(f"{result.best.score:.4f}" in line for line in lines)
 
 
+def test_summary_table_draws_a_long_configuration_instead_of_spelling_it_out() -> None:
+    short, long = example_search(), example_search(126)
+    assert any("best configuration" in line for line in _render(Summary(short), 100))
+    lines = _render(Summary(long), 100)
+    assert not any("best configuration" in line for line in lines)
+    assert sum(line.startswith("bits ") for line in lines) == 3  # two rows and the legend
+
+
 def test_strip_draws_each_layer_at_the_height_of_its_rung() -> None:
     problem = example_problem(6)
     configuration = Configuration.of([2, 4, 8, 8, 4, 2], [16, 8, 4, 4, 8, 16])
