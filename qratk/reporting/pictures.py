@@ -7,6 +7,7 @@ from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.reporting._atomic import write_atomically
+from qratk.reporting._throttle import Throttle
 from qratk.reporting.base import Reporter
 from qratk.reporting.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
 from qratk.reporting.tracker import Tracker
@@ -14,11 +15,12 @@ from qratk.reporting.tracker import Tracker
 
 @final
 class Pictures(Reporter):
-    """Draws the pictures anew after each generation, and at the end; not essential to a search."""
+    """Draws the pictures anew when a generation ends, as long as that takes little of the time, and at the end."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._folder = Path(run_dir)
         self._tracker: Tracker | None = None
+        self._throttle = Throttle()
 
     def started(self, plan: SearchPlan) -> None:
         self._tracker = Tracker(plan)
@@ -36,7 +38,8 @@ class Pictures(Reporter):
     def generation(self, summary: GenerationSummary) -> None:
         if self._tracker is not None and not self._tracker.replaying:
             self._tracker.hear(summary.best)
-            self._draw(FrontParts.of_tracker(self._tracker))
+            if self._throttle.ready:
+                self._draw(FrontParts.of_tracker(self._tracker))
 
     def refinement(self, summary: RefinementSummary) -> None:
         """Nothing: a step of the local phase adds one point, which the end shows."""
@@ -53,16 +56,15 @@ class Pictures(Reporter):
         tracker = self._tracker
         if tracker is None:
             return
-        problem = tracker.plan.problem
-        self._write("front.png", to_png(front_figure(parts)))
-        picture = progress_figure(tracker.records, tracker.plan.ladder.highest, baseline=tracker.best_baseline)
-        self._write("progress.png", to_png(picture))
-        if parts.best is not None:
-            space = problem.space
-            picture = allocation_figure(
-                parts.best.configuration, space.layer_names, importance=problem.importance, space=space
-            )
-            self._write("allocation.png", to_png(picture))
+        problem, space = tracker.plan.problem, tracker.plan.problem.space
+        with self._throttle.drawing():
+            self._write("front.png", to_png(front_figure(parts)))
+            picture = progress_figure(tracker.records, tracker.plan.ladder.highest, baseline=tracker.best_baseline)
+            self._write("progress.png", to_png(picture))
+            if parts.best is not None:
+                best = parts.best.configuration
+                picture = allocation_figure(best, space.layer_names, importance=problem.importance, space=space)
+                self._write("allocation.png", to_png(picture))
 
     def _write(self, name: str, data: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.reporting._text import clean
+from qratk.reporting._throttle import Throttle
 from qratk.reporting.base import Reporter
 from qratk.reporting.figures import MIB, FrontParts, allocation_figure, front_figure, to_array
 from qratk.reporting.tracker import Tracker, budget_bytes
@@ -26,6 +27,7 @@ class TensorBoardReporter(Reporter):
 
     Since a resumed search replays what was recorded, `started` first removes the event files that an earlier run of
     this reporter left in the directory (known by their suffix `.qratk`; others stay), so that no point appears twice.
+    Images are drawn at the end, and when a generation or refinement step ends while that takes little of the time.
     Scalars of evaluations are drawn against their index, those of generations and refinement steps against theirs.
     """
 
@@ -34,6 +36,7 @@ class TensorBoardReporter(Reporter):
         self._writer: SummaryWriter | None = None
         self._tracker: Tracker | None = None
         self._drawn: tuple[object, ...] = ()
+        self._throttle = Throttle()
 
     def started(self, plan: SearchPlan) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -86,7 +89,8 @@ class TensorBoardReporter(Reporter):
                 "used": float(summary.surrogate_used),
             }
             self._scalars("surrogate", figures, summary.number)
-        self._images(FrontParts.of_tracker(self._tracker))
+        if self._throttle.ready:
+            self._images(FrontParts.of_tracker(self._tracker))
 
     def refinement(self, summary: RefinementSummary) -> None:
         if self._tracker is None:
@@ -96,7 +100,8 @@ class TensorBoardReporter(Reporter):
         if summary.best is not None:
             figures["best_score"] = summary.best.score
         self._scalars("refinement", figures, summary.number)
-        self._images(FrontParts.of_tracker(self._tracker))
+        if self._throttle.ready:
+            self._images(FrontParts.of_tracker(self._tracker))
 
     def finished(self, result: SearchResult) -> None:
         if self._tracker is None or self._writer is None:
@@ -136,14 +141,13 @@ class TensorBoardReporter(Reporter):
         if self._writer is None or drawn == self._drawn:
             return
         self._drawn = drawn
-        step, problem = len(self._tracker.records), self._tracker.plan.problem
-        self._writer.add_image("front", to_array(front_figure(parts)), step, dataformats="HWC")
-        if parts.best is not None:
-            space = problem.space
-            picture = allocation_figure(
-                parts.best.configuration, space.layer_names, importance=problem.importance, space=space
-            )
-            self._writer.add_image("allocation", to_array(picture), step, dataformats="HWC")
+        writer, step, problem = self._writer, len(self._tracker.records), self._tracker.plan.problem
+        with self._throttle.drawing():
+            writer.add_image("front", to_array(front_figure(parts)), step, dataformats="HWC")
+            if parts.best is not None:
+                best, space = parts.best.configuration, problem.space
+                picture = allocation_figure(best, space.layer_names, importance=problem.importance, space=space)
+                writer.add_image("allocation", to_array(picture), step, dataformats="HWC")
 
     def _hyper_parameters(self, result: SearchResult) -> None:
         from torch.utils.tensorboard import summary as summaries
