@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from qratk.components import REGISTRIES
+from qratk.core.errors import PluginError
 
 SLOTS: Final[Mapping[str, str]] = {
     "searcher": "searchers",
@@ -109,6 +112,23 @@ def defaults() -> dict[str, Any]:
         else:
             chosen[slot] = [{"class_path": registry.class_path(name)} for name in names]
     return chosen
+
+
+def option_hint(class_path: str, given: str) -> str:
+    """What options the component with an import path has, as the end of an error message."""
+    for registry in REGISTRIES.values():
+        for name in registry.names():
+            with suppress(PluginError):
+                if registry.class_path(name) == class_path:
+                    known = [option.name for option in registry.options(name)]
+                    return f"; the options of {name!r} are {', '.join(known) or 'none'}" + nearest(given, known)
+    return ""
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """A suggestion as the end of an error message; empty when nothing is near."""
+    near = get_close_matches(given, known, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def _resolve_text(slot: str, text: str) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qratk import _names
 from qratk.backbone.module import FineTuneModule
@@ -94,7 +98,9 @@ class SearchTrainer(Trainer):
 class CommandParser(LightningArgumentParser):
     """Lightning's parser; components go by their registered names, and a mistake ends in one line."""
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:
+    settings: Sequence[str] = ()  # what may be set, to suggest the nearest
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Namespace of command-line arguments."""
         given = sys.argv[1:] if args is None else args
         parsed: Namespace = super().parse_args(_names.resolve_arguments(given), *more, **options)
@@ -104,8 +110,31 @@ class CommandParser(LightningArgumentParser):
         """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"{self.prog}: error: {message.strip()}\n(`{self.prog} --help` lists all settings)", file=sys.stderr)
+        print(f"qratk: error: {explained(message, self.settings)}", file=sys.stderr)
+        print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def explained(message: str, settings: Sequence[str] = ()) -> str:
+    """jsonargparse's message without what only a programmer reads, and with what would be right."""
+    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not _NOISE.search(line)]
+    text = "\n".join(lines)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
+    text = re.sub(r"<class '(?:collections\.abc\.)?(\w+)'>", lambda m: {"Sequence": "list"}.get(m[1], m[1]), text)
+    text = re.sub(r"collections\.abc\.Sequence\[", "list[", text)
+    if match := re.search(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", text):
+        return text + _names.option_hint(match[1], match[2])
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", text):
+        return text + _names.nearest(match[1], settings)
+    if match := re.search(r"does not accept option '([\w.]+)'", text):
+        return text + _names.nearest(match[1], settings)
+    if match := re.search(r'key "data".*Expected a dot import path string: (\w+)', text, re.S):
+        names = [cls.__name__ for cls in DATA]
+        return f"data: unknown name {match[1]!r}; known are {', '.join(names)}" + _names.nearest(match[1], names)
+    return re.sub(r"(arguments are required: )(?:\w+\.)(\w+)", r"\1--\2", text)
+
+
+_NOISE = re.compile(r"Expected a path but|Subtypes: \[|Expected a <class 'NoneType'>|Given value type:")
 
 
 class QratkCLI(LightningCLI):
@@ -116,6 +145,8 @@ class QratkCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str] = ()) -> None:
         _prepare_parsing()
+        if command in ("search", "plan"):  # a search makes two trainers an evaluation, and each has much to say
+            logging.getLogger("lightning").setLevel(logging.WARNING)
         self._command = command
         super().__init__(
             FineTuneModule,
@@ -126,6 +157,7 @@ class QratkCLI(LightningCLI):
             parser_kwargs={"parser_mode": _YAML, "prog": "qratk", "description": "Commands of qratk."},
             parser_class=CommandParser,
             subclass_mode_data=True,
+            trainer_defaults={"use_distributed_sampler": False},  # the data share their batches out themselves
             args=[command, *arguments],
             auto_configure_optimizers=False,
         )
@@ -145,9 +177,13 @@ class QratkCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the command that was asked for: the parser of each takes about half a second.
         command = self._command
-        self._subcommand_parsers = {command: self._prepare_subcommand_parser(self.trainer_class, command)}
-        parser.add_subcommands().add_subcommand(command, self._subcommand_parsers[command])
-        self._subcommand_parsers[command].prog = f"qratk {command}"
+        prepared = self._prepare_subcommand_parser(SearchTrainer, command)
+        self._subcommand_parsers = {command: prepared}
+        parser.add_subcommands().add_subcommand(command, prepared)
+        for known in (parser, prepared):
+            assert isinstance(known, CommandParser)
+            known.prog = f"qratk {command}"
+            known.settings = [option.removeprefix("--") for option in prepared._option_string_actions]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Ours are prepared by hand: `add_method_arguments` would make a second group named "search".
@@ -182,10 +218,8 @@ class QratkCLI(LightningCLI):
             print(f"qratk {command}: {text}", file=sys.stderr)
 
     def instantiate_classes(self) -> None:
-        """Build what the command needs; the search section only for `search`, and nothing for `plan`."""
-        if self.subcommand == "plan":
-            return
-        if self.subcommand == "search":
+        """Build what the command needs: strategies of the search only where there is one."""
+        if self.subcommand in ("search", "plan"):
             self.save_config_callback = None  # a search saves its configuration itself, once
             super().instantiate_classes()
             return
@@ -195,9 +229,13 @@ class QratkCLI(LightningCLI):
         super().instantiate_classes()
         self.config = whole
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The Trainer; none for `plan`, whose machine need not have the devices."""
+        return None if self.subcommand == "plan" else super().instantiate_trainer(**kwargs)
+
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":
-            self.plan()
+            self.plan(self.model, self.datamodule)
         else:
             super()._run_subcommand(subcommand)
 
@@ -210,18 +248,27 @@ class QratkCLI(LightningCLI):
 
     def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Run the search, or continue it."""
-        section = self._get(self.config_init, _names.SECTION)
-        loop = SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
-        run_dir = choose_run_dir(self.config[self.subcommand].get("run_dir"), name=section["name"])
+        loop = self._loop()
+        run_dir = choose_run_dir(self.config.search.run_dir, name=loop.name)
         config = self.resolved()
         save_config(config, run_dir)
         reporter = make_reporter(run_dir, fit_config(config, steps=loop.ladder.highest))
         go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
         with resumable(go_on), closing(reporter):
-            self.trainer.search(model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=config)
+            cast(SearchTrainer, self.trainer).search(
+                model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=config
+            )
 
-    def plan(self) -> None:
+    def plan(self, model: FineTuneModule, datamodule: TaskData) -> None:
         """Print what a search would take."""
+        from qratk.plan import as_text, make_plan
+
+        plan = make_plan(model, datamodule, self._loop())
+        print(json.dumps(plan.as_dict(), indent=2) if self.config.plan.json else as_text(plan))
+
+    def _loop(self) -> SearchLoop:
+        section = self._get(self.config_init, _names.SECTION)
+        return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
     def after_fit(self) -> None:
         """Save the adapter beside the logs, as PEFT wants it."""
@@ -365,8 +412,10 @@ def plan(arguments: Sequence[str]) -> int:
 
 def _prepare_parsing() -> None:
     yaml_loader = get_loader("yaml")
-    set_loader(_YAML, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS))
+    set_loader(_YAML, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
     set_dumper(_YAML, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    # PEFT asks transformers for a name that is on its way out; nothing a user could do.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # Quantisers are given as plain data and built by the module, from the registry alone.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
 

@@ -1,0 +1,229 @@
+"""What a search would take: bytes, evaluations, steps and time, before weights are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import DataError
+from qratk.core.memory import Budget, Footprint, MemoryModel, format_bytes, resolve_budget
+from qratk.core.space import SearchSpace
+
+if TYPE_CHECKING:
+    from qratk.backbone.backbone import Backbone
+    from qratk.backbone.module import FineTuneModule
+    from qratk.data.base import TaskData
+    from qratk.loop import SearchLoop
+
+_SAMPLE = 256  # rows that lengths are measured on
+_DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One configuration with its bytes by part and in each scope."""
+
+    name: str
+    configuration: str
+    footprint: Footprint
+    average_bits: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of an optimiser step, tokens scored in a validation, and where these figures come from."""
+
+    step_tokens: float
+    validation_tokens: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a search before it begins.
+
+    `evaluations` is the largest number of evaluations at each rung; `steps` the optimiser steps they take in all, each
+    continuing the rung below; `seconds` an estimate from the arithmetic of the projections and the head alone.
+    """
+
+    num_layers: int
+    parameters: int
+    log10_size: float
+    budget: Budget
+    binds: bool
+    rows: tuple[PlanRow, ...]
+    evaluations: Mapping[int, int]
+    steps: int
+    workload: Workload
+    flops_per_second: float
+    seconds: float
+    fallbacks: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data; bytes of every row with their sums by scope."""
+        data = asdict(self)
+        for row, plain in zip(self.rows, data["rows"], strict=True):
+            plain["footprint"]["storage_bytes"] = row.footprint.storage_bytes
+            plain["footprint"]["total_bytes"] = row.footprint.total_bytes
+        data["evaluations"] = {str(steps): count for steps, count in self.evaluations.items()}
+        return data
+
+
+def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop) -> Plan:
+    """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure."""
+    backbone = module.load_backbone(weights=False)
+    checkpointing = bool(module.hparams["gradient_checkpointing"])
+    length = _attached_length(datamodule, backbone)
+    memory = backbone.memory_model(
+        SearchSpace(loop.bits, loop.ranks, tuple(shape.name for shape in backbone.shapes)),
+        batch_size=datamodule.batch_size,
+        sequence_length=length,
+        gradient_checkpointing=checkpointing,
+    )
+    budget = resolve_budget(
+        memory, limit=loop.limit, like=loop.like, scope=loop.scope, max_average_bits=loop.max_average_bits
+    )
+    rows = plan_rows(memory, budget)
+    baselines = sum(row.fits for row in rows if row.name == "uniform")
+    evaluations = loop.planned_evaluations(baselines)
+    steps = total_steps(evaluations, references=len(loop.references))
+    work = workload(datamodule, length)
+    speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
+    per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
+    # Forward, and backward to the inputs alone: frozen weights have no gradient. Checkpointing runs forward twice.
+    passes = 3.0 if checkpointing else 2.0
+    tokens = steps * work.step_tokens * passes + sum(evaluations.values()) * work.validation_tokens
+    return Plan(
+        num_layers=memory.space.num_layers,
+        parameters=sum(memory.parameters),
+        log10_size=memory.space.log10_size,
+        budget=budget,
+        binds=budget.check(memory),
+        rows=rows,
+        evaluations=evaluations,
+        steps=steps,
+        workload=work,
+        flops_per_second=speed,
+        seconds=tokens * per_token / speed,
+        fallbacks=tuple(str(fallback) for fallback in backbone.fallbacks),
+    )
+
+
+def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
+    """The smallest and the largest configuration, and every uniform one between."""
+
+    def row(name: str, configuration: Configuration) -> PlanRow:
+        fits = budget.violation(memory, configuration) == 0.0
+        average = memory.average_bits(configuration)
+        return PlanRow(name, str(configuration), memory.footprint(configuration), average, fits)
+
+    space = memory.space
+    uniforms = [row("uniform", configuration) for configuration in space.uniforms()]
+    return (row("smallest", space.smallest), *uniforms, row("largest", space.largest))
+
+
+def total_steps(evaluations: Mapping[int, int], *, references: int = 0) -> int:
+    """Optimiser steps of all evaluations; each continues the rung below, references start from nothing."""
+    total, below = 0, 0
+    for steps, count in sorted(evaluations.items()):
+        total += count * (steps - below)
+        below = steps
+    rungs = sorted(evaluations)
+    return total + references * (rungs[-2] if len(rungs) > 1 else 0)
+
+
+def workload(datamodule: TaskData, length: int) -> Workload:
+    """Tokens of a step and of a validation, from the first rows of the data; at full length when there are none."""
+    try:
+        train = [len(row.tokens) for row in datamodule.encode_training(datamodule.items("train")[:_SAMPLE])]
+        held_out = datamodule.items("validation")
+        scored = [len(row.tokens) for row in datamodule.encode_scoring(held_out[:_SAMPLE])]
+    except DataError as error:
+        tokens = float(datamodule.batch_size * length)
+        return Workload(tokens, 0.0, f"rows of {length} tokens, without validation ({error})")
+    batches = [train[i : i + datamodule.batch_size] for i in range(0, len(train), datamodule.batch_size)]
+    width = sum(map(max, batches)) / len(batches)  # a batch is padded to its longest row
+    validation = sum(scored) * len(held_out) / min(len(held_out), _SAMPLE)
+    return Workload(datamodule.batch_size * width, validation, f"the first {len(train)} rows")
+
+
+def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float = 0.3) -> float:
+    """Measured speed of this machine at multiplying a batch with the model's most common projection."""
+    import torch
+
+    sizes = [(d_in, d_out) for shape in backbone.shapes for _, d_in, d_out in shape.projections]
+    d_in, d_out = max(set(sizes), key=lambda size: (sizes.count(size), size))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.ones(min(tokens, 8192), d_in, dtype=backbone.compute_dtype, device=device)
+    weight = torch.ones(d_in, d_out, dtype=backbone.compute_dtype, device=device)
+
+    def timed(repeats: int) -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            x @ weight
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    timed(3)
+    repeats = max(3, min(10_000, int(seconds / max(timed(3) / 3, 1e-9))))
+    return 2.0 * x.shape[0] * d_in * d_out * repeats / timed(repeats)
+
+
+def as_text(plan: Plan) -> str:
+    """The plan for people."""
+    budget = plan.budget
+    cap = "" if budget.max_average_bits is None else f", at most {budget.max_average_bits:g} bits on average"
+    lines = [
+        f"layers       {plan.num_layers} ({plan.parameters:,} weights to quantise)",
+        f"space        10^{plan.log10_size:.1f} configurations",
+        f"budget       {format_bytes(budget.limit_bytes)} ({budget.limit_bytes:,} bytes) of {budget.scope}{cap}"
+        + ("" if plan.binds else "; it never binds"),
+        "",
+        *_table(plan.rows),
+        "",
+        f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
+        f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
+        f"time         at least {_duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
+        f"step ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
+        "             multiplications alone, without dequantising, attention and overhead",
+    ]
+    return "\n".join([*lines, *(f"note         {text}" for text in plan.fallbacks)])
+
+
+def _table(rows: Sequence[PlanRow]) -> list[str]:
+    head = ("", "bits:rank", "weights", "metadata", "adapters", "storage", "fixed", "training", "serving", "fits")
+    body = []
+    for row in rows:
+        f = row.footprint
+        sizes = (f.weights, f.metadata, f.adapters, f.storage_bytes, f.fixed, f.training_bytes, f.serving_bytes)
+        name = row.configuration.partition("*")[0]
+        body.append((row.name, name, *map(format_bytes, sizes), "yes" if row.fits else "no"))
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    return [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in (head, *body)
+    ]
+
+
+def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
+    if backbone.tokenizer is None:
+        return _DEFAULT_LENGTH
+    datamodule.attach(backbone.tokenizer)
+    return datamodule.max_length
+
+
+def _head_parameters(backbone: Backbone) -> int:
+    text = backbone.config.get_text_config()
+    return int(text.hidden_size) * int(text.vocab_size)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
