@@ -122,10 +122,11 @@ class TaskData(LightningDataModule, ABC):
     def _check_options(self) -> None:
         sizes: dict[str, int | None] = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
         sizes |= {f"max_{split}_items": limit for split, limit in self.limits.items()}
-        sizes |= {"max_length": self._max_length, "validation_items": self.validation_items}
+        sizes |= {"max_length": self._max_length, "validation_items": self.validation_items, "seed": self.seed}
+        least = {"max_length": 2, "seed": 0}
         for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least.get(name, 1):
+                raise DataError(f"{name} must be at least {least.get(name, 1)}, got {value}")
         if not 0 < self.validation_fraction < 1:
             raise DataError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         if all(source is None for source in self.sources.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def run_lm_eval(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _placed(model, device):
+    with _placed(model, device), _quiet():
         harness = HFLM(
             pretrained=_view(model),
             tokenizer=copy.deepcopy(tokenizer),  # a padding token is set on it
@@ -99,6 +100,18 @@ def _view(model: nn.Module) -> Any:
             return self.viewed(*args, **kwargs)
 
     return View()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings that a model in memory is a model in memory."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -18,6 +18,13 @@ _BLANK = re.compile(r"(?<!\w)_(?!\w)")
 DEFAULT_PROMPT = "{{ [context, question] | select | join('\\n') }}"
 
 
+def _listed(choices: Any) -> tuple[Any, Sequence[Any]]:
+    """Choices and their own labels, where they have some: ARC's {"text": [...], "label": ["A", ...]} on the hub."""
+    if isinstance(choices, Mapping) and isinstance(choices.get("label"), list | tuple) and choices["label"]:
+        return choices.get("text"), choices["label"]
+    return choices, ()
+
+
 @dataclass(frozen=True)
 class Choices:
     """Pairs of (context, continuation), one a choice; the text lm-eval measures each choice by; the right index."""
@@ -28,7 +35,10 @@ class Choices:
 
 
 class MultipleChoiceData(TaskData):
-    """Rows of context, question, choices and label.
+    """Rows of context and question (either may be empty), choices, and label, the index of the right choice.
+
+    Choices may also be {"text": [...], "label": [...]} with `label` one of these labels, as ARC has it on the hub (with
+    `rename` {"label": "answerKey"}).
 
     Args:
         train: As in `TaskData`, whose other options apply too.
@@ -80,7 +90,7 @@ class MultipleChoiceData(TaskData):
         from jinja2 import TemplateError
 
         fields = {**row.data, "context": row.text("context", default=""), "question": row.text("question", default="")}
-        choices = row.data.get("choices")
+        choices, keys = _listed(row.data.get("choices"))
         if not isinstance(choices, list | tuple) or len(choices) < 2:
             raise row.error(f"needs `choices`, a list of at least two texts; got {choices!r:.80}")
         if not all(isinstance(choice, str) and choice for choice in choices):
@@ -89,11 +99,15 @@ class MultipleChoiceData(TaskData):
             prompt = self._template.render(**fields)
         except TemplateError as error:
             raise row.error(f"does not fit the prompt template: {error}") from error
-        return prompt, tuple(choices), self._label(row, len(choices))
+        return prompt, tuple(choices), self._label(row, len(choices), keys)
 
     @staticmethod
-    def _label(row: Row, number: int) -> int:
+    def _label(row: Row, number: int, keys: Sequence[Any]) -> int:
         label = row.data.get("label")
+        if keys and label in keys:
+            return list(keys).index(label)
+        if keys:
+            raise row.error(f"needs `label`, one of its choices' labels {list(keys)}; got {label!r:.80}")
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < number:
             raise row.error(f"needs `label`, an index from 0 to {number - 1}; got {label!r:.80}")
         return label
