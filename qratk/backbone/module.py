@@ -257,10 +257,12 @@ class FineTuneModule(LightningModule):
 
     def _end_scoring(self, stage: str) -> None:
         self._scoring.close()
-        self.last_outcomes = tuple(self._scorer.outcomes().double().cpu().tolist())
-        metrics = {f"{stage}/{name}": value.float() for name, value in self._scorer.compute().items()}
-        self.log_dict(metrics, prog_bar=True)
-        self._scorer = None
+        scorer, self._scorer = self._scorer, None
+        if self.trainer.sanity_checking:
+            return
+        whole = self.trainer.limit_val_batches if stage == "validation" else self.trainer.limit_test_batches
+        self.last_outcomes = tuple(scorer.outcomes().double().cpu().tolist()) if whole == 1.0 else ()
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in scorer.compute().items()}, prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
         """Round the adapters to what is stored, so that the score is of what is stored."""

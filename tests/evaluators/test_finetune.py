@@ -1,0 +1,281 @@
+"""Evaluation by fine-tuning: exact continuation, failures as records, the same score as `fit`, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from lightning import Trainer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qratk.backbone.module import FineTuneModule, learning_rate_factor
+from qratk.components import REGISTRIES
+from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.journal import Journal
+
+LADDER = FidelityLadder((2, 4, 6))
+MIXED = Configuration.from_text("2:2 4:4 8:2")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer of single characters, as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_model("llama").save_pretrained(folder)
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
+    vocabulary |= {chr(code): len(vocabulary) + i for i, code in enumerate(range(32, 124))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Sums to 9 as multiple choice."""
+    folder = tmp_path_factory.mktemp("data")
+    files = {}
+    for name, numbers in (("train", range(5)), ("validation", range(5, 7)), ("test", range(7, 9))):
+        rows = [
+            {"id": f"{a}{b}", "context": "", "question": f"{a}+{b}=", "choices": ["9", "3"], "label": (a + b) % 2}
+            for a in numbers
+            for b in range(8)
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        files[name] = str(path)
+    return files
+
+
+def opened(run_dir: Path, model_dir: Path, data_files: dict[str, str], **options: Any) -> FineTuneEvaluator:
+    module = FineTuneModule(str(model_dir), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    evaluator = FineTuneEvaluator(calibration_batches=1, calibration_batch_size=2)
+    evaluator.open(EvaluationContext(run_dir, LADDER, 0, module, data, Trainer))
+    names = tuple(shape.name for shape in evaluator.shapes)
+    evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names))
+    return evaluator
+
+
+def evaluated(evaluator: FineTuneEvaluator, configuration: Configuration, steps: int) -> Evaluation:
+    return next(iter(evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])))
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_files: dict[str, str]
+) -> tuple[FineTuneEvaluator, Evaluation]:
+    evaluator = opened(tmp_path_factory.mktemp("straight"), model_dir, data_files)
+    return evaluator, evaluated(evaluator, MIXED, 6)
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    from safetensors.torch import load_file
+
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    first = evaluated(evaluator, MIXED, 2)
+    evaluated(evaluator, Configuration.uniform(4, 4, 3), 2)  # another candidate in between
+    evaluated(evaluator, MIXED, 4)
+    last = evaluated(evaluator, MIXED, 6)
+    whole, expected = straight
+    assert last.score == expected.score
+    assert last.outcomes == expected.outcomes
+    assert last.score != first.score
+    assert expected.checkpoint is not None
+    stored = Path(expected.checkpoint) / "adapter.safetensors"
+    assert same_tensors(tmp_path / stored, whole.context.run_dir / stored)
+
+
+def test_another_process_continues_bit_identically(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    evaluated(opened(tmp_path, model_dir, data_files), MIXED, 4)
+    later = opened(tmp_path, model_dir, data_files)
+    torch.manual_seed(12345)
+    assert evaluated(later, MIXED, 6).outcomes == straight[1].outcomes
+
+
+def test_a_fit_of_as_many_steps_has_the_score_of_the_search(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2)
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    with quiet_lightning():
+        trainer = Trainer(
+            max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+        )
+        trainer.fit(module, datamodule=data)
+        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    assert metrics["validation/score"] == pytest.approx(straight[1].score, abs=0)
+
+
+def test_the_score_is_that_of_the_adapters_as_stored_in_16_bits(
+    straight: tuple[FineTuneEvaluator, Evaluation],
+) -> None:
+    evaluator, expected = straight
+    evaluator._train(MIXED, 6)  # puts the stored float32 masters in place
+    for _, parameter in evaluator.module.backbone.trainable_parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    assert evaluator._validated()[0] == expected.score
+
+
+def test_the_learning_rate_depends_on_the_step_alone() -> None:
+    assert [learning_rate_factor(k, 10, 2, "linear") for k in (0, 1, 2, 6, 10)] == pytest.approx(
+        [1 / 3, 2 / 3, 1.0, 0.5, 0.0]
+    )
+    assert learning_rate_factor(6, 10, 2, "cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(99, 10, 2, "cosine") == pytest.approx(0.0)
+    assert learning_rate_factor(9, 10, 0, "constant") == 1.0
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_the_search_goes_on(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, learning_rate=1e30)
+    failed = evaluated(evaluator, MIXED, 6)
+    assert not failed.ok
+    assert "learning rate" in failed.reason
+    assert failed.checkpoint is None
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_running_out_of_memory_is_recorded(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+
+    def exhausted(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(FineTuneModule, "training_step", exhausted)
+    failed = evaluated(evaluator, MIXED, 2)
+    assert (failed.status, failed.reason.split(":")[0]) == ("failed", "OutOfMemoryError")
+
+
+def test_test_scores_are_those_of_the_checkpoint_even_when_it_was_deleted(
+    straight: tuple[FineTuneEvaluator, Evaluation],
+) -> None:
+    evaluator, expected = straight
+    before = evaluator.test(expected)
+    evaluator.discard(expected)
+    assert not (evaluator.context.run_dir / "checkpoints" / MIXED.digest).exists()
+    assert evaluator.test(expected) == before
+
+
+def test_the_fingerprint_tells_models_and_data_apart(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    mine = straight[0].fingerprint()
+    assert opened(tmp_path, model_dir, data_files).fingerprint() == mine
+    less = opened(tmp_path, model_dir, {**data_files, "train": data_files["validation"], "validation": None})  # type: ignore[dict-item]
+    assert less.fingerprint()["model"] == mine["model"]
+    assert less.fingerprint()["data"] != mine["data"]
+    other = opened(
+        tmp_path, model_dir, data_files, quantizers={2: {"class_path": "hqq", "init_args": {"group_size": 32}}}
+    )
+    assert other.fingerprint()["model"] != mine["model"]
+
+
+def test_importance_is_estimated_by_the_registered_estimators(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    for name in ("fisher_residual", "gradient_spectrum"):
+        scores = evaluator.importance(REGISTRIES["estimators"].create(name), evaluator.space)
+        assert scores.shape == (3,)
+        assert (scores > 0).all()
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from lightning import Trainer
+from qratk.backbone.module import FineTuneModule
+from qratk.components import REGISTRIES as R
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.loop import SearchLoop
+from qratk.reporting.terminal import TerminalReporter
+torch.set_num_threads(1)
+run_dir, model, train, validation, test = sys.argv[1:]
+make = lambda kind, name, **options: R[kind].create(name, **options)
+module = FineTuneModule(model, learning_rate=1e-2, lora_dropout=0.1)
+data = MultipleChoiceData(train, validation=validation, test=test, batch_size=4, score="log_likelihood")
+loop = SearchLoop(
+    evaluator=make("evaluators", "finetune"), searcher=make("searchers", "nsga2", offspring=3),
+    refiner=make("refiners", "trust_region", max_evaluations=2), surrogate=make("surrogates", "huber"),
+    mutations=[make("mutations", "sensitivity"), make("mutations", "coupled")], repair=make("repairs", "greedy"),
+    bits_importance=make("estimators", "fisher_residual"), rank_importance=make("estimators", "gradient_spectrum"),
+    bits=[2, 4], ranks=[2, 4], like=[4, 2], steps=[1, 2], generations=2, high_fidelity_candidates=1,
+)
+loop.run(run_dir=Path(run_dir), reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
+"""
+
+
+def start(run_dir: Path, model_dir: Path, data_files: dict[str, str]) -> subprocess.Popen[str]:
+    paths = [str(run_dir), str(model_dir), *(data_files[name] for name in ("train", "validation", "test"))]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *paths],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def measured(run_dir: Path) -> list[tuple[Any, ...]]:
+    with Journal(run_dir) as journal:
+        return [
+            (str(e.configuration), e.steps, e.score, e.outcomes, r.candidate.origin)
+            for r in journal.records
+            for e in [r.evaluation]
+        ]
+
+
+def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scores_to_the_bit(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    whole = start(tmp_path / "whole", model_dir, data_files)
+    output = whole.communicate(timeout=600)[0]
+    assert whole.returncode == 0, output
+    expected = measured(tmp_path / "whole")
+    killed = 0
+    for lines in (3, 9):  # evaluations after which the process is killed, in the middle of the next
+        process = start(tmp_path / "cut", model_dir, data_files)
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += "score" in line and line.startswith("[")
+            if seen == lines:
+                time.sleep(0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate(timeout=60)
+        killed += process.returncode == -signal.SIGKILL
+    assert killed == 2
+    last = start(tmp_path / "cut", model_dir, data_files)
+    output = last.communicate(timeout=600)[0]
+    assert last.returncode == 0, output
+    assert measured(tmp_path / "cut") == expected
