@@ -74,7 +74,7 @@ def initial_a(name: str, rank: int, d_in: int, *, seed: int) -> torch.Tensor:
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
     uniform = np.random.Generator(np.random.Philox(key=key)).random((rank, d_in), dtype=np.float32)
-    return torch.from_numpy((2.0 * uniform - 1.0) * np.float32(1.0 / math.sqrt(d_in)))
+    return torch.from_numpy(uniform).mul_(2.0).sub_(1.0).mul_(1.0 / math.sqrt(d_in))
 
 
 class Adapters:
@@ -119,7 +119,7 @@ class Adapters:
         if _ADAPTER not in wrapper.lora_A:
             return torch.zeros(bank.shape, device=bank.device)
         product: torch.Tensor = wrapper.lora_B[_ADAPTER].weight @ wrapper.lora_A[_ADAPTER].weight
-        return (product * wrapper.scaling[_ADAPTER]).detach()
+        return product.detach() * float(wrapper.scaling[_ADAPTER])
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters in model order, as in 'model.layers.0.mlp.up_proj.lora_A.weight'."""
@@ -197,7 +197,7 @@ class Adapters:
         largest = max(ranks.values())
         return LoraConfig(
             r=largest,
-            lora_alpha=self.options.lora_alpha(largest),
+            lora_alpha=self.options.lora_alpha(largest),  # type: ignore[arg-type]  # PEFT takes floats too
             rank_pattern={patterns[name]: rank for name, rank in ranks.items()},
             alpha_pattern={patterns[name]: self.options.lora_alpha(rank) for name, rank in ranks.items()},
             target_modules=list(ranks),

@@ -165,7 +165,7 @@ class Backbone:
         hasher.update(repr((settings, self.granularity, self.target_modules, str(self.compute_dtype))).encode())
         for name, tensor in self._reference_tensors():
             hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            hasher.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            hasher.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return hasher.hexdigest()
 
     def _reference_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -233,8 +233,12 @@ class Backbone:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations block by block in the backward pass."""
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.base.config.use_cache = False
+        base: Any = self.base
+        if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.x renamed it
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.config.use_cache = False
 
     def activate(self, configuration: Configuration, *, seed: int) -> None:
         """Switch in place: the bits of each layer, and fresh adapters seeded by (seed, module name).
@@ -378,14 +382,15 @@ def _load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrai
 
     try:
         if weights:
-            dtype = {_dtype_argument(): "auto"}
+            dtype: Any = {_dtype_argument(): "auto"}
             return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         stored = getattr(config, _dtype_argument(), None) or torch.float32
+        options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
+        auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, **{_dtype_argument(): stored}
-            )
+            model: PreTrainedModel = auto.from_config(config, **options)
+        return model
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(
             f"the model {name!r} cannot be loaded as a causal language model: {_first_line(error)} "

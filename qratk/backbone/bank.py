@@ -58,6 +58,15 @@ class DequantizedMatmul(torch.autograd.Function):
         return (torch.matmul(grad, ctx.dense()) if ctx.needs_input_grad[0] else None), None, None, None
 
 
+def dequantized_matmul(
+    x: torch.Tensor, dense: Callable[[], torch.Tensor], bias: torch.Tensor | None, *, after: bool = False
+) -> torch.Tensor:
+    """x W^T plus the bias, (..., d_out), by `DequantizedMatmul`."""
+    function: Any = DequantizedMatmul
+    out: torch.Tensor = function.apply(x, dense, bias, after)
+    return out
+
+
 class FrozenWeight(torch.Tensor):
     """A dense copy of a packed weight, for reading. Assigning to `data` raises.
 
@@ -65,10 +74,10 @@ class FrozenWeight(torch.Tensor):
     `base_layer.weight.data = ...`. On a copy that would be lost in silence, so it is an error here.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """A plain copy of the values."""
         return self.as_subclass(torch.Tensor).detach().clone()
 
@@ -201,8 +210,7 @@ class BankLinear(nn.Linear):
         variant = self.require(self._active)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
-        out: torch.Tensor = DequantizedMatmul.apply(x, self._dense(variant, x.dtype), bias, after)
-        return out
+        return dequantized_matmul(x, self._dense(variant, x.dtype), bias, after=after)
 
     def _dense(self, variant: Variant, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
@@ -226,7 +234,7 @@ class BankLinear(nn.Linear):
         return next(iter(next(iter(self._variants.values())).packed.values()))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> BankLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The 16-bit variant may share memory with the reference: move it once. The old one is held, for its address.
         moved: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes as bnb
+import bitsandbytes
 import torch
 from torch import nn
 
-from qratk.backbone.bank import BankLinear, DequantizedMatmul, Variant
+from qratk.backbone.bank import BankLinear, Variant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.export.skeleton import empty_like, fill, replace_module
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qratk.backbone.backbone import Backbone
+
+
+bnb: Any = bitsandbytes  # it has no types
 
 
 def native_model(
@@ -43,7 +46,7 @@ def native_model(
         raise ConfigurationError(
             f"the model has {len(backbone.layers)} layers, but the configuration has {len(configuration)}"
         )
-    model = empty_like(backbone)
+    model: Any = empty_like(backbone)
     fill(model, backbone.fixed_tensors())
     for layer, choice in zip(backbone.layers, configuration.layers, strict=True):
         for name, bank in layer.modules:
@@ -51,10 +54,11 @@ def native_model(
             replace_module(model, name, module)
     # PEFT dispatches hand-built bitsandbytes layers as such only on a model that is marked so.
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
-    return model.eval()
+    native: PreTrainedModel = model.eval()
+    return native
 
 
-class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):
+class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """A `Linear8bitLt` that never quantises activations: the same product in training and evaluation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,15 +70,12 @@ class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):
         shape = (self.out_features, self.in_features)
         dtype = x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        out: torch.Tensor = DequantizedMatmul.apply(
-            x, lambda: Int8Quantizer().dequantize(packed, shape, 8, dtype), bias, False
-        )
-        return out
+        return dequantized_matmul(x, lambda: Int8Quantizer().dequantize(packed, shape, 8, dtype), bias)
 
 
 def _native_layer(name: str, bank: BankLinear, bits: int, dtype: torch.dtype, int8_activations: bool) -> nn.Module:
     variant = bank.require(bits)
-    makers: dict[type, Callable[[], nn.Module]] = {
+    makers: dict[type, Callable[[], Any]] = {
         NoQuantizer: lambda: _plain(bank, variant, dtype),
         Int8Quantizer: lambda: _int8(bank, variant, dtype, int8_activations),
         NF4Quantizer: lambda: _nf4(bank, variant, dtype),
@@ -86,27 +87,26 @@ def _native_layer(name: str, bank: BankLinear, bits: int, dtype: torch.dtype, in
             f"{name}: {type(variant.quantizer).__name__} has no native layer in PEFT; save the model in qratk's own "
             "format (`save_quantized`), or export dense weights (`merged_model`)"
         )
-    module = maker()
-    module.in_features, module.out_features = (
-        bank.in_features,
-        bank.out_features,
-    )  # HQQLinear sets them only when loaded
-    return module.train(False)
+    module: Any = maker()
+    # HQQLinear sets its sizes only when it quantises or loads.
+    module.in_features, module.out_features = bank.in_features, bank.out_features
+    finished: nn.Module = module.train(False)
+    return finished
 
 
 def _bias(bank: BankLinear, dtype: torch.dtype) -> nn.Parameter | None:
     return None if bank.bias is None else nn.Parameter(bank.bias.to(dtype, copy=True), requires_grad=False)
 
 
-def _plain(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
-    module = nn.Linear(bank.in_features, bank.out_features, bias=bank.bias is not None, device="meta")
+def _plain(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> Any:
+    module: Any = nn.Linear(bank.in_features, bank.out_features, bias=bank.bias is not None, device="meta")
     weight = variant.dequantize(bank.shape, dtype)
     module.weight = nn.Parameter(weight.clone(), requires_grad=False)
     module.bias = _bias(bank, dtype)
     return module
 
 
-def _int8(bank: BankLinear, variant: Variant, dtype: torch.dtype, activations: bool) -> nn.Module:
+def _int8(bank: BankLinear, variant: Variant, dtype: torch.dtype, activations: bool) -> Any:
     cls = bnb.nn.Linear8bitLt if activations else WeightOnlyLinear8bitLt
     module = cls(bank.in_features, bank.out_features, bias=bank.bias is not None, has_fp16_weights=False, device="meta")
     codes, absmax = (variant.packed[key].clone() for key in (Int8Quantizer.CODES, "absmax"))
@@ -115,14 +115,14 @@ def _int8(bank: BankLinear, variant: Variant, dtype: torch.dtype, activations: b
     return module
 
 
-def _nf4(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
+def _nf4(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> Any:
     quantizer = variant.quantizer
     assert isinstance(quantizer, NF4Quantizer)
     # Copies: on CPUs with AVX512-BF16, Linear4bit repacks its weight in place.
     packed = {key: tensor.clone() for key, tensor in variant.packed.items()}
     state = quantizer.quant_state(packed, bank.shape, dtype)
     state.code = state.code.clone()
-    module = bnb.nn.Linear4bit(
+    module: Any = bnb.nn.Linear4bit(
         bank.in_features,
         bank.out_features,
         bias=bank.bias is not None,
@@ -146,13 +146,13 @@ def _nf4(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _hqq(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> nn.Module:
+def _hqq(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     quantizer = variant.quantizer
     assert isinstance(quantizer, HQQQuantizer)
     config: dict[str, Any] = BaseQuantizeConfig(nbits=variant.bits, group_size=quantizer.group_size, axis=1)
-    module = HQQLinear(None, config, compute_dtype=dtype, device=str(bank.device), initialize=False)
+    module: Any = HQQLinear(None, config, compute_dtype=dtype, device=str(bank.device), initialize=False)
     module.W_q = variant.packed[quantizer.CODES].clone()
     module.meta = quantizer.library_meta(variant.packed, bank.shape, variant.bits, dtype)
     bias = _bias(bank, dtype)

@@ -28,8 +28,9 @@ def empty_model(cls: Any, config: Any) -> PreTrainedModel:
 
     make = getattr(cls, "from_config", None) or cls._from_config
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = make(config)
-    return model.eval()
+        model: Any = make(config)
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:

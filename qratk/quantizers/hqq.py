@@ -108,7 +108,9 @@ class HQQQuantizer(Quantizer):
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """Weight (d_out, d_in), by the hqq library's own function."""
-        return _library().dequantize(packed[self.CODES], self.library_meta(packed, shape, bits, dtype))
+        meta = self.library_meta(packed, shape, bits, dtype)
+        dense: torch.Tensor = _library().dequantize(packed[self.CODES], meta)
+        return dense
 
     def library_meta(
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype

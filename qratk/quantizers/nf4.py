@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
@@ -82,16 +82,16 @@ class NF4Quantizer(Quantizer):
         import torch
         from bitsandbytes.functional import QuantState
 
-        codes = packed[self.CODES]
+        codes, make = packed[self.CODES], cast(Any, QuantState)
         state2 = None
         if self.double_quantization:
-            state2 = QuantState(
+            state2 = make(
                 absmax=packed["nested_absmax"],
                 code=_dynamic_table(codes.device),
                 blocksize=_NESTED_BLOCK,
                 dtype=torch.float32,
             )
-        return QuantState(
+        return make(
             absmax=packed["absmax"],
             shape=torch.Size(shape),
             dtype=dtype,
@@ -117,13 +117,15 @@ def _ceil(a: int, b: int) -> int:
 
 @lru_cache(maxsize=32)
 def _nf4_table(device: torch.device) -> torch.Tensor:
-    from bitsandbytes.functional import get_4bit_type
+    import bitsandbytes.functional as functional
 
-    return get_4bit_type("nf4", device=device)
+    table: torch.Tensor = cast(Any, functional).get_4bit_type("nf4", device=device)
+    return table
 
 
 @lru_cache(maxsize=32)
 def _dynamic_table(device: torch.device) -> torch.Tensor:
-    from bitsandbytes.functional import create_dynamic_map
+    import bitsandbytes.functional as functional
 
-    return create_dynamic_map().to(device)
+    table: torch.Tensor = cast(Any, functional).create_dynamic_map().to(device)
+    return table
