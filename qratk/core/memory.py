@@ -156,13 +156,20 @@ class MemoryModel:
     def _peak(self, scope: Scope) -> PeakBytes:
         return {"storage": PeakBytes(-self.fixed_bytes), "training": self.training, "serving": self.serving}[scope]
 
+    @cached_property
+    def _tables(self) -> dict[tuple[Scope, Knob], NDArray[np.int64]]:
+        tables: dict[tuple[Scope, Knob], NDArray[np.int64]] = {}
+        for scope in SCOPES:
+            growth = 1.0 + self._peak(scope).per_adapter_byte
+            tables[scope, "bits"] = self._weights + self._metadata
+            tables[scope, "rank"] = np.ceil(self._adapters * growth).astype(np.int64)
+        for table in tables.values():
+            table.setflags(write=False)  # shared by all who price edits
+        return tables
+
     def table(self, scope: Scope, knob: Knob) -> NDArray[np.int64]:
         """Bytes that one knob of each layer takes at each rung, (L, rungs): what edits and repairs are priced by."""
-        if knob == "bits":
-            return self._weights + self._metadata
-        growth = 1.0 + self._peak(scope).per_adapter_byte
-        grown: NDArray[np.int64] = np.ceil(self._adapters * growth).astype(np.int64)
-        return grown
+        return self._tables[scope, knob]
 
     def constant_bytes(self, scope: Scope) -> int:
         """Bytes that no knob changes: so that bytes = constant + the sum of both tables' entries."""
