@@ -7,11 +7,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 0, ties sharing their mean rank."""
+    """Ranks from 1, ties sharing their mean rank."""
     array = np.asarray(values, dtype=np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    mean_rank = last - (counts + 1) / 2
+    mean_rank = last - (counts - 1) / 2
     return np.asarray(mean_rank[inverse], dtype=np.float64)
 
 
