@@ -131,16 +131,13 @@ class NSGA2(GlobalSearcher):
 
     def _children(self, known: set[Configuration], rng: np.random.Generator) -> tuple[Candidate, ...]:
         children: dict[Configuration, Candidate] = {}
-        for _ in range(self.offspring):
-            taken = {*known, *children}
-            child = self._child(taken, rng)
-            if child is None:  # nothing new near the parents: look elsewhere before giving up
-                elsewhere = self._random(taken, rng, 1)
-                if not elsewhere:
-                    break
-                child = elsewhere[0]
+        while len(children) < self.offspring:
+            child = self._child({*known, *children}, rng)
+            if child is None:  # nothing new near the parents: look elsewhere for the rest of the generation
+                break
             children[child.configuration] = child
-        return tuple(children.values())
+        missing = self.offspring - len(children)
+        return tuple(children.values()) + self._random({*known, *children}, rng, missing)
 
     def _child(self, taken: set[Configuration], rng: np.random.Generator) -> Candidate | None:
         if not self._members:

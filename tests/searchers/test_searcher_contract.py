@@ -11,10 +11,11 @@ from qratk.testing import SearcherContract
 class TestRegisteredSearchers(SearcherContract):
     @pytest.fixture(params=searchers.names())
     def make(self, request):
-        return partial(searchers.create, request.param)
+        small = {option.name for option in searchers.options(request.param)} & {"offspring"}
+        return partial(searchers.create, request.param, **dict.fromkeys(small, 8))
 
 
 class TestNSGA2WithoutWarmStart(SearcherContract):
     @pytest.fixture
     def make(self):
-        return partial(searchers.create, "nsga2", warm_start=False, population=6, offspring=5)
+        return partial(searchers.create, "nsga2", warm_start=False, population=5, offspring=4)
