@@ -155,13 +155,12 @@ class MultipleChoiceData(TaskData):
     ) -> Iterator[Encoded]:
         limit = self.max_length
         for (context, continuation), owner in zip(PairEncoder(self.tokenizer)(pairs), owners, strict=True):
-            if not continuation or len(continuation) >= limit:
-                raise DataError(
-                    f"{items[owner].where}: a choice has {len(continuation)} tokens, needed are 1 to max_length - 1 "
-                    f"({limit - 1})"
-                )
+            if not continuation:
+                raise DataError(f"{items[owner].where}: a choice adds no token to its prompt; change the delimiter")
             tokens = (context + continuation)[-limit:]  # cut from the left, as lm-eval does
-            labelled = [False] * (len(tokens) - len(continuation)) + [True] * len(continuation)
+            # lm-eval stops at a choice that is longer than the model's context; here its end is scored.
+            scored = min(len(continuation), limit - 1)
+            labelled = [False] * (len(tokens) - scored) + [True] * scored
             yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
 
     def build_scorer(self, split: Split) -> ChoiceScorer:

@@ -125,6 +125,17 @@ def test_log_likelihoods_equal_a_plain_computation(write: Write, tokenizer: Any,
     np.testing.assert_allclose(scorer.log_likelihood.numpy(), expected, rtol=1e-5)
 
 
+def test_of_a_choice_longer_than_the_model_can_see_the_end_is_scored(write: Write, tokenizer: Any) -> None:
+    rows = [{"question": "Sky?", "choices": ["blue", "red " * 30 + "green"], "label": 0}]
+    data = make(write, tokenizer, rows, max_length=16)
+    short, long = data.scoring_rows("test")
+    assert not short.truncated
+    assert long.truncated
+    assert len(long.tokens) == 16
+    assert long.labelled.tolist() == [False] + [True] * 15
+    assert tokenizer.decode(long.tokens).endswith("red green")
+
+
 def test_training_learns_the_right_choice_only(write: Write, tokenizer: Any) -> None:
     rows = make_rows("full", 10)
     data = MultipleChoiceData(write("train.jsonl", rows), validation=write("v.jsonl", make_rows("nothing", 2)))
