@@ -1,0 +1,26 @@
+"""The embedded default: where its model lies, and its data set as files."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import get_args
+
+from qratk.embedded.world import Split, fine_tuning_rows, make_world
+
+
+def model_directory() -> Path:
+    """The folder of the embedded model, as `AutoModelForCausalLM.from_pretrained` wants it."""
+    return Path(str(files("qratk.embedded").joinpath("model")))
+
+
+def write_dataset(directory: Path | str, seed: int = 0) -> dict[str, Path]:
+    """The paths of the files written: train, validation and test, one JSON object a line."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    world = make_world()
+    paths: dict[str, Path] = {}
+    for split in get_args(Split):
+        lines = [json.dumps(row.as_dict()) for row in fine_tuning_rows(world, split, seed)]
+        paths[split] = folder / f"{split}.jsonl"
+        paths[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return paths
