@@ -12,11 +12,13 @@ Subclass the suite of a kind and override its `make` fixture; pytest is needed f
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
+    from qratk.testing._torch_contracts import EstimatorContract, QuantizerContract
     from qratk.testing.contracts import (
         MutationContract,
         RefinerContract,
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "EstimatorContract",
     "MutationContract",
+    "QuantizerContract",
     "RefinerContract",
     "RepairContract",
     "SearcherContract",
@@ -43,7 +47,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    pytest.register_assert_rewrite("qratk.testing.contracts")
-    from qratk.testing import contracts
-
-    return getattr(contracts, name)
+    # Apart, so that suites without torch stay without it.
+    module = "_torch_contracts" if name in ("EstimatorContract", "QuantizerContract") else "contracts"
+    pytest.register_assert_rewrite(f"{__name__}.{module}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

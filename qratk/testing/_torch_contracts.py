@@ -1,0 +1,191 @@
+"""Contract suites of the open sets that need torch: importance estimators and quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from qratk.core.errors import QuantizationError
+from qratk.estimators.base import ImportanceEstimator
+from qratk.quantizers.base import Quantizer
+
+VOCABULARY = 32
+
+
+def tiny_module(num_layers: int = 3) -> Any:
+    """A stand-in for the LightningModule: its `backbone` is a random Llama with a bank of 16 and 4 bits."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qratk.backbone.backbone import Backbone
+    from qratk.quantizers.base import quantizers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.1,
+            )
+        )  # fmt: skip
+        chosen = {4: quantizers.create("nf4"), 16: quantizers.create("none")}
+        backbone = Backbone.from_model(model, quantizers=chosen, compute_dtype="float32")
+    backbone.build_bank([4])
+    return SimpleNamespace(backbone=backbone)
+
+
+def tiny_batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Right-padded batches of four sequences whose first two tokens are a prompt."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(0, VOCABULARY, (4, 8), generator=generator)
+        mask = (torch.arange(8) < torch.tensor([8, 7, 6, 5])[:, None]).long()
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :2] = -100
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+class EstimatorContract:
+    """What every importance estimator promises. Override the fixture `make`: it returns what builds a new one."""
+
+    @pytest.fixture
+    def make(self) -> Callable[[], ImportanceEstimator]:
+        """A callable that builds the estimator under test."""
+        raise NotImplementedError(f"{type(self).__name__} must override the fixture 'make'")
+
+    @pytest.mark.parametrize("num_layers", [1, 3])
+    def test_scores_are_one_a_layer_finite_and_not_negative(
+        self, make: Callable[[], ImportanceEstimator], num_layers: int
+    ) -> None:
+        scores = make().estimate(tiny_module(num_layers), tiny_batches(), lowest_bits=4)
+        assert isinstance(scores, np.ndarray)
+        assert scores.shape == (num_layers,)
+        assert scores.dtype == np.float64
+        assert np.isfinite(scores).all()
+        assert (scores >= 0).all()
+
+    def test_same_module_gives_the_same_scores(self, make: Callable[[], ImportanceEstimator]) -> None:
+        module, batches = tiny_module(), tiny_batches()
+        first, again = (make().estimate(module, batches, lowest_bits=4) for _ in range(2))
+        np.testing.assert_array_equal(first, again)
+
+    def test_module_is_left_as_found(self, make: Callable[[], ImportanceEstimator]) -> None:
+        module = tiny_module()
+        model = module.backbone.model
+        model.train()
+        next(iter(module.backbone.layers)).modules[0][1].eval()
+        before = _observed(model)
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        active = [bank.active for layer in module.backbone.layers for _, bank in layer.modules]
+        make().estimate(module, tiny_batches(), lowest_bits=4)
+        assert _observed(model) == before
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+        assert [bank.active for layer in module.backbone.layers for _, bank in layer.modules] == active
+
+    def test_random_state_is_left_as_found(self, make: Callable[[], ImportanceEstimator]) -> None:
+        module = tiny_module()
+        state = torch.get_rng_state()
+        make().estimate(module, tiny_batches(), lowest_bits=4)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_batches_are_left_as_found(self, make: Callable[[], ImportanceEstimator]) -> None:
+        batches = tiny_batches()
+        make().estimate(tiny_module(), batches, lowest_bits=4)
+        for batch, fresh in zip(batches, tiny_batches(), strict=True):
+            assert batch.keys() == fresh.keys()
+            assert all(torch.equal(batch[key], fresh[key]) for key in fresh)
+
+
+def _observed(model: torch.nn.Module) -> list[Any]:
+    modes = [(module.training, len(module._forward_hooks), len(module._backward_hooks)) for module in model.modules()]
+    return [modes, [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]]
+
+
+class QuantizerContract:
+    """What every quantizer promises. `shapes` must hold some that it takes; `bound` is the largest relative error."""
+
+    shapes: tuple[tuple[int, int], ...] = ((64, 64), (32, 96), (17, 64), (5, 7))
+    bound: ClassVar[dict[int, float]] = {2: 0.6, 3: 0.35, 4: 0.2, 8: 0.02, 16: 0.005}
+
+    @pytest.fixture
+    def make(self) -> Callable[[], Quantizer]:
+        """A callable that builds the quantizer under test."""
+        raise NotImplementedError(f"{type(self).__name__} must override the fixture 'make'")
+
+    def test_some_shape_is_taken_at_every_bit_width(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        assert {bits for _, bits in self._taken(quantizer)} == set(quantizer.supported_bits)
+
+    def test_predicted_bytes_are_those_of_the_tensors(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            packed = quantizer.quantize(_weight(shape), bits)
+            expected = quantizer.packed_bytes(shape, bits)
+            codes = packed[quantizer.CODES].nbytes
+            assert (codes, sum(t.nbytes for t in packed.values()) - codes) == (expected.weights, expected.metadata)
+
+    def test_dequantized_weight_is_near(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            weight = _weight(shape)
+            dense = quantizer.dequantize(quantizer.quantize(weight, bits), shape, bits, torch.float32)
+            assert dense.shape == shape
+            assert dense.dtype == torch.float32
+            assert float((dense - weight).norm() / weight.norm()) < self.bound[bits]
+
+    def test_quantizing_is_repeatable_and_leaves_weight_and_random_state(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            weight, state = _weight(shape), torch.get_rng_state()
+            first, again = quantizer.quantize(weight, bits), quantizer.quantize(weight, bits)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(weight, _weight(shape))
+            assert first.keys() == again.keys()
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+    def test_packed_tensors_survive_safetensors(self, make: Callable[[], Quantizer], tmp_path: Any) -> None:
+        from safetensors.torch import load_file, save_file
+
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            packed = quantizer.quantize(_weight(shape), bits)
+            save_file(packed, tmp_path / "packed.safetensors")
+            stored = load_file(tmp_path / "packed.safetensors")
+            assert torch.equal(
+                quantizer.dequantize(stored, shape, bits, torch.float32),
+                quantizer.dequantize(packed, shape, bits, torch.float32),
+            )
+
+    def test_what_is_refused_is_refused_clearly(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        unsupported = next(bits for bits in (5, 6, 7) if bits not in quantizer.supported_bits)
+        with pytest.raises(QuantizationError, match=str(unsupported)):
+            quantizer.check((64, 64), unsupported)
+        for shape in self.shapes:
+            for bits in quantizer.supported_bits:
+                if (shape, bits) not in self._taken(quantizer):
+                    with pytest.raises(QuantizationError):
+                        quantizer.quantize(_weight(shape), bits)
+
+    def _taken(self, quantizer: Quantizer) -> list[tuple[tuple[int, int], int]]:
+        taken = []
+        for shape in self.shapes:
+            for bits in quantizer.supported_bits:
+                try:
+                    quantizer.check(shape, bits)
+                except QuantizationError:
+                    continue
+                taken.append((shape, bits))
+        return taken
+
+
+def _weight(shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05

@@ -1,0 +1,28 @@
+"""Every registered estimator keeps its contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from qratk.estimators.base import ImportanceEstimator, estimators
+from qratk.testing import EstimatorContract
+
+
+class TestBuiltInEstimators(EstimatorContract):
+    @pytest.fixture(params=["fisher_residual", "gradient_spectrum", "uniform"])
+    def make(self, request: pytest.FixtureRequest) -> Callable[[], ImportanceEstimator]:
+        return lambda: estimators.create(request.param)
+
+
+@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+def test_scores_do_not_depend_on_gradient_checkpointing(name: str) -> None:
+    from qratk.testing._torch_contracts import tiny_batches, tiny_module
+
+    module = tiny_module()
+    plain = estimators.create(name).estimate(module, tiny_batches(), lowest_bits=4)
+    module.backbone.enable_gradient_checkpointing()
+    module.backbone.model.train()
+    np.testing.assert_allclose(estimators.create(name).estimate(module, tiny_batches(), lowest_bits=4), plain)
