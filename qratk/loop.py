@@ -167,7 +167,9 @@ class SearchLoop:
         with Journal(run_dir) as journal:
             journal.bind("config", config)
             bits = tuple(sorted({reference.bits for reference in self.references} - set(self.bits)))
-            context = EvaluationContext(run_dir, self.ladder, self.seed, module, datamodule, trainer, bits)
+            context = EvaluationContext(
+                run_dir, self.ladder, self.seed, module, datamodule, trainer, bits, reporter.message
+            )
             return _Search(self, journal, reporter, context).run()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class EvaluationContext:
     """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
 
-    `reference_bits` are bit-widths off the ladder that uniform references will be measured at after the search.
+    `reference_bits` are bit-widths off the ladder that uniform references will be measured at after the search;
+    `say` tells a person something, such as a fallback.
     """
 
     run_dir: Path
@@ -34,6 +35,7 @@ class EvaluationContext:
     datamodule: Any = None
     trainer: Any = None
     reference_bits: tuple[int, ...] = ()
+    say: Callable[[str], None] = print
 
 
 class Evaluator(ABC):

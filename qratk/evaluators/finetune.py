@@ -68,6 +68,7 @@ class FineTuneEvaluator(Evaluator):
         self.data.attach(self.module.tokenizer)
         self.data.setup("fit")
         self._footprints: dict[int, MemoryModel] = {}
+        self._announced: set[tuple[int, str, str]] = set()
 
     def _place(self) -> None:
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
@@ -169,7 +170,15 @@ class FineTuneEvaluator(Evaluator):
         self.module.activate(configuration)
 
     def _build_bank(self) -> None:
-        self.module.backbone.build_bank(sorted({*self.space.bits, *self.context.reference_bits}))
+        backbone = self.module.backbone
+        backbone.build_bank(sorted({*self.space.bits, *self.context.reference_bits}))
+        groups: dict[tuple[int, str, str], list[Any]] = {}
+        for fallback in backbone.fallbacks:
+            groups.setdefault((fallback.bits, fallback.wanted, fallback.used), []).append(fallback)
+        for key in groups.keys() - self._announced:
+            more = f" (and {len(groups[key]) - 1} more projections)" if len(groups[key]) > 1 else ""
+            self.context.say(f"{groups[key][0]}{more}")
+            self._announced.add(key)
 
     def _latest(self, configuration: Configuration, steps: int) -> tuple[int, TrainingState | None]:
         """Steps and state of the highest stored rung up to `steps`, put in place."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,24 @@ def test_importance_is_estimated_by_the_registered_estimators(
         scores = evaluator.importance(REGISTRIES["estimators"].create(name), evaluator.space)
         assert scores.shape == (3,)
         assert (scores > 0).all()
+
+
+def test_a_layer_that_its_quantiser_cannot_take_is_announced_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    odd = tmp_path_factory.mktemp("odd")
+    make_tiny_model("llama", hidden=64, intermediate=17).save_pretrained(odd)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (odd / name).write_bytes((model_dir / name).read_bytes())
+    said: list[str] = []
+    quantizers = {2: {"class_path": "hqq", "init_args": {"group_size": 128}}}
+    evaluator = opened(tmp_path, odd, data_files, quantizers=quantizers)
+    evaluator.context = replace(evaluator.context, say=said.append)
+    evaluated(evaluator, MIXED, 2)
+    evaluated(evaluator, MIXED, 4)
+    assert len(said) == 1
+    assert "2 bits" in said[0]
+    assert "more projections" in said[0]
 
 
 SCRIPT = """
