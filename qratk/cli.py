@@ -22,6 +22,7 @@ from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_pars
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 
 from qratk import _names
 from qratk.backbone.module import FineTuneModule
@@ -146,7 +147,8 @@ class QratkCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str] = ()) -> None:
         _prepare_parsing()
         if command in ("search", "plan"):  # a search makes two trainers an evaluation, and each has much to say
-            logging.getLogger("lightning").setLevel(logging.WARNING)
+            for name in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).setLevel(logging.WARNING)
         self._command = command
         super().__init__(
             FineTuneModule,
@@ -219,15 +221,15 @@ class QratkCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build what the command needs: strategies of the search only where there is one."""
+        needed = self.config.clone()
         if self.subcommand in ("search", "plan"):
             self.save_config_callback = None  # a search saves its configuration itself, once
-            super().instantiate_classes()
-            return
-        whole = self.config
-        self.config = whole.clone()
-        self.config[self.subcommand].pop(_names.SECTION)
-        super().instantiate_classes()
-        self.config = whole
+        else:
+            needed[self.subcommand].pop(_names.SECTION)
+        self.config_init = self.parser.instantiate_classes(needed)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The Trainer; none for `plan`, whose machine need not have the devices."""
@@ -414,6 +416,8 @@ def _prepare_parsing() -> None:
     yaml_loader = get_loader("yaml")
     set_loader(_YAML, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
     set_dumper(_YAML, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # Quantisers are given as plain data and built by the module, from the registry alone.
