@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -29,10 +30,16 @@ def load(name, **options):
     return Backbone.load(Path(str(SHARED)) / "models" / name, quantizers=table, **options)
 
 
-def loss_of(backbone):
-    ids = torch.tensor([backbone.tokenizer(TEXT)["input_ids"][:100]])
+def loss_of(backbone, text=TEXT):
+    ids = torch.tensor([backbone.tokenizer(text)["input_ids"][:128]])
     with torch.no_grad():
         return float(backbone.model(input_ids=ids, labels=ids).loss)
+
+
+def stories(count=20):
+    path = Path(str(SHARED)) / "datasets" / "stories_lower_lm" / "test.jsonl"
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line, _ in zip(lines, range(count), strict=False)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,9 +49,9 @@ def test_fewer_bits_lose_more_and_eight_bits_next_to_nothing(name):
     losses = []
     for bits in (16, 8, 4, 3, 2):
         backbone.activate(Configuration.uniform(bits, 0, len(backbone.layers)), seed=0)
-        losses.append(loss_of(backbone))
-    assert abs(losses[1] - losses[0]) < 0.02
-    assert max(losses[:3]) < losses[3] < losses[4]  # one short text: 4 bits may be better by chance
+        losses.append(sum(loss_of(backbone, text) for text in stories()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] < losses[2] < losses[3] < losses[4]
 
 
 @pytest.mark.parametrize("name", MODELS)
