@@ -1,0 +1,115 @@
+"""Short names become import paths, wherever a component may be named."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+
+import pytest
+from qratk import _names
+from qratk.components import REGISTRIES
+from qratk.core.errors import PluginError, UnknownComponentError
+from qratk.registry import Registry
+
+RANDOM = "qratk.searchers.random.RandomSearch"
+NSGA2 = "qratk.searchers.nsga2.NSGA2"
+
+
+@pytest.mark.parametrize("slot", _names.SLOTS)
+def test_every_slot_of_the_search_takes_every_name_of_its_registry(slot):
+    registry = REGISTRIES[_names.SLOTS[slot]]
+    for name in registry.names():
+        assert _names.resolve_section({slot: name}) == {slot: registry.class_path(name)}
+
+
+def test_name_inside_class_path_is_resolved_and_options_stay():
+    given = {"class_path": "nsga2", "init_args": {"population": 20}}
+    assert _names.resolve_component("searchers", given) == {"class_path": NSGA2, "init_args": {"population": 20}}
+
+
+def test_lists_are_resolved_item_by_item():
+    resolved = _names.resolve_component("mutations", ["sensitivity", {"class_path": "coupled"}])
+    registry = REGISTRIES["mutations"]
+    assert resolved == [registry.class_path("sensitivity"), {"class_path": registry.class_path("coupled")}]
+
+
+def test_import_paths_and_partial_options_stay_as_they_are():
+    for given in ("my_package.Searcher", {"init_args": {"population": 3}}, None):
+        assert _names.resolve_component("searchers", given) == given
+
+
+def test_only_the_search_section_is_touched():
+    document = {"searcher": "random", "data": {"class_path": "TextData"}, "search": {"name": "random"}}
+    assert _names.resolve_document(document) == document
+
+
+def test_document_below_a_command_name_is_resolved():
+    document = {"search": {"search": {"searcher": "random"}, "model": {}}}
+    assert _names.resolve_document(document, ("search",))["search"]["search"] == {"searcher": RANDOM}
+
+
+def test_unknown_name_lists_the_known_ones_and_the_nearest():
+    with pytest.raises(UnknownComponentError, match=r"'nsga3'; known are .*nsga2.*Did you mean 'nsga2'\?"):
+        _names.resolve_section({"searcher": "nsga3"})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--search.searcher=random"], [f"--search.searcher={RANDOM}"]),
+        (["--search.searcher", "random"], ["--search.searcher", RANDOM]),
+        (["--search.searcher.class_path=random"], [f"--search.searcher.class_path={RANDOM}"]),
+        (["--search.searcher.help", "random"], ["--search.searcher.help", RANDOM]),
+        (["--search.searcher.population=20"], ["--search.searcher.population=20"]),
+        (["--search.name=random", "--searcher=random"], ["--search.name=random", "--searcher=random"]),
+        (["--search.searcher.help", "--x"], ["--search.searcher.help", "--x"]),
+    ],
+)
+def test_arguments_are_resolved(given, expected):
+    assert _names.resolve_arguments(given) == expected
+    assert _names.resolve_arguments(expected) == expected
+
+
+def test_inline_lists_and_mappings_of_arguments_are_resolved():
+    given = ["--search.mutations=[uniform]", "--search={searcher: random}"]
+    first, second = (json.loads(text.partition("=")[2]) for text in _names.resolve_arguments(given))
+    assert first == [REGISTRIES["mutations"].class_path("uniform")]
+    assert second == {"searcher": RANDOM}
+
+
+def test_file_named_by_an_argument_is_resolved(tmp_path):
+    path = tmp_path / "searcher.yaml"
+    path.write_text("class_path: random\ninit_args: {offspring: 3}\n")
+    (argument,) = _names.resolve_arguments([f"--search.searcher={path}"])
+    assert json.loads(argument.partition("=")[2]) == {"class_path": RANDOM, "init_args": {"offspring": 3}}
+
+
+def with_entry_point(monkeypatch, value: str) -> None:
+    """Replace the searchers by one third-party name."""
+    registry: Registry = Registry("searchers", "GlobalSearcher")
+    registry._plugins = {"third": EntryPoint("third", value, "qratk.searchers")}
+    monkeypatch.setitem(REGISTRIES, "searchers", registry)
+
+
+def test_third_party_name_resolves_to_its_class(monkeypatch):
+    with_entry_point(monkeypatch, "qratk.searchers.random:RandomSearch")
+    monkeypatch.setattr("qratk.searchers.random.RandomSearch.component_name", "random")
+    assert _names.resolve_component("searchers", "third") == RANDOM
+
+
+def test_broken_plugin_names_where_it_comes_from(monkeypatch):
+    with_entry_point(monkeypatch, "no_such_package:Searcher")
+    with pytest.raises(PluginError, match="no_such_package"):
+        _names.resolve_component("searchers", "third")
+
+
+def test_defaults_are_the_published_recipe():
+    defaults = _names.defaults()
+    assert set(defaults) == set(_names.SLOTS)
+    assert defaults["searcher"] == {"class_path": NSGA2}
+    assert len(defaults["mutations"]) == 2
+
+
+def test_option_hint_lists_options_and_the_nearest():
+    assert "offspring" in _names.option_hint(RANDOM, "ofspring")
+    assert _names.option_hint(RANDOM, "ofspring").endswith("Did you mean 'offspring'?")
