@@ -77,7 +77,7 @@ class TaskData(LightningDataModule, ABC):
         test: As `train`; never overlaps: rows found in it are dropped from the other two.
         batch_size: Rows of a training micro-batch.
         eval_batch_size: Rows of a scoring batch; null means `batch_size`.
-        max_length: Tokens of a row at most; null means what the tokenizer allows, but no more than 2048.
+        max_length: Tokens of a row at most; null means what tokenizer and model allow, but no more than 2048.
         seed: Of splits, subsamples and training order.
         validation_items: Rows taken off `train` when there is no `validation`.
         validation_fraction: Share taken off when `validation_items` is null.
@@ -110,12 +110,14 @@ class TaskData(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         self.sources: dict[Split, Source | None] = {"train": train, "validation": validation, "test": test}
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.seed, self.rename, self.num_workers = seed, rename, num_workers
         self.validation_items, self.validation_fraction = validation_items, validation_fraction
         self.limits = {"train": max_train_items, "validation": max_validation_items, "test": max_test_items}
         self._max_length = max_length
         self._tokenizer: Any = None
+        self._context_length: int | None = None
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
         self._check_options()
 
@@ -160,10 +162,10 @@ class TaskData(LightningDataModule, ABC):
 
     # Tokenizer.
 
-    def attach(self, tokenizer: Any) -> None:
-        """Take the tokenizer of the model; what was encoded with another one is forgotten."""
-        if tokenizer is not self._tokenizer:
-            self._tokenizer = tokenizer
+    def attach(self, tokenizer: Any, *, context_length: int | None = None) -> None:
+        """Take the model's tokenizer and the tokens it can see; what was encoded with others is forgotten."""
+        if tokenizer is not self._tokenizer or context_length != self._context_length:
+            self._tokenizer, self._context_length = tokenizer, context_length
             self._encoded.clear()
 
     @property
@@ -177,7 +179,7 @@ class TaskData(LightningDataModule, ABC):
                     f"{type(self).__name__} has no tokenizer: call `attach(tokenizer)`, or use it in a Trainer with a "
                     f"module that has a `tokenizer`"
                 )
-            self.attach(tokenizer)
+            self.attach(tokenizer, context_length=getattr(module, "context_length", None))
         return self._tokenizer
 
     @property
@@ -188,9 +190,10 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a row at most: the option, never above what the tokenizer allows."""
-        allowed = getattr(self.tokenizer, "model_max_length", None) or _DEFAULT_LENGTH  # without a limit it is 1e30
-        return int(min(self._max_length or _DEFAULT_LENGTH, allowed))
+        """Tokens of a row at most: the option, never above what the tokenizer and the model allow."""
+        tokenizer_limit = getattr(self.tokenizer, "model_max_length", None)  # 1e30 where there is none
+        limits = [limit for limit in (tokenizer_limit, self._context_length) if limit]
+        return int(min([self._max_length or _DEFAULT_LENGTH, *limits]))
 
     # Splits.
 

@@ -132,6 +132,7 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused(write: Write, tokeni
         ({}, "no data"),
         ({"train": "a.jsonl", "max_length": 1}, "max_length must be at least 2, got 1"),
         ({"train": "a.jsonl", "seed": -1}, "seed must be at least 0, got -1"),
+        ({"train": "a.jsonl", "eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
         ({"train": "a.jsonl", "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"train": "a.jsonl", "max_test_items": 0}, "max_test_items must be at least 1"),
         ({"train": "a.jsonl", "validation_fraction": 1.0}, "validation_fraction must be between"),
@@ -220,6 +221,17 @@ def test_the_fingerprint_survives_calls_of_the_tokenizer(write: Write, tokenizer
     before = make(write, tokenizer).fingerprint()
     tokenizer("the dog barks", truncation=True, max_length=3)
     assert make(write, tokenizer).fingerprint() == before
+
+
+def test_rows_are_never_longer_than_tokenizer_and_model_allow(write: Write, tokenizer: Any) -> None:
+    assert make(write, tokenizer).max_length == tokenizer.model_max_length == 256
+    assert make(write, tokenizer, max_length=500).max_length == 256
+    data = make(write, tokenizer, max_length=100)
+    assert data.max_length == 100
+    assert max(len(row.tokens) for row in data.scoring_rows("test")) > 5
+    data.attach(tokenizer, context_length=5)
+    assert data.max_length == 5
+    assert max(len(row.tokens) for row in data.scoring_rows("test")) == 5
 
 
 def test_another_tokenizer_makes_other_rows(write: Write, tokenizer: Any, bare_tokenizer: Any) -> None:
