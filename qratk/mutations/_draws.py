@@ -33,7 +33,7 @@ def draw(weights: NDArray[np.float64], rng: np.random.Generator) -> int | None:
     return min(drawn, int(np.flatnonzero(weights.ravel())[-1]))
 
 
-def draw_column(open_columns: NDArray[np.bool_], rng: np.random.Generator) -> int | None:
-    """One of the columns that are open, in equal parts; None when there is none."""
-    columns = np.flatnonzero(open_columns)
+def draw_column(possible: NDArray[np.bool_], rng: np.random.Generator) -> int | None:
+    """One of the columns of (L, 2) in which anything is possible, in equal parts; None when there is none."""
+    columns = np.flatnonzero(possible.any(axis=0))
     return int(columns[int(rng.integers(len(columns)))]) if len(columns) else None

@@ -37,7 +37,7 @@ class MemoryBalancedCoupled(MutationOperator):
         ledger = Ledger(problem, configuration)
         weights = weights_of_layers(problem, self.epsilon)
         possible = ledger.possible(1)
-        column = draw_column(possible.any(axis=0), rng)
+        column = draw_column(possible, rng)
         if column is None:
             return configuration
         layer = draw(weights[:, column] ** self.gamma * possible[:, column], rng)

@@ -35,7 +35,7 @@ class SensitivityGuided(MutationOperator):
         ledger = Ledger(problem, configuration)
         weights = weights_of_layers(problem, self.epsilon)
         possible = {direction: ledger.possible(direction) for direction in (-1, 1)}
-        column = draw_column((possible[-1] | possible[1]).any(axis=0), rng)
+        column = draw_column(possible[-1] | possible[1], rng)
         if column is None:
             return configuration
         sides = [direction for direction in (-1, 1) if possible[direction][:, column].any()]

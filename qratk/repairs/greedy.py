@@ -8,8 +8,9 @@ import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON, Ledger, weights_of_layers
-from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
+from qratk.core.errors import ConfigurationError
 from qratk.core.problem import Problem
+from qratk.repairs._steps import smallest_or_raise
 from qratk.repairs.base import RepairPolicy, repairs
 
 
@@ -38,7 +39,7 @@ class GreedyDowngrade(RepairPolicy):
         weights = weights_of_layers(problem, self.epsilon)
         while not ledger.fits:
             if not _relieve(ledger, weights):
-                return _smallest_or_raise(problem, configuration)
+                return smallest_or_raise(problem, configuration)
         return ledger.configuration()
 
 
@@ -69,12 +70,3 @@ def _next_saving(ledger: Ledger, layer: int, column: int, capped: bool) -> float
         return float(-ledger.step_bytes(layer, column, -1))
     bits = ledger.problem.space.bits
     return float(ledger.problem.memory.parameters[layer] * (bits[index] - bits[index - 1]))
-
-
-def _smallest_or_raise(problem: Problem, configuration: Configuration) -> Configuration:
-    """The smallest configuration, for ladders on which a lower rung can be larger; raises when it does not fit."""
-    problem.budget.check(problem.memory)
-    smallest = problem.space.smallest
-    if not problem.feasible(smallest):  # `check` raises first; kept for a budget that overrides it
-        raise InfeasibleBudgetError(f"no downgrade of {configuration} fits the budget")
-    return smallest

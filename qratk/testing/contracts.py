@@ -109,7 +109,7 @@ class MutationContract(_Contract):
             np.testing.assert_array_equal(problem.table(knob), tables[knob])
 
     def test_global_random_state_is_not_touched(self, make: Callable[[], MutationOperator], problem: Problem) -> None:
-        before = np.random.get_state()[1].copy()  # type: ignore[union-attr,index]
+        before = np.random.get_state()[1].copy()  # type: ignore[index]
         make().mutate(problem, problem.space.smallest, np.random.default_rng(0))
         np.testing.assert_array_equal(np.random.get_state()[1], before)  # type: ignore[index]
 
