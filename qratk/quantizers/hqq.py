@@ -16,6 +16,8 @@ _PER_UNIT = {2: 4, 4: 2, 8: 1}  # codes that share a byte; the number of groups 
 _PACKING = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
 _ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SMALLER_GROUPS = (32, 16, 8)
+_LARGEST_INVERSE = 2e4  # codes per unit; the library's cap, which keeps scales within float16
+_ITERATIONS, _NORM, _BETA = 20, 0.7, 10.0  # the library's defaults
 
 
 @quantizers.register("hqq")
@@ -92,17 +94,14 @@ class HQQQuantizer(Quantizer):
 
     def _grid(self, groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Scale and zero, each (groups, 1) float32: W = (codes - zero) * scale.
-        _, meta = _library().quantize(
-            groups,
-            nbits=bits,
-            group_size=self.group_size,
-            optimize=self.optimize,
-            axis=1,
-            bitpack=False,
-            device=str(groups.device),
-        )
-        # The optimiser runs in inference mode, and such tensors may not meet autograd: clone them.
-        return meta["scale"].float().clone(), meta["zero"].float().clone()
+        import torch
+
+        low, extent = groups.amin(dim=1, keepdim=True), _extent(groups)
+        inverse = torch.where(extent > 0, (2**bits - 1) / extent, torch.ones_like(extent)).clamp(max=_LARGEST_INVERSE)
+        zero = -low * inverse
+        if self.optimize:
+            zero = _optimised_zero(groups, inverse, zero, 2**bits - 1)
+        return 1.0 / inverse, zero
 
     def dequantize(
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
@@ -148,12 +147,37 @@ def _library() -> Any:
     return Library
 
 
+def _extent(groups: torch.Tensor) -> torch.Tensor:
+    return groups.amax(dim=1, keepdim=True) - groups.amin(dim=1, keepdim=True)
+
+
 def _power_of_two(groups: torch.Tensor, bits: int) -> torch.Tensor:
     """Factor for each group, (groups, 1): 1, or the power of two that brings a tiny range to [0.5, 1)."""
     import torch
 
-    extent = groups.amax(dim=1, keepdim=True) - groups.amin(dim=1, keepdim=True)
-    # The library caps codes per unit at 2e4 and treats ranges up to 1e-4 as zero.
-    tiny = (extent > 0) & (extent <= max(1e-4, (2**bits - 1) / 2e4))
+    extent = _extent(groups)
+    tiny = (extent > 0) & (extent <= max(1e-4, (2**bits - 1) / _LARGEST_INVERSE))
     _, exponent = torch.frexp(extent)
     return torch.where(tiny, torch.ldexp(torch.ones_like(extent), (-exponent).clamp(max=100)), torch.ones_like(extent))
+
+
+def _optimised_zero(groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, largest: int) -> torch.Tensor:
+    """Zero points (groups, 1) after half-quadratic splitting with an l_0.7 loss.
+
+    The same steps as the library's `optimize_weights_proximal`, equal to the bit on CPU, but always in float32: the
+    library takes float16 on CUDA, and the bank should not depend on where it is built.
+    """
+    import torch
+
+    best = float("inf")
+    for _ in range(_ITERATIONS):
+        codes = torch.round(groups * inverse + zero).clamp_(0, largest)
+        residual = groups - (codes - zero) / inverse
+        shrunk = residual.abs() - (1.0 / _BETA) * residual.abs().pow(_NORM - 1.0)
+        sparse = torch.sign(residual) * torch.relu(shrunk)
+        zero = torch.mean(codes - (groups - sparse) * inverse, dim=1, keepdim=True)
+        error = float(residual.abs().mean())
+        if not error < best:
+            break
+        best = error
+    return zero
