@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -416,12 +417,20 @@ def _prepare_parsing() -> None:
     yaml_loader = get_loader("yaml")
     set_loader(_YAML, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
     set_dumper(_YAML, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    # Lightning calls methods that jsonargparse has renamed; nothing a user could do.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # Lightning recommends its paid services at every start.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     if not sys.stderr.isatty():
         disable_progress_bar()
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # Quantisers are given as plain data and built by the module, from the registry alone.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in str(record.msg)
 
 
 def _add_own_arguments(parser: LightningArgumentParser, command: str, *, present: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
+import shutil
+import weakref
+from tempfile import mkdtemp
 from typing import Any
 
 from qratk.data.multiple_choice import MultipleChoiceData
@@ -31,8 +33,9 @@ class EmbeddedData(MultipleChoiceData):
         max_validation_items: int | None = None,
         max_test_items: int | None = None,
     ) -> None:
-        self._folder = TemporaryDirectory(prefix="qratk-embedded-")
-        files: dict[str, Any] = {str(k): str(path) for k, path in write_dataset(self._folder.name, data_seed).items()}
+        folder = mkdtemp(prefix="qratk-embedded-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        files: dict[str, Any] = {split: str(path) for split, path in write_dataset(folder, data_seed).items()}
         super().__init__(
             **files,
             score=score,

@@ -1,0 +1,120 @@
+"""A plan's figures are those of the real thing, without loading it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from qratk import _names, plan
+from qratk.components import REGISTRIES
+from qratk.core.configuration import Configuration
+from qratk.core.errors import InfeasibleBudgetError
+from qratk.loop import SearchLoop
+
+
+def make_loop(**options):
+    parts = {}
+    for slot, names in _names.RECIPE.items():
+        registry = REGISTRIES[_names.SLOTS[slot]]
+        single = isinstance(names, str)
+        parts[slot] = registry.create(names) if single else [registry.create(name) for name in names]
+    return SearchLoop(**parts, **{"like": [4, 8], "steps": [10, 30], **options})
+
+
+@pytest.fixture(scope="module")
+def module():
+    from qratk.backbone.module import FineTuneModule
+
+    return FineTuneModule("embedded")
+
+
+@pytest.fixture(scope="module")
+def data():
+    from qratk.embedded.datamodule import EmbeddedData
+
+    return EmbeddedData(max_train_items=64, max_validation_items=16)
+
+
+@pytest.fixture(scope="module")
+def made(module, data):
+    return plan.make_plan(module, data, make_loop(references=[[16, 16]]))
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "8:16"])
+def test_planned_storage_equals_the_bytes_of_the_stored_tensors(made, module, text):
+    configuration = Configuration.from_text(text)
+    row = next(row for row in made.rows if row.name == "uniform" and row.configuration.startswith(text))
+    backbone = module.backbone
+    backbone.build_bank(configuration.bits)
+    whole = Configuration(configuration.layers * len(backbone.layers))
+    backbone.activate(whole, seed=0)
+    packed = [bank.variants[whole.bits[0]].packed for bank in backbone.banks.values()]
+    frozen = sum(tensor.nbytes for tensors in packed for tensor in tensors.values())
+    adapters = sum(2 * tensor.numel() for tensor in backbone.adapter_state().values())
+    assert row.footprint.weights + row.footprint.metadata == frozen
+    assert row.footprint.adapters == adapters
+
+
+def test_plan_loads_no_weights(data, monkeypatch):
+    from qratk.backbone.module import FineTuneModule
+
+    fresh = FineTuneModule("embedded")
+    plan.make_plan(fresh, data, make_loop())
+    assert fresh._backbone is None
+
+
+def test_uniforms_fit_exactly_up_to_the_budget(made):
+    uniforms = [row for row in made.rows if row.name == "uniform"]
+    assert len(uniforms) == 9
+    assert all(row.fits == (row.footprint.storage_bytes <= made.budget.limit_bytes) for row in uniforms)
+
+
+def test_evaluations_are_those_of_the_loop(made):
+    fitting = sum(row.fits for row in made.rows if row.name == "uniform")
+    assert made.evaluations == make_loop(references=[[16, 16]]).planned_evaluations(fitting)
+
+
+def test_steps_count_what_each_rung_adds_and_references_in_full():
+    # Ten reach 10 steps; five of them go on by 20, one of these is a reference that starts from nothing.
+    assert plan.total_steps({10: 10, 30: 5}, references=1) == 10 * 10 + 5 * 20 + 1 * 10
+    assert plan.total_steps({7: 3}) == 21
+
+
+def test_budget_under_the_smallest_names_the_smallest_feasible_figure(module, data, made):
+    smallest = made.rows[0].footprint.storage_bytes
+    with pytest.raises(InfeasibleBudgetError, match=str(smallest)):
+        plan.make_plan(module, data, make_loop(like=None, limit="1KB"))
+
+
+def test_workload_is_what_the_loader_really_pads_to(data, made):
+    batches = list(data.calibration_batches(4))
+    widest = max(batch["input_ids"].numel() for batch in batches)
+    assert 0.5 * widest < made.workload.step_tokens <= 1.5 * widest
+
+
+def test_workload_falls_back_to_full_length_without_data(data):
+    from qratk.core.errors import DataError
+
+    def fail(split):
+        raise DataError("no file")
+
+    found = plan.workload(SimpleNamespace(items=fail, encode_training=None, batch_size=4), 100)
+    assert (found.step_tokens, found.validation_tokens) == (400.0, 0.0)
+    assert "no file" in found.source
+
+
+def test_plan_for_machines_is_json_with_the_same_bytes(made):
+    document = json.loads(json.dumps(made.as_dict()))
+    assert [row["footprint"]["storage_bytes"] for row in document["rows"]] == [
+        row.footprint.storage_bytes for row in made.rows
+    ]
+    assert made.seconds > 0
+
+
+def test_plan_for_people_names_budget_space_and_time(made):
+    text = plan.as_text(made)
+    assert f"{made.budget.limit_bytes:,} bytes" in text
+    assert f"10^{made.log10_size:.1f}" in text
+    assert "an estimate" in text
