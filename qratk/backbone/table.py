@@ -124,10 +124,12 @@ class QuantizerTable:
 
     def shared_bytes(self, shapes: tuple[LayerShape, ...], bits: tuple[int, ...]) -> int:
         """Bytes of code tables that the quantizers in use hold once in all, whatever the number of layers."""
-        used = {
+        chosen = (
             self.choose(shape.name, name, (d_out, d_in), b).quantizer
             for shape in shapes
             for name, d_in, d_out in shape.projections
             for b in bits
-        }
-        return sum(int(getattr(quantizer, "shared_bytes", 0)) for quantizer in used)
+        )
+        # By text: a third party's quantizer need not be hashable.
+        used = {describe(quantizer): quantizer for quantizer in chosen}
+        return sum(int(getattr(quantizer, "shared_bytes", 0)) for quantizer in used.values())

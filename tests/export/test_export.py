@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError
+from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.space import SearchSpace
 from qratk.export.dense import merged_model
 from qratk.export.native import native_model
 from qratk.export.quantized import load_quantized, save_quantized, stored_bytes
+from qratk.quantizers.base import quantizers
 
 MIXED = Configuration.of([16, 8, 4, 3, 2], [2, 4, 8, 16, 0])
 
@@ -39,6 +40,64 @@ def test_saved_adapter_over_native_layers_gives_the_same_logits_to_the_bit(famil
     native = PeftModel.from_pretrained(native_model(backbone, MIXED), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(native(**tiny_batch).logits, stored_logits(backbone, tiny_batch))
+
+
+def test_original_int8_layers_quantise_activations_and_only_agree_roughly(tiny_backbone, tiny_batch):
+    backbone = tiny_backbone(bits=(8,))
+    configuration = Configuration.uniform(8, 0, 3)
+    backbone.activate(configuration, seed=0)
+    ours, exact, original = (
+        stored_logits(backbone, tiny_batch),
+        native_model(backbone, configuration),
+        native_model(backbone, configuration, int8_activations=True),
+    )
+    with torch.no_grad():
+        assert torch.equal(exact(**tiny_batch).logits, ours)
+        rough = original(**tiny_batch).logits
+        assert not torch.equal(rough, ours)
+        assert float((rough - ours).norm() / ours.norm()) < 0.05
+        # In training mode on CPU bitsandbytes multiplies by the dequantised weight, as we do.
+        assert torch.equal(original.train()(**tiny_batch).logits, ours)
+
+
+def test_native_layers_are_copies_that_leave_the_bank_alone(tiny_backbone, tiny_batch):
+    backbone = mixed_backbone(tiny_backbone, "llama")
+    expected = stored_logits(backbone, tiny_batch)
+    native = native_model(backbone, MIXED)
+    with torch.no_grad():
+        for parameter in native.parameters():
+            parameter.zero_()
+    assert torch.equal(stored_logits(backbone, tiny_batch), expected)
+
+
+def test_fallbacks_and_plain_statistics_survive_every_export(tiny_backbone, tiny_batch, tmp_path):
+    from peft import PeftModel
+
+    table = {2: quantizers.create("hqq"), 4: quantizers.create("nf4", double_quantization=False)}
+    backbone = tiny_backbone(bits=(2, 4), hidden=40, intermediate=27, quantizers=table)
+    assert backbone.fallbacks
+    configuration = Configuration.of([2, 4, 2], [4, 4, 8])
+    backbone.activate(configuration, seed=0)
+    expected = stored_logits(backbone, tiny_batch)
+    backbone.save_adapter(tmp_path / "adapter", configuration)
+    save_quantized(backbone, configuration, tmp_path / "base")
+    native = PeftModel.from_pretrained(native_model(backbone, configuration), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(
+        native_model(load_quantized(tmp_path / "base"), configuration), tmp_path / "adapter"
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(native(**tiny_batch).logits, expected)
+        assert torch.equal(loaded(**tiny_batch).logits, expected)
+
+
+def test_a_quantizer_without_a_native_layer_is_refused_with_the_alternatives(tiny_backbone):
+    class Doubled(type(quantizers.create("int8"))):
+        """A third party's quantizer."""
+
+    backbone = tiny_backbone(quantizers={8: Doubled()})
+    backbone.build_bank([8])
+    with pytest.raises(QuantizationError, match="no native layer"):
+        native_model(backbone, Configuration.uniform(8, 0, 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
