@@ -43,7 +43,8 @@ class TrustRegion(LocalRefiner):
     of it), and the best of the probed members runs on to the highest rung. With fewer than four such points the best
     utility at the lowest rung decides. When short runs disappoint (expected improvement below the threshold) while
     unprobed members still promise, there is another round of probes, at most `probe_rounds` a step. On a ladder of
-    one rung the option does nothing.
+    one rung the option does nothing. It is off by default: on six toy landscapes with four evaluations it was better
+    on two, worse on three and equal on one.
 
     Args:
         regions: number of trust regions, J.

