@@ -119,6 +119,12 @@ class FineTuneModule(LightningModule):
         """The model's tokenizer."""
         return self.backbone.tokenizer
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see; None when its configuration does not say."""
+        length: int | None = getattr(self.backbone.config, "max_position_embeddings", None)
+        return length
+
     def load_backbone(self, *, weights: bool = True) -> Backbone:
         """A new backbone with these options; without weights it lies on the meta device."""
         options = self.hparams

@@ -65,7 +65,7 @@ class FineTuneEvaluator(Evaluator):
         self.make_trainer: Callable[..., Any] = context.trainer or Trainer
         self.module.schedule_steps = self.module.schedule_steps or context.ladder.highest
         self._place()
-        self.data.attach(self.module.tokenizer)
+        self.data.attach(self.module.tokenizer, context_length=self.module.context_length)
         self.data.setup("fit")
         self._footprints: dict[int, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
