@@ -73,6 +73,14 @@ class Configuration:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Kept: configurations are the keys of every archive, and hashing 100 layers anew each time adds up.
+        return hash(self.layers)
+
     @cached_property
     def bits(self) -> tuple[int, ...]:
         """Bit-width of each layer, (L,)."""

@@ -88,10 +88,13 @@ class SearchSpace:
 
     def indices(self, configuration: Configuration) -> NDArray[np.int64]:
         """Ordinal index of each choice on its ladder, (L, 2): bits, then rank."""
-        self.validate(configuration)
-        bit_index = {value: index for index, value in enumerate(self.bits)}
-        rank_index = {value: index for index, value in enumerate(self.ranks)}
-        pairs = [(bit_index[c.bits], rank_index[c.rank]) for c in configuration.layers]
+        if len(configuration) != self.num_layers:
+            self.validate(configuration)
+        try:
+            pairs = [self._positions[choice] for choice in configuration.layers]
+        except KeyError:
+            self.validate(configuration)
+            raise
         return np.array(pairs, dtype=np.int64)
 
     def from_indices(self, indices: NDArray[np.int64]) -> Configuration:
