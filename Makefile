@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+TESTS := tests $(wildcard plugins/*/tests)
 RUN := runs/quickstart
 # One thread a process: small multiplications only get slower with more, and tests run side by side.
 ONE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -30,10 +31,10 @@ quickstart: $(STAMP)
 	$(BIN)/qratk gain $(RUN)
 
 test: $(STAMP)
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" -q
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" -q $(TESTS)
 
 test-slow: $(STAMP)
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -q
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -q $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

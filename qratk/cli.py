@@ -38,6 +38,7 @@ from qratk.loop import SearchLoop
 from qratk.reporting._atomic import write_atomically
 from qratk.reporting._text import without_secrets
 from qratk.reporting.base import Reporter
+from qratk.reporting.standard import standard_reporters
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
 DATA: Final = (InstructionData, MultipleChoiceData, TextData, EmbeddedData)  # imported, so that their names resolve
@@ -255,7 +256,7 @@ class QratkCLI(LightningCLI):
         run_dir = choose_run_dir(self.config.search.run_dir, name=loop.name)
         config = self.resolved()
         save_config(config, run_dir)
-        reporter = make_reporter(run_dir, fit_config(config, steps=loop.ladder.highest))
+        reporter = standard_reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
         go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
@@ -334,18 +335,6 @@ def fit_config(config: Mapping[str, Any], *, steps: int) -> dict[str, Any]:
     return {**config, "trainer": trainer}
 
 
-def make_reporter(run_dir: Path, best: Mapping[str, Any]) -> Reporter:
-    """Reporter to the terminal, to TensorBoard, and to the files and pictures of a run directory."""
-    from qratk.reporting.files import RunFiles
-    from qratk.reporting.multi import Reporters
-    from qratk.reporting.pictures import Pictures
-    from qratk.reporting.tensorboard import TensorBoardReporter
-    from qratk.reporting.terminal import TerminalReporter
-
-    board = TensorBoardReporter(run_dir / "tensorboard")
-    return Reporters([RunFiles(run_dir, fit_config=best), board, Pictures(run_dir), TerminalReporter()])
-
-
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
     """Context in which Ctrl-C ends with status 130 and the command that goes on.
@@ -422,7 +411,7 @@ def _prepare_parsing() -> None:
     # Lightning recommends its paid services at every start.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # Quantisers are given as plain data and built by the module, from the registry alone.
