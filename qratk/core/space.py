@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import Configuration, Knob
+from qratk.core.configuration import Configuration, Knob, LayerChoice
 from qratk.core.errors import ConfigurationError
 
 Direction = Literal[-1, 1]
@@ -99,7 +99,17 @@ class SearchSpace:
 
     def from_indices(self, indices: NDArray[np.int64]) -> Configuration:
         """Configuration at the given ordinal indices (L, 2)."""
-        return Configuration.of([self.bits[int(i)] for i in indices[:, 0]], [self.ranks[int(i)] for i in indices[:, 1]])
+        return Configuration(tuple(self._choices[i][j] for i, j in indices.tolist()))
+
+    @cached_property
+    def _choices(self) -> tuple[tuple[LayerChoice, ...], ...]:
+        """The choices by ordinal indices; shared between configurations."""
+        return tuple(tuple(LayerChoice(bits, rank) for rank in self.ranks) for bits in self.bits)
+
+    @cached_property
+    def _positions(self) -> dict[LayerChoice, tuple[int, int]]:
+        """Ordinal indices of each choice."""
+        return {choice: (i, j) for i, row in enumerate(self._choices) for j, choice in enumerate(row)}
 
     def step(self, configuration: Configuration, layer: int, knob: Knob, direction: Direction) -> Configuration | None:
         """Configuration one atomic edit away; None at the end of the ladder."""
