@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from qratk import __version__, show
 from qratk.__main__ import COMMANDS, main
 from qratk.components import REGISTRIES

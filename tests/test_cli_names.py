@@ -6,6 +6,7 @@ import json
 from importlib.metadata import EntryPoint
 
 import pytest
+
 from qratk import _names
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError, UnknownComponentError
