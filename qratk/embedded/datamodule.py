@@ -13,7 +13,9 @@ from qratk.embedded.data import write_dataset
 
 
 class EmbeddedData(MultipleChoiceData):
-    """The embedded multiple-choice task: 4 choices, two facts composed; made on the spot, nothing is kept.
+    """The embedded multiple-choice task, made on the spot; nothing is kept.
+
+    The right one of 4 choices follows from what the row says and a fact known from pre-training.
 
     Args:
         data_seed: seed of the rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -268,7 +269,7 @@ class LiveView:
             gain = "" if best is None else f", best {best.score - uniform.score:+.4f}"
             yield "best uniform", Text(f"{_score(uniform.score)}  ({label(uniform.configuration)}){gain}")
         if self.summary is not None:
-            text = f"{self.summary.hypervolume:.4g}  ({self.summary.relative_progress:+.2%} in generation "
+            text = f"{self.summary.hypervolume:.4g}  ({_growth(self.summary)} in generation "
             yield "hypervolume", Text(f"{text}{self.summary.number})")
         if self.step is not None and self.step.diagnostics:
             yield "refinement", Text(_diagnostics(self.step))
@@ -383,12 +384,16 @@ def _diagnostics(summary: RefinementSummary) -> str:
     return f"step {summary.number}: {figures or 'no diagnostics'}"
 
 
+def _growth(summary: GenerationSummary) -> str:
+    return f"{summary.relative_progress:+.2%}" if math.isfinite(summary.relative_progress) else "first"
+
+
 def _generation_line(summary: GenerationSummary) -> str:
     best = "no best yet" if summary.best is None else f"best {_score(summary.best.score)}"
     guide = "surrogate" if summary.surrogate_used else "low-fidelity score"
     return (
         f"generation {summary.number} done: {best}, hypervolume {summary.hypervolume:.4g} "
-        f"({summary.relative_progress:+.2%}), front of {len(summary.front)}, promoted by {guide}, "
+        f"({_growth(summary)}), front of {len(summary.front)}, promoted by {guide}, "
         f"{duration(summary.seconds)}"
     )
 
@@ -435,11 +440,12 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
     best, problem = result.best, result.plan.problem
     yield "best configuration", str(best.configuration)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
-    top = max(result.comparisons, key=lambda c: c.baseline.score, default=None)
+    uniform = [c for c in result.comparisons if c.baseline in result.baselines]
+    top = max(uniform, key=lambda c: c.baseline.score, default=None)
     if top is not None:
         sure = "" if top.low <= 0 <= top.high else ", which excludes 0"
         yield (
-            f"best minus uniform {label(top.baseline.configuration)}",
+            f"best minus the best uniform, {label(top.baseline.configuration)}",
             f"{top.difference:+.4f}, {top.confidence:.0%} interval [{top.low:+.4f}, {top.high:+.4f}]{sure}",
         )
     for name, scores in result.test_scores.items():
