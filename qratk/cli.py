@@ -425,6 +425,8 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _add_own_arguments(parser: LightningArgumentParser, command: str, *, present: Sequence[str]) -> None:
     if command == "plan":
         parser.add_argument("--json", action="store_true", help="Print the plan for machines.")
+    if "weights_only" in present:  # a checkpoint is data: nothing in it may run
+        parser.set_defaults(weights_only=True)
     for name, kind in _SHARED.items():
         if name == "run_dir" and command == "search":
             text = "Folder of the run; one that holds a search continues it. Default: runs/<time>-<name>."

@@ -194,6 +194,10 @@ def test_search_then_resume_repeat_fit_and_test(capsys, config, tmp_path):
     assert "model.learning_rate: 0.005 of the checkpoint is used, not 1" in capsys.readouterr().err
 
 
+def test_checkpoints_are_loaded_without_running_code(capsys, config):
+    assert printed(capsys, "validate", "--config", config)["weights_only"] is True
+
+
 def test_secrets_are_not_saved(monkeypatch, config, tmp_path):
     from qratk import cli
 
