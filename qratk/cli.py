@@ -289,15 +289,17 @@ class QratkCLI(LightningCLI):
             return
         from qratk.data.lm_eval import evaluate_lm_eval
 
-        scores = evaluate_lm_eval(
-            self.model.backbone.model,
-            self.model.tokenizer,
-            options.tasks,
-            task_folders=options.task_folders,
-            batch_size=options.batch_size,
-            limit=options.limit,
-            device=str(self.model.device),
-        )
+        backbone = self.model.backbone
+        with backbone.stored_precision():  # as the adapter is saved, and as Lightning's test scored it
+            scores = evaluate_lm_eval(
+                backbone.model,
+                backbone.tokenizer,
+                options.tasks,
+                task_folders=options.task_folders,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                device=str(self.trainer.strategy.root_device),
+            )
         print(yaml.safe_dump({"lm_eval": scores}, sort_keys=False), end="")
 
 
