@@ -387,7 +387,8 @@ class _Search:
         while not refiner.finished:
             began, before = time.monotonic(), self._best()
             number += 1
-            requests = self._asked(f"refinement/{number}", refiner, rng, lambda rng: refiner.ask(self.history, rng))
+            self.generation = number
+            requests = self._asked(f"refinement/{number}", refiner, rng, self._ask_refiner)
             if not requests:
                 break
             refiner.tell(self._measure(requests))
@@ -398,6 +399,12 @@ class _Search:
             self.reporter.refinement(summary)
         self.stop_reasons["local"] = refiner.stop_reason or "nothing new could be proposed"
         self._prune()
+
+    def _ask_refiner(self, rng: np.random.Generator) -> tuple[Request, ...]:
+        requests = self.settings.refiner.ask(self.history, rng)
+        return tuple(
+            replace(r, candidate=replace(r.candidate, generation=self.generation, phase="local")) for r in requests
+        )
 
     # The answer
 
