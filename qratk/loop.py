@@ -268,9 +268,7 @@ class _Search:
         self.reporter.progress(self._progress(requests[0].steps))
         evaluations = self.settings.evaluator.evaluate(requests)
         for request in requests:
-            with self._timed("evaluation"):
-                evaluation = next(evaluations)
-            yield self.journal.append(request.candidate, evaluation)
+            yield self.journal.append(request.candidate, next(evaluations))
             self.reporter.progress(self._progress(request.steps))
 
     # Phase I
@@ -451,7 +449,7 @@ class _Search:
             test_scores=self._tested([best, *baselines, *references]),
             proposals=asdict(self.proposer.counts),
             top3_hit_rates=self._hit_rates(),
-            seconds={**self.seconds, "total": time.monotonic() - self.started},
+            seconds=self._spent(),
         )
         self.reporter.finished(result)
         return result
@@ -483,6 +481,11 @@ class _Search:
                 with self._timed("test"):
                     scores[text] = self._decided(f"test/{text}", partial(self.settings.evaluator.test, evaluation))
         return scores
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by stage and in all. Evaluations count those of interrupted runs too, the other stages do not."""
+        stages = {"evaluation": sum(record.evaluation.seconds for record in self.records), **self.seconds}
+        return {**stages, "total": sum(stages.values())}
 
     def _hit_rates(self) -> dict[str, float]:
         low, high = self.ladder.lowest, self.ladder.highest
