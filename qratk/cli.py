@@ -275,12 +275,14 @@ class QratkCLI(LightningCLI):
         return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
     def after_fit(self) -> None:
-        """Save the adapter beside the logs, as PEFT wants it."""
-        if not self.trainer.is_global_zero or not self.trainer.log_dir:
-            return
-        folder = Path(self.trainer.log_dir) / "adapter"
-        self.model.save_adapter(folder)
-        print(f"adapter: {folder}")
+        """Save the adapter beside the logs, as PEFT wants it, and score it where there is validation data."""
+        log_dir = self.trainer.log_dir  # a broadcast: every process must ask
+        if log_dir and self.trainer.is_global_zero:
+            folder = Path(log_dir) / "adapter"
+            self.model.save_adapter(folder)
+            print(f"adapter: {folder}")
+        if self.datamodule.has("validation") and self.trainer.limit_val_batches != 0:
+            self.trainer.validate(self.model, datamodule=self.datamodule)
 
     def after_test(self) -> None:
         """Run lm-eval on what was tested, when tasks are given."""
@@ -416,6 +418,7 @@ def _prepare_parsing() -> None:
         disable_progress_bar()  # type: ignore[no-untyped-call]
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # Quantisers are given as plain data and built by the module, from the registry alone.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
 

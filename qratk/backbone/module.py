@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
@@ -100,6 +101,11 @@ class FineTuneModule(LightningModule):
         self._scorer: Any = None  # a qratk.data Scorer
         self._scoring = ExitStack()
 
+    @property
+    def options(self) -> Any:
+        """The arguments of the constructor, as attributes."""
+        return self.hparams
+
     # The backbone
 
     @property
@@ -107,8 +113,8 @@ class FineTuneModule(LightningModule):
         """The backbone; loaded when first asked for."""
         if self._backbone is None:
             self._backbone = self.load_backbone()
-            self._backbone.dense_cache(self.hparams.dense_cache)
-            if self.hparams.gradient_checkpointing:
+            self._backbone.dense_cache(self.options.dense_cache)
+            if self.options.gradient_checkpointing:
                 self._backbone.enable_gradient_checkpointing()
             self.model = self._backbone.model  # registers the parameters
             self.model.train(self.training)
@@ -127,7 +133,7 @@ class FineTuneModule(LightningModule):
 
     def load_backbone(self, *, weights: bool = True) -> Backbone:
         """A new backbone with these options; without weights it lies on the meta device."""
-        options = self.hparams
+        options = self.options
         adapter = AdapterOptions(
             alpha_over_rank=options.alpha_over_rank,
             rslora=options.rslora,
@@ -148,7 +154,7 @@ class FineTuneModule(LightningModule):
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
-        self.backbone.activate(configuration, seed=self.hparams.seed)
+        self.backbone.activate(configuration, seed=self.options.seed)
         self.configuration = configuration
 
     def setup(self, stage: str) -> None:
@@ -157,7 +163,7 @@ class FineTuneModule(LightningModule):
             self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
         if self.configuration is not None:
             return
-        text = self.hparams.configuration
+        text = self.options.configuration
         if not text:
             raise ConfigurationError(
                 "no configuration to train: give --model.configuration, as in '4:8' (4 bits, rank 8 everywhere), "
@@ -204,11 +210,11 @@ class FineTuneModule(LightningModule):
         if self.resume_state is not None:
             torch.set_rng_state(self.resume_state.random)
         elif self.trainer.ckpt_path is None:
-            torch.manual_seed(self.hparams.seed)
+            torch.manual_seed(self.options.seed)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""
-        options, start = self.hparams, self.first_step
+        options, start = self.options, self.first_step
         named = [(name, p) for name, p in self.backbone.trainable_parameters() if p.numel()]
         if not named:
             raise ConfigurationError("nothing to train: every layer has rank 0; give some layer a higher rank")
@@ -225,7 +231,7 @@ class FineTuneModule(LightningModule):
 
     def training_state(self) -> TrainingState:
         """What continuing needs, copied to the CPU; to be called right after `Trainer.fit`."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         moments = {}
         for name, parameter in self.backbone.trainable_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -268,7 +274,11 @@ class FineTuneModule(LightningModule):
             return
         whole = self.trainer.limit_val_batches if stage == "validation" else self.trainer.limit_test_batches
         self.last_outcomes = tuple(scorer.outcomes().double().cpu().tolist()) if whole == 1.0 else ()
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in scorer.compute().items()}, prog_bar=True)
+        self.log_dict(
+            {f"{stage}/{name}": value.float() for name, value in scorer.compute().items()},
+            prog_bar=True,
+            sync_dist=True,
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Round the adapters to what is stored, so that the score is of what is stored."""
@@ -301,7 +311,7 @@ class FineTuneModule(LightningModule):
         return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}
 
     def _data(self) -> Any:
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "scorer"):
             raise ConfigurationError(f"the data must be a qratk.data.TaskData, got {type(data).__name__}")
         return data

@@ -206,6 +206,10 @@ class TaskData(LightningDataModule, ABC):
             elif self._items[split]:
                 self.scoring_rows(split)
 
+    def has(self, split: Split) -> bool:
+        """Whether a split has items."""
+        return bool(self._items[split])
+
     def items(self, split: Split) -> tuple[Item, ...]:
         """Items of a split. Raises DataError when it has none."""
         if not self._items[split]:

@@ -83,9 +83,7 @@ def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise TypeError(
-            f"{directory} holds a {type(tokenizer).__name__}; a fast tokenizer is needed."
-        )
+        raise TypeError(f"{directory} holds a {type(tokenizer).__name__}; a fast tokenizer is needed.")
     return model, tokenizer
 
 
@@ -103,8 +101,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> tuple[Encoded, ...]:
     text = f"{row.context}\n{row.question}" if row.context else row.question
     prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tuple(
-        Encoded(prompt, tuple(tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]))
-        for choice in row.choices
+        Encoded(prompt, tuple(tokenizer(f" {choice}", add_special_tokens=False)["input_ids"])) for choice in row.choices
     )
 
 
@@ -133,9 +130,7 @@ def choice_scores(model: nn.Module, pairs: Sequence[Encoded], pad: int) -> torch
     return total
 
 
-def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], batch: int = 64
-) -> Score:
+def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], batch: int = 64) -> Score:
     """The score of the model on the rows."""
     was_training, start = model.training, time.monotonic()
     model.train(False)
@@ -158,9 +153,7 @@ def with_adapters(model: PreTrainedModel, ranks: Sequence[int]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     pattern = {
-        rf"^.*layers\.{i}\.(self_attn|mlp)\.{name}$": rank
-        for i, rank in enumerate(ranks)
-        for name in PROJECTIONS
+        rf"^.*layers\.{i}\.(self_attn|mlp)\.{name}$": rank for i, rank in enumerate(ranks) for name in PROJECTIONS
     }
     config = LoraConfig(
         r=max(ranks),
@@ -173,16 +166,12 @@ def with_adapters(model: PreTrainedModel, ranks: Sequence[int]) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def fine_tune(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], plan: Plan
-) -> float:
+def fine_tune(model: nn.Module, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], plan: Plan) -> float:
     """Seconds of CPU time a step; trains the adapters on the right choices."""
     pairs = [encode(tokenizer, row)[row.label] for row in rows]
     draw = random.Random(plan.seed)
     order = [
-        i
-        for _ in range(1 + plan.steps * plan.batch // len(pairs))
-        for i in draw.sample(range(len(pairs)), len(pairs))
+        i for _ in range(1 + plan.steps * plan.batch // len(pairs)) for i in draw.sample(range(len(pairs)), len(pairs))
     ]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0, fused=True)
@@ -284,22 +273,15 @@ def mixed(template: Plan, rises: Sequence[float], low: int, high: int) -> Plan:
     )
 
 
-def print_plans(
-    directory: Path, template: Plan, rises: Sequence[float], seeds: Sequence[int]
-) -> None:
+def print_plans(directory: Path, template: Plan, rises: Sequence[float], seeds: Sequence[int]) -> None:
     """Nothing; prints the table of uniform and mixed plans."""
-    print(
-        "| plan | kB | accuracy | sd | log-likelihood | sd | CPU ms a step |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    print("| plan | kB | accuracy | sd | log-likelihood | sd | CPU ms a step |\n|---|---|---|---|---|---|---|")
     cases = [(16, 8), (8, 8), (4, 8), (2, 8), (4, 2), (4, 4), (4, 16), (2, 2), (2, 4), (2, 16)]
     for bits, rank in cases:
         name = f"{bits} bits, rank {rank}"
         print_plan(directory, name, uniform(template, bits, rank), seeds)
     wrong = [-rise for rise in rises]
-    print_plan(
-        directory, "4 bits where it matters, else 2; rank 8", mixed(template, rises, 8, 8), seeds
-    )
+    print_plan(directory, "4 bits where it matters, else 2; rank 8", mixed(template, rises, 8, 8), seeds)
     print_plan(directory, "the other way round; rank 8", mixed(template, wrong, 8, 8), seeds)
 
 

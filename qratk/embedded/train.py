@@ -86,9 +86,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def windows(
-    world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
-) -> Iterator[torch.Tensor]:
+def windows(world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
     """An endless stream of token windows; documents are packed, one after another."""
     stream = documents(world, seed)
     eos = tokenizer.eos_token_id

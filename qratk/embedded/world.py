@@ -73,9 +73,7 @@ _NUMBERS = (
 )
 _WORDS = tuple(_NUMBERS.split())
 _STARTS = tuple(c + v for c in "BDFGHKLMNPRSTVZ" for v in "aeiou")
-_ENDS = tuple(
-    c + v for c in ("d", "k", "l", "m", "n", "r", "s", "v") for v in ("a", "i", "o", "en")
-)
+_ENDS = tuple(c + v for c in ("d", "k", "l", "m", "n", "r", "s", "v") for v in ("a", "i", "o", "en"))
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ def make_world(seed: int = WORLD_SEED, people: int = PEOPLE) -> World:
     possible = len(_STARTS) * len(_ENDS)
     if not 2 <= people <= possible:
         raise ValueError(
-            f"people={people} was given, but a world holds 2 to {possible} people: "
-            "choose a number in that range."
+            f"people={people} was given, but a world holds 2 to {possible} people: choose a number in that range."
         )
     rng = random.Random(seed)
     kinds, lands, colours, tools = map(_inverted, (_KINDS, _LANDS, _COLOURS, _TOOLS))
@@ -317,9 +314,7 @@ _MEETINGS = (
 )
 
 
-def _meeting(
-    world: World, meeting: _Meeting, guest: Person, host: Person, rng: random.Random
-) -> _Draft:
+def _meeting(world: World, meeting: _Meeting, guest: Person, host: Person, rng: random.Random) -> _Draft:
     """A question on one meeting; the guest's own fact is among the wrong choices."""
     right, lure = getattr(host, meeting.fact), getattr(guest, meeting.fact)
     values = {getattr(person, meeting.fact) for person in world.people}

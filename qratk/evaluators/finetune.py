@@ -87,14 +87,14 @@ class FineTuneEvaluator(Evaluator):
             space,
             batch_size=self.data.batch_size,
             sequence_length=self.data.max_length,
-            gradient_checkpointing=self.module.hparams.gradient_checkpointing,
+            gradient_checkpointing=self.module.options.gradient_checkpointing,
         )
 
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """Raw layer scores on training batches, before the full-precision weights are dropped."""
         backbone = self.module.backbone
         self._build_bank()
-        backbone.activate(Configuration.uniform(16, 0, space.num_layers), seed=self.module.hparams.seed)
+        backbone.activate(Configuration.uniform(16, 0, space.num_layers), seed=self.module.options.seed)
         batches = [
             {name: tensor.to(self.device) for name, tensor in batch.items()}
             for batch in self.data.calibration_batches(self.calibration_batches, self.calibration_batch_size)
@@ -140,7 +140,7 @@ class FineTuneEvaluator(Evaluator):
                 space,
                 batch_size=self.data.batch_size,
                 sequence_length=self.data.max_length,
-                gradient_checkpointing=self.module.hparams.gradient_checkpointing,
+                gradient_checkpointing=self.module.options.gradient_checkpointing,
             )
         return self._footprints[key]
 
