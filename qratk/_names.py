@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,30 +19,7 @@ import yaml
 
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError
-
-SLOTS: Final[Mapping[str, str]] = {
-    "searcher": "searchers",
-    "refiner": "refiners",
-    "surrogate": "surrogates",
-    "mutations": "mutations",
-    "repair": "repairs",
-    "bits_importance": "estimators",
-    "rank_importance": "estimators",
-    "evaluator": "evaluators",
-}
-"""Which open set each component of the search section comes from."""
-
-RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
-    "searcher": "nsga2",
-    "refiner": "trust_region",
-    "surrogate": "huber",
-    "mutations": ("sensitivity", "coupled"),
-    "repair": "greedy",
-    "bits_importance": "fisher_residual",
-    "rank_importance": "gradient_spectrum",
-    "evaluator": "finetune",
-}
-"""The default of each component: AutoQRA as published."""
+from qratk.recipe import RECIPE, SLOTS
 
 SECTION: Final = "search"
 _ARGUMENT = re.compile(

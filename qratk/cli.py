@@ -267,7 +267,8 @@ class QratkCLI(LightningCLI):
         """Print what a search would take."""
         from qratk.plan import as_text, make_plan
 
-        plan = make_plan(model, datamodule, self._loop())
+        accumulate = self.config.plan.trainer.accumulate_grad_batches
+        plan = make_plan(model, datamodule, self._loop(), accumulate=accumulate)
         print(json.dumps(plan.as_dict(), indent=2) if self.config.plan.json else as_text(plan))
 
     def _loop(self) -> SearchLoop:

@@ -73,10 +73,13 @@ class Plan:
         return data
 
 
-def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop) -> Plan:
-    """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure."""
+def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *, accumulate: int = 1) -> Plan:
+    """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure.
+
+    `accumulate` is the number of batches in an optimiser step.
+    """
     backbone = module.load_backbone(weights=False)
-    checkpointing = bool(module.hparams["gradient_checkpointing"])
+    checkpointing = bool(module.options.gradient_checkpointing)
     length = _attached_length(datamodule, backbone)
     memory = backbone.memory_model(
         SearchSpace(loop.bits, loop.ranks, tuple(shape.name for shape in backbone.shapes)),
@@ -96,7 +99,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop) ->
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
     # Forward, and backward to the inputs alone: frozen weights have no gradient. Checkpointing runs forward twice.
     passes = 3.0 if checkpointing else 2.0
-    tokens = steps * work.step_tokens * passes + sum(evaluations.values()) * work.validation_tokens
+    tokens = steps * accumulate * work.step_tokens * passes + sum(evaluations.values()) * work.validation_tokens
     return Plan(
         num_layers=memory.space.num_layers,
         parameters=sum(memory.parameters),
@@ -144,7 +147,7 @@ def workload(datamodule: TaskData, length: int) -> Workload:
         scored = [len(row.tokens) for row in datamodule.encode_scoring(held_out[:_SAMPLE])]
     except DataError as error:
         tokens = float(datamodule.batch_size * length)
-        return Workload(tokens, 0.0, f"rows of {length} tokens, without validation ({error})")
+        return Workload(tokens, 0.0, f"rows of {length} tokens, validation left out: {str(error).split(':')[0]}")
     batches = [train[i : i + datamodule.batch_size] for i in range(0, len(train), datamodule.batch_size)]
     width = sum(map(max, batches)) / len(batches)  # a batch is padded to its longest row
     validation = sum(scored) * len(held_out) / min(len(held_out), _SAMPLE)
@@ -158,7 +161,9 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
     sizes = [(d_in, d_out) for shape in backbone.shapes for _, d_in, d_out in shape.projections]
     d_in, d_out = max(set(sizes), key=lambda size: (sizes.count(size), size))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.ones(min(tokens, 8192), d_in, dtype=backbone.compute_dtype, device=device)
+    # Large enough to be fast, small enough that nine products of an 8B model take seconds on a CPU.
+    most = int((2e12 if device == "cuda" else 8e9) / (2 * d_in * d_out))
+    x = torch.ones(min(tokens, 8192, max(64, most)), d_in, dtype=backbone.compute_dtype, device=device)
     weight = torch.ones(d_in, d_out, dtype=backbone.compute_dtype, device=device)
 
     def timed(repeats: int) -> float:
@@ -189,7 +194,7 @@ def as_text(plan: Plan) -> str:
         f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
         f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
         f"time         at least {_duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
-        f"step ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
+        f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
         "             multiplications alone, without dequantising, attention and overhead",
     ]
     return "\n".join([*lines, *(f"note         {text}" for text in plan.fallbacks)])
@@ -213,7 +218,7 @@ def _table(rows: Sequence[PlanRow]) -> list[str]:
 def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
     if backbone.tokenizer is None:
         return _DEFAULT_LENGTH
-    datamodule.attach(backbone.tokenizer)
+    datamodule.attach(backbone.tokenizer, context_length=getattr(backbone.config, "max_position_embeddings", None))
     return datamodule.max_length
 
 

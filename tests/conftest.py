@@ -100,7 +100,7 @@ def make_tiny_backbone(family: str = "llama", *, bits: tuple[int, ...] = (), **o
     return backbone
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Factory of tiny random models: `tiny_model("llama", layers=3)`."""
     return make_tiny_model

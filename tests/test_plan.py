@@ -7,20 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from qratk import _names, plan
-from qratk.components import REGISTRIES
+from qratk import plan
 from qratk.core.configuration import Configuration
 from qratk.core.errors import InfeasibleBudgetError
-from qratk.loop import SearchLoop
+from qratk.recipe import autoqra
 
 
 def make_loop(**options):
-    parts = {}
-    for slot, names in _names.RECIPE.items():
-        registry = REGISTRIES[_names.SLOTS[slot]]
-        single = isinstance(names, str)
-        parts[slot] = registry.create(names) if single else [registry.create(name) for name in names]
-    return SearchLoop(**parts, **{"like": [4, 8], "steps": [10, 30], **options})
+    return autoqra(**{"like": [4, 8], "steps": [10, 30], **options})
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from lightning import Trainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,10 +32,10 @@ MIXED = Configuration.from_text("2:2 4:4 8:2")
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]) -> Path:
     """A tiny random Llama with a tokenizer of single characters, as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp("model")
-    make_tiny_model("llama").save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
     vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
     vocabulary |= {chr(code): len(vocabulary) + i for i, code in enumerate(range(32, 124))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -211,10 +211,14 @@ def test_importance_is_estimated_by_the_registered_estimators(
 
 
 def test_a_layer_that_its_quantiser_cannot_take_is_announced_once(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_files: dict[str, str]
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    model_dir: Path,
+    data_files: dict[str, str],
+    tiny_model: Callable[..., Any],
 ) -> None:
     odd = tmp_path_factory.mktemp("odd")
-    make_tiny_model("llama", hidden=64, intermediate=17).save_pretrained(odd)
+    tiny_model("llama", hidden=64, intermediate=17).save_pretrained(odd)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (odd / name).write_bytes((model_dir / name).read_bytes())
     said: list[str] = []
