@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -275,6 +276,11 @@ class QratkCLI(LightningCLI):
         section = self._get(self.config_init, _names.SECTION)
         return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
+    def before_predict(self) -> None:
+        """Have the predictions written."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        self.trainer.callbacks.append(PredictionFile(folder))  # type: ignore[attr-defined]
+
     def after_fit(self) -> None:
         """Save the adapter beside the logs, as PEFT wants it, and score it where there is validation data."""
         log_dir = self.trainer.log_dir  # a broadcast: every process must ask
@@ -304,6 +310,32 @@ class QratkCLI(LightningCLI):
                 device=str(self.trainer.strategy.root_device),
             )
         print(yaml.safe_dump({"lm_eval": scores}, sort_keys=False), end="")
+
+
+class PredictionFile(BasePredictionWriter):
+    """Writes `predictions.jsonl`: log-likelihood and tokens of every row, with the item that it belongs to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("epoch")
+        self.path = folder / "predictions.jsonl"
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write all rows, in the order of the data."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        items = [row.item for row in data.scoring_rows(data.prediction_split)]
+        lines = [
+            {"row": row, "item": items[row], "log_likelihood": value, "tokens": tokens}
+            for batch in predictions
+            for row, value, tokens in zip(
+                *(batch[k].tolist() for k in ("row", "log_likelihood", "tokens")), strict=True
+            )
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["row"]))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, text)
+        print(f"predictions: {self.path}")
 
 
 class SaveCleanConfig(SaveConfigCallback):

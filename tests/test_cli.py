@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -192,6 +194,28 @@ def test_search_then_resume_repeat_fit_and_test(capsys, config, tmp_path):
     # The checkpoint's own settings win over other ones, and that is said.
     assert main(["test", *arguments, "--model.learning_rate=1"]) == 0
     assert "model.learning_rate: 0.005 of the checkpoint is used, not 1" in capsys.readouterr().err
+
+    # Predictions are written: four choices of each item, the likeliest being what is scored.
+    assert main(["predict", *arguments, "--trainer.default_root_dir", str(tmp_path / "predict")]) == 0
+    (written,) = (tmp_path / "predict").rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["item"] for row in rows] == [item for item in range(8) for _ in range(4)]
+    assert all(row["log_likelihood"] < 0 and row["tokens"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_fit_runs_on_two_processes_with_accumulation_and_clipping(config, tmp_path):
+    """A command of its own: processes are started from the command line."""
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "qratk", "fit", "--config", config, "--model.configuration=4:2"),
+        *("--trainer.max_steps=2", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        *("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=1.0"),
+        *("--trainer.default_root_dir", str(tmp_path)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 1
+    assert "validation/score" in done.stdout
 
 
 def test_checkpoints_are_loaded_without_running_code(capsys, config):

@@ -304,7 +304,7 @@ class TaskData(LightningDataModule, ABC):
         sampler = StepSampler(
             len(rows), self.batch_size, self.seed, self.start_batch, length=length, rank=rank, replicas=replicas
         )
-        return self._loader(rows, sampler)
+        return self._loader(rows, numbered=False, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Scoring batches of the validation split."""
@@ -316,32 +316,35 @@ class TaskData(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Scoring batches of the test split, or of the validation split where there is no test."""
-        return self.scoring_dataloader("test" if self.sources["test"] is not None else "validation")
+        return self.scoring_dataloader(self.prediction_split)
+
+    @property
+    def prediction_split(self) -> Split:
+        """The split that `predict` works on."""
+        return "test" if self.sources["test"] is not None else "validation"
 
     def scoring_dataloader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
         """Batches of all rows of a split with "row" (B,), their indices for the scorer; longest rows first."""
         rows = self.scoring_rows(split)
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
-        size = self.eval_batch_size
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
         rank, replicas = self._replica()
-        return self._loader(rows, batches[rank::replicas], numbered=True)
+        size = min(self.eval_batch_size, -(-len(order) // replicas))  # no replica may go without a batch
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        mine = [index for batch in batches[rank::replicas] for index in batch]
+        # An order and a size, not ready-made batches: Lightning rebuilds the loader for `predict`, and only so it can.
+        return self._loader(rows, numbered=True, sampler=mine, batch_size=size)
 
     def _replica(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(
-        self, rows: Sequence[Encoded], batches: Any, *, numbered: bool = False
-    ) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self, rows: Sequence[Encoded], *, numbered: bool, **batches: Any) -> DataLoader[dict[str, Tensor]]:
         # A loader's iterator draws from the global generator unless it has its own: training would then depend on
         # how often validation ran.
         generator = torch.Generator().manual_seed(self.seed)
         data: Any = _Rows(rows, self.pad_id, numbered=numbered)
-        return DataLoader(
-            data, batch_sampler=batches, collate_fn=data.batch, num_workers=self.num_workers, generator=generator
-        )
+        return DataLoader(data, collate_fn=data.batch, num_workers=self.num_workers, generator=generator, **batches)
 
     def calibration_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
         """Training batches on the CPU, the first `count` of an order of their own."""
