@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError
+from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
@@ -116,9 +116,10 @@ class FineTuneEvaluator(Evaluator):
         try:
             checkpoint = self._train(configuration, steps)
             score, outcomes = self._validated()
-        except (NonFiniteLossError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+        except (NonFiniteLossError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, NonFiniteLossError) and not _is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return replace(result, reason=reason, seconds=time.monotonic() - began)
         seconds = time.monotonic() - began
@@ -157,9 +158,21 @@ class FineTuneEvaluator(Evaluator):
             with quiet_lightning():
                 trainer.fit(module, datamodule=self.data)
             state = module.training_state()
-            _save_state(self._path(configuration, steps), state, optimizer=self._continues(steps))
+            self._save(configuration, steps, state)
             module.resume_state = None
         return str(self._path(configuration, steps).relative_to(self.context.run_dir))
+
+    def _save(self, configuration: Configuration, steps: int, state: TrainingState) -> None:
+        from safetensors import SafetensorError
+
+        path = self._path(configuration, steps)
+        try:
+            _save_state(path, state, optimizer=self._continues(steps))
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"cannot write {path}: {error}. Free some space, then run the same command to go on; what was measured "
+                "before is kept."
+            ) from error
 
     def _continues(self, steps: int) -> bool:
         return self.keep_optimizer or steps < self.context.ladder.highest
@@ -182,10 +195,16 @@ class FineTuneEvaluator(Evaluator):
 
     def _latest(self, configuration: Configuration, steps: int) -> tuple[int, TrainingState | None]:
         """Steps and state of the highest stored rung up to `steps`, put in place."""
+        from safetensors import SafetensorError
+
         for rung in sorted((s for s in self.context.ladder.steps if s <= steps), reverse=True):
             path = self._path(configuration, rung)
             if path.is_dir() and (rung == steps or (path / "optimizer.safetensors").exists()):
-                state = _load_state(path)
+                try:
+                    state = _load_state(path)
+                except (OSError, SafetensorError, ValueError) as error:
+                    self.context.say(f"{path} is damaged and left out, its steps are repeated: {error}")
+                    continue
                 self.module.backbone.load_adapter_state(state.adapter)
                 return rung, state
         return 0, None
@@ -236,6 +255,13 @@ class FineTuneEvaluator(Evaluator):
     def fingerprint(self) -> dict[str, str]:
         """Digests of the model with its quantisers, and of the data."""
         return {"model": self.module.backbone.digest(), "data": self.data.fingerprint()}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qratk.backbone.module import FineTuneModule, learning_rate_factor
 from qratk.components import REGISTRIES
-from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, RunDirectoryError, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
@@ -174,6 +174,42 @@ def test_running_out_of_memory_is_recorded(
     monkeypatch.setattr(FineTuneModule, "training_step", exhausted)
     failed = evaluated(evaluator, MIXED, 2)
     assert (failed.status, failed.reason.split(":")[0]) == ("failed", "OutOfMemoryError")
+
+
+def test_another_failure_is_not_mistaken_for_a_bad_candidate(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(FineTuneModule, "training_step", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        evaluated(evaluator, MIXED, 2)
+
+
+def test_a_damaged_checkpoint_is_said_and_its_steps_are_repeated(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    stored = evaluated(evaluator, MIXED, 2).checkpoint
+    assert stored is not None
+    (tmp_path / stored / "optimizer.safetensors").write_bytes(b"cut off")
+    said: list[str] = []
+    evaluator.context = replace(evaluator.context, say=said.append)
+    assert evaluated(evaluator, MIXED, 6).outcomes == straight[1].outcomes
+    assert len(said) == 1
+    assert "damaged" in said[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_in_an_error_that_says_what_to_do(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(RunDirectoryError, match="run the same command"):
+        evaluated(evaluator, MIXED, 2)
 
 
 def test_test_scores_are_those_of_the_checkpoint_even_when_it_was_deleted(
