@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
+import yaml
 
 from qratk.core.errors import ConfigurationError
 from qratk.estimators.base import ImportanceEstimator, estimators
@@ -69,3 +71,19 @@ class TestPluginContract(EstimatorContract):
     @pytest.fixture
     def make(self) -> Callable[[], ImportanceEstimator]:
         return lambda: estimators.create(NAME)
+
+
+def test_plugin_is_chosen_from_yaml_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loop that a command would build holds the plugin's estimator with the options of the file."""
+    from qratk.__main__ import main
+
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {model: embedded}\ndata: EmbeddedData\n"
+        "search: {like: [4, 8], bits_importance: {class_path: depth_prior, init_args: {last: 3.0}}}\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["search", "--config", str(tmp_path / "recipe.yaml"), "--print_config"])
+    assert stop.value.code in (0, None)
+    chosen = yaml.safe_load(capsys.readouterr().out)["search"]["bits_importance"]
+    assert chosen["class_path"] == "qratk_layer_position.DepthPrior"
+    assert chosen["init_args"]["last"] == 3.0
