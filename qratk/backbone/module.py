@@ -100,6 +100,7 @@ class FineTuneModule(LightningModule):
         self._backbone: Backbone | None = None
         self._scorer: Any = None  # a qratk.data Scorer
         self._scoring = ExitStack()
+        self._loaded_random: Tensor | None = None
 
     @property
     def options(self) -> Any:
@@ -209,7 +210,10 @@ class FineTuneModule(LightningModule):
         """Set the random state: of dropout, the only draw in training."""
         if self.resume_state is not None:
             torch.set_rng_state(self.resume_state.random)
-        elif self.trainer.ckpt_path is None:
+        elif self._loaded_random is not None:
+            torch.set_rng_state(self._loaded_random)
+            self._loaded_random = None
+        else:
             torch.manual_seed(self.options.seed)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -240,10 +244,11 @@ class FineTuneModule(LightningModule):
         return TrainingState(self.first_step + self.global_step, adapter, moments, torch.get_rng_state())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only the adapters: the frozen weights come from the model."""
+        """Keep only the adapters, for the frozen weights come from the model, and the random state."""
         adapter = self.backbone.adapter_state()
         checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
         checkpoint["configuration"] = str(self.configuration)
+        checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the adapters in place; raises `ConfigurationError` when they are of another configuration."""
@@ -257,6 +262,10 @@ class FineTuneModule(LightningModule):
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.backbone.load_adapter_state(state)
         checkpoint["state_dict"] = {}
+        self._loaded_random = checkpoint.get("random")
+        if self._trainer is not None and self._trainer.training and self._trainer.max_steps != -1:
+            # Batches are a function of their number alone: go on with the next one. (Epochs count by themselves.)
+            self._data().start_batch = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
 
     # Scoring
 

@@ -133,6 +133,32 @@ def test_a_fit_of_as_many_steps_has_the_score_of_the_search(
     assert metrics["validation/score"] == pytest.approx(straight[1].score, abs=0)
 
 
+def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
+        module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2, schedule_steps=6)
+        data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+        trainer = Trainer(
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer, module, data
+
+    with quiet_lightning():
+        fit(3)[0].save_checkpoint(tmp_path / "half.ckpt")
+        torch.manual_seed(99)
+        trainer, module, data = fit(6, tmp_path / "half.ckpt")
+        trainer.validate(module, datamodule=data, verbose=False)
+    assert trainer.global_step == 6
+    assert module.last_outcomes == straight[1].outcomes
+
+
 def test_the_score_is_that_of_the_adapters_as_stored_in_16_bits(
     straight: tuple[FineTuneEvaluator, Evaluation],
 ) -> None:
