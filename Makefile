@@ -26,9 +26,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	@touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/qratk search --config configs/quickstart.yaml --run_dir $(RUN)
-	$(BIN)/qratk fit --config $(RUN)/best.yaml --trainer.default_root_dir=$(RUN)/fit
-	$(BIN)/qratk gain $(RUN)
+	$(ONE) $(BIN)/qratk search --config configs/quickstart.yaml --run_dir $(RUN)
+	$(ONE) $(BIN)/qratk fit --config $(RUN)/best.yaml --trainer.default_root_dir=$(RUN)/fit
+	@$(BIN)/qratk gain $(RUN)
 
 test: $(STAMP)
 	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" -q $(TESTS)
