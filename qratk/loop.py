@@ -195,7 +195,7 @@ class _Search:
         with self._timed("setup"):
             self.settings.evaluator.open(self.context)
             self.journal.bind("content", self.settings.evaluator.fingerprint())
-            self.problem = self._pose()
+        self.problem = self._pose()
         self.proposer = Proposer(self.problem, self.settings.mutations, self.settings.repair)
         self.baselines = [c for c in self.problem.space.uniforms() if self.problem.feasible(c)]
         planned = self.settings.planned_evaluations(len(self.baselines))

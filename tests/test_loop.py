@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -319,6 +320,19 @@ def test_the_comparison_with_a_baseline_covers_the_difference(tmp_path: Path) ->
         assert comparison.difference == result.best.score - comparison.baseline.score
         if comparison.baseline is not result.best:
             assert comparison.low <= comparison.difference <= comparison.high
+
+
+def test_seconds_by_stage_count_no_time_twice(tmp_path: Path) -> None:
+    class Slow(ToyEvaluator):
+        def importance(self, estimator: Any, space: Any) -> Any:
+            time.sleep(0.3)
+            return super().importance(estimator, space)
+
+    result, _ = search(tmp_path, loop(Slow(num_layers=4), generations=1))
+    assert result.seconds["importance"] >= 0.6
+    assert result.seconds["setup"] < 0.6
+    parts = sum(seconds for stage, seconds in result.seconds.items() if stage != "total")
+    assert result.seconds["total"] == pytest.approx(parts)
 
 
 def test_random_states_are_in_the_journal(tmp_path: Path) -> None:

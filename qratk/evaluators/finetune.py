@@ -67,7 +67,7 @@ class FineTuneEvaluator(Evaluator):
         self._place()
         self.data.attach(self.module.tokenizer, context_length=self.module.context_length)
         self.data.setup("fit")
-        self._footprints: dict[int, MemoryModel] = {}
+        self._footprints: dict[SearchSpace, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
 
     def _place(self) -> None:
@@ -83,12 +83,7 @@ class FineTuneEvaluator(Evaluator):
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes; the peaks are for the datamodule's batch size and length."""
         self.space = space
-        return self.module.backbone.memory_model(
-            space,
-            batch_size=self.data.batch_size,
-            sequence_length=self.data.max_length,
-            gradient_checkpointing=self.module.options.gradient_checkpointing,
-        )
+        return self._memory(space)
 
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """Raw layer scores on training batches, before the full-precision weights are dropped."""
@@ -134,16 +129,14 @@ class FineTuneEvaluator(Evaluator):
         return self._memory(SearchSpace(bits, ranks, self.space.layer_names)).footprint(configuration)
 
     def _memory(self, space: SearchSpace) -> MemoryModel:
-        key = hash(space)
-        if key not in self._footprints:
-            backbone = self.module.backbone
-            self._footprints[key] = backbone.memory_model(
+        if space not in self._footprints:
+            self._footprints[space] = self.module.backbone.memory_model(
                 space,
                 batch_size=self.data.batch_size,
                 sequence_length=self.data.max_length,
                 gradient_checkpointing=self.module.options.gradient_checkpointing,
             )
-        return self._footprints[key]
+        return self._footprints[space]
 
     # Training
 
