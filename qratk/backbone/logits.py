@@ -1,0 +1,226 @@
+"""Logits of the tokens that count, their likelihoods, and batches in which rows share a prompt or candidates a batch.
+
+A batch holds `input_ids` and `attention_mask`, both (B, T). What is predicted stands in one of two forms:
+
+- `labels`, (B, T), -100 where nothing is predicted (training);
+- targets (scoring): `predictor` (P,), increasing flat indices b * T + t of the positions that predict; `target` (N,), the
+  tokens predicted; `target_at` (N,), the index of each target's predictor; `target_row` (N,), not decreasing, the index
+  of its scorer row in `row` (R,). A position may predict several targets: the last token of a shared prompt does.
+
+In a batch of shared prompts, a row is a trunk and the branches that continue it: `segments`, (B, T), is 0 in the trunk,
+i in the i-th branch and -1 in the padding, and `position_ids`, (B, T), restart after the trunk with every branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+IGNORE = -100
+_CHUNK_BYTES = 1 << 26
+_INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
+# Largest share of the logits' spread by which two exact ways to compute them may differ: rounding, not another function.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices of the positions that predict labelled tokens, and these tokens, both (N,), of labels (B, T).
+
+    Position t is predicted by t - 1, so the first label of a row never counts.
+    """
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+
+
+def model_inputs(batch: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Arguments of a Hugging Face model; a batch of shared prompts gets a mask (B, 1, T, T) of `dtype` to be added."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "segments" in batch:
+        inputs |= {"attention_mask": _shared_mask(batch["segments"], dtype), "position_ids": batch["position_ids"]}
+    return inputs
+
+
+def _shared_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    asking, asked = segments[:, :, None], segments[:, None, :]
+    # Padding may look at the trunk: a row of a mask that allows nothing makes NaN of it.
+    visible = ((asked == 0) | (asked == asking)).tril()
+    mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def labelled_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor | None = None) -> Tensor:
+    """Logits at flat indices b * T + t, (P, V); by default at the batch's `predictor`, or where its `labels` say.
+
+    The output embedding sees only these positions, as one row of hidden states (1, P, H), so that neither the
+    multiplication by the vocabulary nor its result is spent on others; what a family does to logits afterwards still
+    happens. A family that does not call its output embedding on all positions is asked for all logits. Differentiable.
+    """
+    if positions is None:
+        positions = batch["predictor"] if "predictor" in batch else targets_of(batch["labels"])[0]
+    shape = batch["input_ids"].shape
+    chosen = False
+
+    def choose(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal chosen
+        if not arguments or not isinstance(arguments[0], Tensor) or arguments[0].shape[:-1] != shape:
+            return None
+        chosen = True
+        return (arguments[0].flatten(0, 1)[positions][None], *arguments[1:])
+
+    head = _base(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(choose) if isinstance(head, nn.Module) else None
+    try:
+        logits: Tensor = model(**model_inputs(batch, _dtype(model)), use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[0] if chosen else logits.flatten(0, 1)[positions]
+
+
+def _base(model: nn.Module) -> Any:
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = _base(model).get_input_embeddings().weight.dtype
+    return dtype
+
+
+def labelled_loss(logits: Tensor, target: Tensor, candidates: int = 1) -> Tensor:
+    """Mean negative log-likelihood of each candidate's targets, (K,) float32, in nats.
+
+    `logits` is (K * N, V), candidate after candidate, and `target` (N,) or (K * N,).
+    """
+    losses = cross_entropy(logits.float(), target.repeat(len(logits) // len(target)), reduction="none")
+    return losses.view(candidates, -1).mean(1)
+
+
+def target_log_likelihood(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed natural log-likelihood of each scorer row's targets, (R,) float32, and their number, (R,) int64.
+
+    `logits` is (P, V), of the batch's predictors. They are converted to float32 some at a time, so that no second tensor
+    of their size is made. Differentiable.
+    """
+    target, at, row = batch["target"], batch["target_at"], batch["target_row"]
+    rows = len(batch["row"])
+    counts = torch.bincount(row, minlength=rows)
+    if not len(target):
+        return torch.zeros(rows, device=logits.device), counts
+    step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    total = torch.cat([part.float().logsumexp(1) for part in logits.split(step)])  # (P,)
+    values = logits[at, target].float() - total[at]
+    # A table of one place for each target: adding up by index has no fixed order on a GPU.
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    table = torch.zeros(rows, int(counts.max()), device=logits.device)
+    return table.index_put((row, place), values).sum(1), counts
+
+
+def replicate(batch: Mapping[str, Tensor], candidates: int) -> dict[str, Tensor]:
+    """The batch `candidates` times over: row b of candidate k is row k * B + b, and likewise for targets.
+
+    Logits are then (K * P, V), log-likelihoods (K * R,), and `row` repeats: `.view(candidates, -1)` takes them apart.
+    """
+    copied = {
+        name: value.repeat(candidates, *[1] * (value.dim() - 1))
+        for name, value in batch.items()
+        if name in _INPUTS or name in ("target", "row")
+    }
+    if "predictor" in batch:
+        sizes = {
+            "predictor": batch["input_ids"].numel(),
+            "target_at": len(batch["predictor"]),
+            "target_row": len(batch["row"]),
+        }
+        for name, size in sizes.items():
+            offsets = torch.arange(candidates, device=batch[name].device) * size
+            copied[name] = (offsets[:, None] + batch[name]).flatten()
+    return copied
+
+
+def shared_length(model: nn.Module) -> int:
+    """Tokens that a row of shared prompts may have with this model; 0 when it cannot take such rows.
+
+    Found by trial: a shared row must give the logits of its separate rows, to rounding. Families fail where they ignore
+    masks or positions, or compute positions themselves. Adapters are left out and the mode is evaluation, so that the
+    answer is the model's alone. Attention that slides over fewer tokens is only right within them.
+    """
+    longest = _window(_base(model).config)
+    if longest < _TRUNK + sum(_BRANCHES):  # a position too far would leave a GPU in an unusable state
+        return 0
+    try:
+        with torch.no_grad(), _evaluating(model), _without_adapters(model):
+            shared, separate = (labelled_logits(model, batch).float() for batch in _trial(model))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError, AssertionError):
+        return 0  # whatever a family raises at a mask or at positions that it does not know
+    error = (shared - separate).square().mean().sqrt()
+    if not bool(error <= _TOLERANCE[_dtype(model)] * separate.std(dim=-1).mean()):  # NaN is no agreement
+        return 0
+    return longest
+
+
+def _window(config: Any) -> int:
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("sliding_window", "attention_chunk_size", "window_size", "max_position_embeddings", "n_positions")
+    sizes = [getattr(config, name, None) for name in names]
+    return min([size for size in sizes if isinstance(size, int) and size > 0], default=1 << 30)
+
+
+_TRUNK, _BRANCHES = 6, (11, 7, 9)
+
+
+def _trial(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A shared row, and the same as separate rows; the predictors are all tokens of the branches, in the same order."""
+    embedding = _base(model).get_input_embeddings().weight
+    device, vocabulary = embedding.device, embedding.shape[0]
+    size = _TRUNK + sum(_BRANCHES)
+    tokens = (torch.arange(size, device=device) * 7919 + 17) % vocabulary
+    trunk, *branches = tokens.split([_TRUNK, *_BRANCHES])
+    segments = torch.repeat_interleave(torch.arange(1 + len(_BRANCHES)), torch.tensor([_TRUNK, *_BRANCHES]))
+    positions = torch.cat([torch.arange(_TRUNK), *(torch.arange(_TRUNK, _TRUNK + n) for n in _BRANCHES)])
+    shared = {
+        "input_ids": tokens[None],
+        "attention_mask": torch.ones_like(tokens)[None],
+        "segments": segments[None].to(device),
+        "position_ids": positions[None].to(device),
+        "predictor": torch.arange(_TRUNK, size, device=device),
+    }
+    width = _TRUNK + max(_BRANCHES)
+    ids = torch.zeros(len(_BRANCHES), width, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for index, branch in enumerate(branches):
+        ids[index, : _TRUNK + len(branch)] = torch.cat([trunk, branch])
+        mask[index, : _TRUNK + len(branch)] = 1
+    predictor = torch.cat([index * width + _TRUNK + torch.arange(n) for index, n in enumerate(_BRANCHES)])
+    return shared, {"input_ids": ids, "attention_mask": mask, "predictor": predictor.to(device)}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    # PEFT's own context also switches `requires_grad` of the adapters off and on.
+    switched = [module for module in model.modules() if getattr(module, "_disable_adapters", None) is False]
+    for module in switched:
+        module._disable_adapters = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module._disable_adapters = False  # type: ignore[assignment]
