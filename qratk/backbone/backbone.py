@@ -13,6 +13,7 @@ from torch import nn
 
 from qratk.backbone.adapters import AdapterOptions, Adapters
 from qratk.backbone.bank import BankLinear, Variant
+from qratk.backbone.dense import DenseCache, dense_cache_mode
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.memory import ModelFacts, memory_model
 from qratk.backbone.table import Fallback, QuantizerTable, describe
@@ -68,6 +69,7 @@ class Backbone:
         self.layers = tuple(_bank_layer(model, layer) for layer in names)
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
         self._fixed_names = _distinct(model)
+        self.dense_cache("off")
         self.adapters = Adapters(model, self._banks, adapter or AdapterOptions())
         self.model: PeftModel = self.adapters.peft_model
         self._start()
@@ -226,10 +228,14 @@ class Backbone:
             self._banks[name].install(bits, variant, bias)
         self._digest = digest
 
-    def dense_cache(self, enabled: bool) -> None:
-        """Keep dequantised weights of the active configuration in memory, or not; results are the same to the bit."""
+    def dense_cache(self, mode: bool | str) -> None:
+        """Keep dequantised weights in memory: "off", "on", or "auto" (while memory allows); True is "on", False "off".
+
+        Results are the same to the bit. All projections share one allowance: see `DenseCache`.
+        """
+        self._dense = DenseCache(dense_cache_mode(mode))
         for bank in self._banks.values():
-            bank.set_dense_cache(enabled)
+            bank.set_dense_cache(self._dense)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations block by block in the backward pass."""
@@ -251,6 +257,7 @@ class Backbone:
             raise ConfigurationError(
                 f"the model has {len(self.layers)} layers, but the configuration has {len(configuration)}"
             )
+        self._dense.next_generation()
         choices = list(zip(self.layers, configuration.layers, strict=True))
         for layer, choice in choices:  # all or nothing: look before the first switch
             for _, bank in layer.modules:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from qratk.backbone.dense import DenseCache, dense_cache_mode
 from qratk.core.errors import QuantizationError
 from qratk.quantizers.base import Quantizer
 
@@ -98,18 +100,22 @@ class BankLinear(nn.Linear):
     Args:
         weight: the reference (d_out, d_in), in the checkpoint's own dtype; may be on the meta device.
         bias: (d_out,) or None, kept in the checkpoint's own dtype.
-        dense_cache: keep the dequantised weight of the active variant: faster, more memory, the same results.
+        dense_cache: keep dequantised weights: "off", "on" or "auto" (while memory allows), or a cache that several
+            projections share. Faster, more memory, the same results.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, dense_cache: bool = False) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, dense_cache: bool | str | DenseCache = "off"
+    ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.dense_cache = dense_cache
+        self._dense_cache = DenseCache()
+        self._token = object()  # names this projection in the cache
+        self.set_dense_cache(dense_cache)
         self._reference: torch.Tensor | None = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach().contiguous()
         self._variants: dict[int, Variant] = {}
         self._active = 16
-        self._cached: tuple[tuple[int, torch.dtype], torch.Tensor] | None = None
         self.hide_weight = False
 
     @property
@@ -147,8 +153,6 @@ class BankLinear(nn.Linear):
     def activate(self, bits: int) -> None:
         """Multiply by the variant of this bit-width from now on; raises `QuantizationError` when it is not there."""
         self.require(bits)
-        if bits != self._active:
-            self._cached = None
         self._active = bits
 
     def require(self, bits: int) -> Variant:
@@ -161,25 +165,26 @@ class BankLinear(nn.Linear):
             )
         return self._variants[bits]
 
-    def set_dense_cache(self, enabled: bool) -> None:
-        """Keep the dequantised weight of the active variant, or not."""
-        self.dense_cache = enabled
-        self._cached = None
+    def set_dense_cache(self, cache: bool | str | DenseCache) -> None:
+        """Keep dequantised weights ("off", "on", "auto"), in a cache of its own or in one that is shared."""
+        self._dense_cache.drop(self._token)
+        self._dense_cache = cache if isinstance(cache, DenseCache) else DenseCache(dense_cache_mode(cache))
 
     def add_variant(self, bits: int, variant: Variant) -> None:
         """Put a packed weight into the bank."""
         self._variants[bits] = variant
-        self._cached = None
+        self._dense_cache.drop(self._token, bits)
 
     def install(self, bits: int, variant: Variant, bias: torch.Tensor | None) -> None:
         """Hold this packed weight and bias and nothing else."""
         self._reference, self._bias = None, bias
-        self._variants, self._active, self._cached = {bits: variant}, bits, None
+        self._variants, self._active = {bits: variant}, bits
+        self._dense_cache.drop(self._token)
 
     def drop_variant(self, bits: int) -> None:
         """Take a packed weight out of the bank; nothing happens when it is not there."""
         self._variants.pop(bits, None)
-        self._cached = None
+        self._dense_cache.drop(self._token, bits)
 
     def release_reference(self) -> None:
         """Let go of the full-precision weight; the packed variants stay."""
@@ -189,6 +194,29 @@ class BankLinear(nn.Linear):
         """Dense weight (d_out, d_in) that a variant stands for, as a new tensor."""
         with torch.no_grad():
             return self.require(bits).dequantize(self.shape, dtype)
+
+    def dense_weight(self, bits: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dense weight (d_out, d_in) of a variant to multiply by, from the dense cache or made anew.
+
+        Not to be written to: it may be kept, or be the stored weight itself. What is made is kept only as the cache's
+        mode and memory allow; with "off" nothing is.
+        """
+        return self._dense_weight(self.require(bits), bits, dtype)
+
+    def _dense_weight(self, variant: Variant, bits: int, dtype: torch.dtype) -> torch.Tensor:
+        shape = self.shape
+
+        def owned(dense: torch.Tensor) -> bool:
+            memory = dense.untyped_storage().data_ptr()
+            return all(memory != t.untyped_storage().data_ptr() for t in variant.packed.values())
+
+        def make() -> torch.Tensor:
+            with torch.no_grad():
+                return variant.dequantize(shape, dtype)
+
+        if self._variants.get(bits) is not variant:  # taken out of the bank since it was used
+            return make()
+        return self._dense_cache.get((self._token, bits, dtype), make, owned=owned)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -210,19 +238,9 @@ class BankLinear(nn.Linear):
         variant = self.require(self._active)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
-        return dequantized_matmul(x, self._dense(variant, x.dtype), bias, after=after)
-
-    def _dense(self, variant: Variant, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
-        shape = self.shape
-        if not self.dense_cache:
-            return lambda: variant.dequantize(shape, dtype)
-        key = (self._active, dtype)
-        if self._cached is None or self._cached[0] != key:
-            with torch.no_grad():
-                self._cached = (key, variant.dequantize(shape, dtype))
-        cached = self._cached[1]
-        return lambda: cached
+        dense = partial(self._dense_weight, variant, self._active, x.dtype)
+        return dequantized_matmul(x, dense, bias, after=after)
 
     @property
     def _cache_dtype(self) -> torch.dtype:
@@ -256,7 +274,7 @@ class BankLinear(nn.Linear):
             bits: Variant(v.quantizer, v.bits, {name: move(t) for name, t in v.packed.items()})
             for bits, v in self._variants.items()
         }
-        self._cached = None
+        self._dense_cache.drop(self._token)
         return self
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from qratk.quantizers.base import quantizers
 QUANTIZERS = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
 
 
-def make_bank(*, bias=True, shape=(48, 64), dense_cache=False, dtype=torch.float32):
+def make_bank(*, bias=True, shape=(48, 64), dense_cache="off", dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     bank = BankLinear(
@@ -53,9 +53,10 @@ def test_bias_over_hqq_codes_is_added_as_the_library_does():
     assert torch.equal(bank(x), torch.matmul(x, bank.dequantized(2).t()) + bank.bias)
 
 
+@pytest.mark.parametrize("mode", ["on", "auto"])
 @pytest.mark.parametrize("bits", sorted(QUANTIZERS))
-def test_dense_cache_changes_nothing_but_speed(bits):
-    plain, cached = make_bank(), make_bank(dense_cache=True)
+def test_dense_cache_changes_nothing_but_speed(bits, mode):
+    plain, cached = make_bank(), make_bank(dense_cache=mode)
     for bank in (plain, cached):
         bank.activate(bits)
     for _ in range(2):
@@ -67,15 +68,36 @@ def test_dense_cache_changes_nothing_but_speed(bits):
         assert torch.equal(x.grad, y.grad)
 
 
-def test_dense_cache_does_not_outlive_a_switch():
-    bank = make_bank(dense_cache=True)
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_a_switch_and_back_finds_the_kept_weight_again(mode):
+    bank = make_bank(dense_cache=mode)
     bank.activate(2)
     x = inputs(3, 64)
-    low = bank(x)
+    low, kept = bank(x), bank.dense_weight(2, torch.float32)
     bank.activate(8)
     assert not torch.equal(bank(x), low)
     bank.activate(2)
     assert torch.equal(bank(x), low)
+    assert bank.dense_weight(2, torch.float32) is kept
+
+
+def test_dense_weights_of_several_bit_widths_are_those_of_the_quantizers():
+    bank = make_bank(dense_cache="off")
+    for bits in QUANTIZERS:
+        dense = bank.dense_weight(bits, torch.float32)
+        assert torch.equal(dense, bank.dequantized(bits))
+        assert bank.dense_weight(bits, torch.float32) is not dense  # nothing is kept
+    with pytest.raises(QuantizationError, match="not 6"):
+        bank.dense_weight(6, torch.float32)
+
+
+def test_a_replaced_variant_is_not_answered_from_the_cache():
+    bank = make_bank(dense_cache="on")
+    before = bank.dense_weight(4, torch.float32)
+    nf4 = quantizers.create("nf4")
+    bank.add_variant(4, Variant(nf4, 4, nf4.quantize(-bank.reference, 4)))
+    assert torch.equal(bank.dense_weight(4, torch.float32), bank.dequantized(4))
+    assert not torch.equal(bank.dense_weight(4, torch.float32), before)
 
 
 def test_no_dense_weight_is_kept_for_backward():
