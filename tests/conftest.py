@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +22,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
     # PEFT reads an attribute of every model that transformers 5 renamed.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Banks of tests never lie in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QRATK_CACHE", str(tmp_path_factory.mktemp("banks")))
+        yield
 
 
 def tiny_config(family: str, *, layers: int = 3, hidden: int = 64, intermediate: int = 128) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,18 @@ import torch
 from torch import nn
 
 from qratk.backbone.adapters import AdapterOptions, Adapters
-from qratk.backbone.bank import BankLinear, Variant
+from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
 from qratk.backbone.dense import DenseCache, dense_cache_mode
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.memory import ModelFacts, memory_model
-from qratk.backbone.table import Fallback, QuantizerTable, describe
+from qratk.backbone.store import BankStore, Part, Plan, bank_directory, log
+from qratk.backbone.table import Chosen, Fallback, QuantizerTable, describe
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 from qratk.quantizers.base import Quantizer
+from qratk.quantizers.none import NoQuantizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,6 +45,8 @@ class Backbone:
         tokenizer: the model's tokenizer, or None.
         layers: the searched layers, in model order.
         adapters: the adapters; most of what they do is offered here too.
+        bank_dir: folder of packed weights on disk, or None; see `BankStore`.
+        say: is told what happens to the files of the bank; by default a logger.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Backbone:
         target_modules: str | Sequence[str] = "all",
         adapter: AdapterOptions | None = None,
         compute_dtype: str | torch.dtype = "auto",
+        bank_dir: str | Path | None = "auto",
     ) -> None:
         self.tokenizer = tokenizer
         self.table = QuantizerTable(quantizers)
@@ -63,6 +69,9 @@ class Backbone:
         self.configuration: Configuration | None = None
         self._built: set[int] = set()
         self._digest: str | None = None
+        self._digests: dict[str, str] | None = None
+        self.bank_dir = bank_directory(bank_dir)
+        self.say: Callable[[str], None] = log
         names = find_layers(model, granularity=granularity, target_modules=target_modules)
         self._num_blocks = len(find_blocks(model)[1])
         _cast(model, self.compute_dtype, keep={name for layer in names for name in layer.projections})
@@ -87,11 +96,15 @@ class Backbone:
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
         weights: bool = True,
+        bank_dir: str | Path | None = "auto",
     ) -> Backbone:
         """Backbone of a Hugging Face name or local directory.
 
         Without `weights` it is built on the meta device from the configuration alone: enough for `memory_model`, and
-        the tokenizer may then be missing. Raises `UnsupportedModelError`, saying what could not be loaded.
+        the tokenizer may then be missing. Packed weights are kept in `bank_dir` and mapped from there by later runs:
+        "auto" is $QRATK_CACHE or else qratk/banks in the user's cache folder, None keeps them in memory.
+
+        Raises `UnsupportedModelError`, saying what could not be loaded.
         """
         return cls(
             _load_model(str(model), trust_remote_code=trust_remote_code, weights=weights),
@@ -101,6 +114,7 @@ class Backbone:
             target_modules=target_modules,
             adapter=adapter,
             compute_dtype=compute_dtype,
+            bank_dir=bank_dir,
         )
 
     @classmethod
@@ -162,13 +176,17 @@ class Backbone:
         return self._digest
 
     def _compute_digest(self) -> str:
-        hasher = hashlib.sha256()
         settings = {bits: describe(quantizer) for bits, quantizer in self.table.quantizers.items()}
-        hasher.update(repr((settings, self.granularity, self.target_modules, str(self.compute_dtype))).encode())
-        for name, tensor in self._reference_tensors():
-            hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            hasher.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return hasher.hexdigest()
+        text = repr((settings, self.granularity, self.target_modules, str(self.compute_dtype)))
+        return _sha256([text, *(f"{name}:{digest}" for name, digest in self._tensor_digests().items())])
+
+    def _tensor_digests(self) -> dict[str, str]:
+        # Each tensor is read once: the backbone's digest and the key of its bank are both made of these.
+        if self._digests is None:
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+                names, tensors = zip(*self._reference_tensors(), strict=True)
+                self._digests = dict(zip(names, pool.map(_tensor_digest, tensors), strict=True))
+        return self._digests
 
     def _reference_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.fixed_tensors().items()
@@ -180,34 +198,83 @@ class Backbone:
     # The bank
 
     def build_bank(self, bits: Sequence[int]) -> None:
-        """Quantise every projection at each bit-width that is not in the bank yet."""
-        for b in bits:
-            if b in self._built:
-                continue
-            self._require_weights()
-            for layer in self.layers:
-                for name, bank in layer.modules:
-                    bank.add_variant(b, self._packed(layer, name, bank, b))
-            self._built.add(b)
+        """Quantise every projection at each bit-width that is not in the bank yet, or map what a store has of it.
 
-    def _packed(self, layer: TargetLayer, name: str, bank: BankLinear, bits: int) -> Variant:
-        if bits in bank.variants:
-            return bank.variants[bits]
-        chosen = self.table.choose(layer.name, _local(layer.name, name), bank.shape, bits)
+        It goes layer by layer: besides the bank, one packed layer and the quantizer's workspace for one projection are
+        in memory, and with a store the bank itself is mapped from its files.
+        """
+        wanted = [b for b in dict.fromkeys(bits) if b not in self._built]
+        missing = [b for b in wanted if any(not bank.holds(b) for bank in self._banks.values())]
+        if missing:
+            self._require_weights()
+            plans = [self._plan(b) for b in missing]
+            store = self._store() if any(parts for plan in plans for _, parts in plan.layers) else None
+            for index in range(len(self.layers)):
+                for plan in plans:
+                    self._bank_layer(index, plan, store)
+        self._built.update(wanted)
+
+    def _plan(self, bits: int) -> Plan:
+        # Chosen for every layer before the first is packed: what cannot be taken is known at once.
+        layers = tuple((layer.name, self._parts(layer, bits)) for layer in self.layers)
+        return Plan(bits, layers, next(iter(self._banks.values())).device.type)
+
+    def _parts(self, layer: TargetLayer, bits: int) -> tuple[Part, ...]:
+        # What must be packed; a weight of 16 bits, in memory or mapped from the checkpoint, is its own packed form.
+        parts = (Part(name, bank.shape, self._chosen(layer, name, bits)) for name, bank in layer.modules)
+        return tuple(part for part in parts if not self._is_reference(part.chosen, self._banks[part.name]))
+
+    def _chosen(self, layer: TargetLayer, name: str, bits: int) -> Chosen:
+        return self.table.choose(layer.name, _local(layer.name, name), self._banks[name].shape, bits)
+
+    @staticmethod
+    def _is_reference(chosen: Chosen, bank: BankLinear) -> bool:
+        if not isinstance(chosen.quantizer, NoQuantizer) or not bank.has_reference:
+            return False
+        empty = bank.reference[:0]
+        packed = chosen.quantizer.quantize(empty, chosen.bits)[NoQuantizer.CODES]
+        return packed.dtype == empty.dtype and bank.reference.is_contiguous()
+
+    def _store(self) -> BankStore | None:
+        if self.bank_dir is None:
+            return None
+        digests = self._tensor_digests()
+        weights = _sha256(f"{name}:{digests[f'{name}.weight']}" for name in self._banks)
+        model = str(getattr(self.config, "_name_or_path", "") or type(self.base).__name__)
+        return BankStore(self.bank_dir, weights=weights, model=model, say=self.say)
+
+    def _bank_layer(self, index: int, plan: Plan, store: BankStore | None) -> None:
+        layer, parts = self.layers[index], plan.layers[index][1]
+        if all(bank.holds(plan.bits) for _, bank in layer.modules):
+            return
+        to_pack = {part.name: part.chosen for part in parts}
+
+        def build() -> dict[str, dict[str, torch.Tensor]]:
+            return {name: self._packed(name, chosen) for name, chosen in to_pack.items()}
+
+        packed = store.fetch(plan, index, build) if store is not None and parts else build()
+        for name, bank in layer.modules:
+            chosen = to_pack.get(name) or self._chosen(layer, name, plan.bits)
+            tensors = packed[name] if name in packed else self._packed(name, chosen)
+            placed = {key: tensor.to(bank.device) for key, tensor in tensors.items()}
+            bank.add_variant(plan.bits, Variant(chosen.quantizer, chosen.bits, placed))
+
+    def _packed(self, name: str, chosen: Chosen) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            packed = chosen.quantizer.quantize(bank.reference, chosen.bits)
-        return Variant(chosen.quantizer, chosen.bits, packed)
+            return chosen.quantizer.quantize(self._banks[name].reference.contiguous(), chosen.bits)
 
     def _hold_reference(self) -> None:
-        # 16 bits work from the start: for importance estimators and for reference runs.
+        # 16 bits work from the start, for importance estimators and for reference runs, but are no copy of the model.
         for layer in self.layers:
             for name, bank in layer.modules:
-                bank.add_variant(16, self._packed(layer, name, bank, 16))
+                chosen = self._chosen(layer, name, 16)
+                bank.add_variant(16, ReferenceVariant(chosen.quantizer, chosen.bits, bank.reference))
 
     def release_reference(self) -> None:
         """Drop the full-precision weights, and 16 bits too unless the bank was built with them.
 
-        The digest is computed first. Later `build_bank` of new bit-widths needs the model to be loaded again.
+        The digest is computed first. Later `build_bank` of bit-widths that no store holds needs the model to be
+        loaded again.
         """
         if not any(bank.has_reference for bank in self._banks.values()):
             return
@@ -337,6 +404,16 @@ def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
     if compute_dtype not in known:
         raise ConfigurationError(f"compute_dtype must be 'auto' or one of {tuple(known)}, got {compute_dtype!r}")
     return known[compute_dtype]
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    hasher = hashlib.sha256(f"{tensor.dtype}:{tuple(tensor.shape)}".encode())
+    hasher.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def _local(layer: str, name: str) -> str:

@@ -35,6 +35,30 @@ class Variant:
         """Bytes of the packed tensors."""
         return sum(tensor.nbytes for tensor in self.packed.values())
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Variant:
+        """The same with every tensor moved."""
+        return Variant(self.quantizer, self.bits, {name: move(tensor) for name, tensor in self.packed.items()})
+
+
+class ReferenceVariant(Variant):
+    """A weight packed anew whenever it is used, from a reference that is there anyway: nothing is held besides."""
+
+    def __init__(self, quantizer: Quantizer, bits: int, reference: torch.Tensor) -> None:
+        for name, value in (("quantizer", quantizer), ("bits", bits), ("reference", reference)):
+            object.__setattr__(self, name, value)
+
+    reference: torch.Tensor
+
+    @property
+    def packed(self) -> Packed:
+        """The packed tensors; they share memory with the reference where its type is theirs."""
+        with torch.no_grad():
+            return self.quantizer.quantize(self.reference.contiguous(), self.bits)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Variant:
+        """The same over the moved reference."""
+        return ReferenceVariant(self.quantizer, self.bits, move(self.reference))
+
 
 class DequantizedMatmul(torch.autograd.Function):
     """x W^T with W made anew in forward and again in backward, so that no dense weight is kept between them.
@@ -112,7 +136,7 @@ class BankLinear(nn.Linear):
         self._dense_cache = DenseCache()
         self._token = object()  # names this projection in the cache
         self.set_dense_cache(dense_cache)
-        self._reference: torch.Tensor | None = weight.detach().contiguous()
+        self._reference: torch.Tensor | None = weight.detach()
         self._bias = None if bias is None else bias.detach().contiguous()
         self._variants: dict[int, Variant] = {}
         self._active = 16
@@ -130,7 +154,10 @@ class BankLinear(nn.Linear):
 
     @property
     def reference(self) -> torch.Tensor:
-        """The full-precision weight (d_out, d_in); raises `QuantizationError` once it was released."""
+        """The full-precision weight (d_out, d_in), maybe a transposed view.
+
+        Raises `QuantizationError` once it was released.
+        """
         if self._reference is None:
             raise QuantizationError("the full-precision weight was released; load the model again to use it")
         return self._reference
@@ -154,6 +181,10 @@ class BankLinear(nn.Linear):
         """Multiply by the variant of this bit-width from now on; raises `QuantizationError` when it is not there."""
         self.require(bits)
         self._active = bits
+
+    def holds(self, bits: int) -> bool:
+        """Whether a bit-width is there in packed form, and so survives the release of the reference."""
+        return bits in self._variants and not isinstance(self._variants[bits], ReferenceVariant)
 
     def require(self, bits: int) -> Variant:
         """The variant of a bit-width; raises `QuantizationError`, saying what to do, when it is not in the bank."""
@@ -270,10 +301,7 @@ class BankLinear(nn.Linear):
             self._reference = move(self._reference)
         if self._bias is not None:
             self._bias = move(self._bias)
-        self._variants = {
-            bits: Variant(v.quantizer, v.bits, {name: move(t) for name, t in v.packed.items()})
-            for bits, v in self._variants.items()
-        }
+        self._variants = {bits: variant.moved(move) for bits, variant in self._variants.items()}
         self._dense_cache.drop(self._token)
         return self
 

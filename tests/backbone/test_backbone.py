@@ -136,7 +136,7 @@ def test_no_fallback_is_reported_where_none_was_needed(tiny_backbone):
 
 
 def test_build_bank_is_idempotent_and_survives_the_release(tiny_backbone):
-    backbone = tiny_backbone(bits=(2, 4))
+    backbone = tiny_backbone(bits=(2, 4), bank_dir=None)
     held = {name: dict(bank.variants) for name, bank in backbone.banks.items()}
     backbone.build_bank([4, 2])
     assert all(bank.variants[4] is held[name][4] for name, bank in backbone.banks.items())
