@@ -59,7 +59,10 @@ class FineTuneModule(LightningModule):
         schedule: what follows the warm-up, down to 0 at `schedule_steps`.
         schedule_steps: optimiser steps of the whole schedule; by default the trainer's total, in a search T_S.
         compute_dtype: type of activations; "auto" is float32 on CPU and bfloat16 on CUDA.
-        dense_cache: keep dequantised weights in memory: faster, the same results.
+        dense_cache: keep dequantised weights in memory, "off", "on" or "auto" (while there is room): faster, the same
+            results.
+        bank_dir: folder that keeps packed weights for later runs; "auto" is $QRATK_CACHE or else qratk/banks in the
+            user's cache folder, null keeps them in memory only. The same results.
         gradient_checkpointing: trade time for activation memory.
         trust_remote_code: run code that comes with the model; only for sources you trust.
         tokenizer: name or directory of the tokenizer, by default the model's.
@@ -84,7 +87,8 @@ class FineTuneModule(LightningModule):
         schedule: Schedule = "cosine",
         schedule_steps: int | None = None,
         compute_dtype: str = "auto",
-        dense_cache: bool = False,
+        dense_cache: bool | Literal["off", "on", "auto"] = "auto",
+        bank_dir: str | None = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
@@ -151,6 +155,7 @@ class FineTuneModule(LightningModule):
             trust_remote_code=options.trust_remote_code,
             tokenizer=options.tokenizer,
             weights=weights,
+            bank_dir=options.bank_dir,
         )
 
     def activate(self, configuration: Configuration) -> None:
