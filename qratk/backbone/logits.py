@@ -3,9 +3,9 @@
 A batch holds `input_ids` and `attention_mask`, both (B, T). What is predicted stands in one of two forms:
 
 - `labels`, (B, T), -100 where nothing is predicted (training);
-- targets (scoring): `predictor` (P,), increasing flat indices b * T + t of the positions that predict; `target` (N,), the
-  tokens predicted; `target_at` (N,), the index of each target's predictor; `target_row` (N,), not decreasing, the index
-  of its scorer row in `row` (R,). A position may predict several targets: the last token of a shared prompt does.
+- targets (scoring): `predictor` (P,), increasing flat indices b * T + t of the positions that predict; `target` (N,),
+  the tokens predicted; `target_at` (N,), the index of each target's predictor; `target_row` (N,), not decreasing, the
+  index of its scorer row in `row` (R,). A position may predict several targets: the last token of a shared prompt does.
 
 In a batch of shared prompts, a row is a trunk and the branches that continue it: `segments`, (B, T), is 0 in the trunk,
 i in the i-th branch and -1 in the padding, and `position_ids`, (B, T), restart after the trunk with every branch.
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 IGNORE = -100
 _CHUNK_BYTES = 1 << 26
 _INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
-# Largest share of the logits' spread by which two exact ways to compute them may differ: rounding, not another function.
+# How far two ways to compute the same logits may lie apart by rounding, as a share of their spread.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -97,15 +97,15 @@ def labelled_loss(logits: Tensor, target: Tensor, candidates: int = 1) -> Tensor
 
     `logits` is (K * N, V), candidate after candidate, and `target` (N,) or (K * N,).
     """
-    losses = cross_entropy(logits.float(), target.repeat(len(logits) // len(target)), reduction="none")
+    losses = cross_entropy(logits.float(), target.repeat(len(logits) // max(1, len(target))), reduction="none")
     return losses.view(candidates, -1).mean(1)
 
 
 def target_log_likelihood(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Summed natural log-likelihood of each scorer row's targets, (R,) float32, and their number, (R,) int64.
 
-    `logits` is (P, V), of the batch's predictors. They are converted to float32 some at a time, so that no second tensor
-    of their size is made. Differentiable.
+    `logits` is (P, V), of the batch's predictors. They are converted to float32 some at a time, so that no second
+    tensor of their size is made. Differentiable.
     """
     target, at, row = batch["target"], batch["target_at"], batch["target_row"]
     rows = len(batch["row"])
@@ -113,7 +113,7 @@ def target_log_likelihood(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[
     if not len(target):
         return torch.zeros(rows, device=logits.device), counts
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
-    total = torch.cat([part.float().logsumexp(1) for part in logits.split(step)])  # (P,)
+    total = torch.cat([part.float().logsumexp(1) for part in torch.split(logits, step)])  # (P,)
     values = logits[at, target].float() - total[at]
     # A table of one place for each target: adding up by index has no fixed order on a GPU.
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,14 +14,23 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qratk.backbone.backbone import AdapterOptions, Backbone
+from qratk.backbone.logits import (
+    labelled_logits,
+    labelled_loss,
+    model_inputs,
+    shared_length,
+    target_log_likelihood,
+    targets_of,
+)
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
 from qratk.quantizers.base import Quantizer, quantizers
+
+_logger = logging.getLogger(__name__)
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -104,6 +114,7 @@ class FineTuneModule(LightningModule):
         self._backbone: Backbone | None = None
         self._scorer: Any = None  # a qratk.data Scorer
         self._scoring = ExitStack()
+        self._shared_length: int | None = None
         self._loaded_random: Tensor | None = None
 
     @property
@@ -185,15 +196,14 @@ class FineTuneModule(LightningModule):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits, (B, T, vocabulary)."""
-        logits: Tensor = self.backbone.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        inputs = model_inputs(batch, self.backbone.compute_dtype)
+        logits: Tensor = self.backbone.model(**inputs, use_cache=False).logits
         return logits
 
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens of a batch, in nats."""
-        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
-        return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100)
+        positions, target = targets_of(batch["labels"])
+        return labelled_loss(labelled_logits(self.backbone.model, batch, positions), target)[0]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss; raises `NonFiniteLossError`."""
@@ -278,8 +288,21 @@ class FineTuneModule(LightningModule):
         self._scorer = self._data().scorer(stage).to(self.device)
         self._scoring.enter_context(self.backbone.stored_precision())
 
+    @property
+    def shared_length(self) -> int:
+        """Tokens that a scored row in which choices share a prompt may have; 0 when the model cannot take such rows."""
+        if self._shared_length is None:
+            self._shared_length = shared_length(self.backbone.model)
+            if not self._shared_length:
+                _logger.warning("the model cannot score choices that share a prompt: each is scored with its own")
+        return self._shared_length
+
+    def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
+        return target_log_likelihood(labelled_logits(self.backbone.model, batch), batch)
+
     def _score(self, batch: dict[str, Tensor]) -> None:
-        self._scorer.update(batch, *self._data().log_likelihood(self(batch), batch))
+        self._scorer.update(batch, *self.log_likelihood(batch))
 
     def _end_scoring(self, stage: str) -> None:
         self._scoring.close()
@@ -319,9 +342,9 @@ class FineTuneModule(LightningModule):
         self._end_scoring("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Row indices (B,), summed log-likelihoods (B,) in nats and labelled tokens (B,) of a batch."""
+        """Row indices (R,), summed log-likelihoods (R,) in nats and labelled tokens (R,) of a batch."""
         with self.backbone.stored_precision():
-            log_likelihood, tokens = self._data().log_likelihood(self(batch), batch)
+            log_likelihood, tokens = self.log_likelihood(batch)
         return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}
 
     def _data(self) -> Any:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qratk.data.lm_eval import evaluate_lm_eval, write_task
     from qratk.data.multiple_choice import MultipleChoiceData
     from qratk.data.sampler import StepSampler
-    from qratk.data.scoring import Scorer, token_log_likelihood
+    from qratk.data.scoring import Scorer
     from qratk.data.text import TextData
 
 _MODULES = {
@@ -22,13 +22,12 @@ _MODULES = {
     "TaskData": "base",
     "TextData": "text",
     "evaluate_lm_eval": "lm_eval",
-    "token_log_likelihood": "scoring",
     "write_task": "lm_eval",
 }
 
 __all__ = [
     "InstructionData", "MultipleChoiceData", "Scorer", "StepSampler", "TaskData", "TextData", "evaluate_lm_eval",
-    "token_log_likelihood", "write_task",
+    "write_task",
 ]  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qratk.core.errors import DataError
+from qratk.data.batches import scoring_batches
 from qratk.data.sampler import StepSampler
-from qratk.data.scoring import IGNORE, Scorer, token_log_likelihood
+from qratk.data.scoring import IGNORE, Scorer
 from qratk.data.sources import Row, Source, content_key, read_rows
 
-__all__ = ["Encoded", "Scorer", "StepSampler", "TaskData", "token_log_likelihood"]
+__all__ = ["Encoded", "Scorer", "StepSampler", "TaskData"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -76,7 +77,8 @@ class TaskData(LightningDataModule, ABC):
         validation: As `train`; if null, `validation_items` (or `validation_fraction`) are taken off `train` by seed.
         test: As `train`; never overlaps: rows found in it are dropped from the other two.
         batch_size: Rows of a training micro-batch.
-        eval_batch_size: Rows of a scoring batch; null means `batch_size`.
+        eval_batch_size: Size of a scoring batch, in rows of the longest: of shorter ones it holds more; null means
+            `batch_size`.
         max_length: Tokens of a row at most; null means what tokenizer and model allow, but no more than 2048.
         seed: Of splits, subsamples and training order.
         validation_items: Rows taken off `train` when there is no `validation`.
@@ -85,7 +87,9 @@ class TaskData(LightningDataModule, ABC):
         max_validation_items: Seeded subsample of the validation rows.
         max_test_items: Seeded subsample of the test rows.
         rename: Our field names to the file's, as in {"question": "query"}.
-        num_workers: Processes that prepare batches; 0 is right for text.
+        num_workers: Processes that prepare training batches; 0 is right for text.
+        share_prompts: Compute the prompt of a multiple-choice item once for all its choices when scoring, where the
+            model allows it. Scores agree to rounding.
     """
 
     start_batch: int = 0
@@ -107,18 +111,20 @@ class TaskData(LightningDataModule, ABC):
         max_test_items: int | None = None,
         rename: dict[str, str] | None = None,
         num_workers: int = 0,
+        share_prompts: bool = True,
     ) -> None:
         super().__init__()
         self.sources: dict[Split, Source | None] = {"train": train, "validation": validation, "test": test}
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.seed, self.rename, self.num_workers = seed, rename, num_workers
+        self.seed, self.rename, self.num_workers, self.share_prompts = seed, rename, num_workers, share_prompts
         self.validation_items, self.validation_fraction = validation_items, validation_fraction
         self.limits = {"train": max_train_items, "validation": max_validation_items, "test": max_test_items}
         self._max_length = max_length
         self._tokenizer: Any = None
         self._context_length: int | None = None
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
+        self._batches: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
         self._check_options()
 
     def _check_options(self) -> None:
@@ -167,6 +173,7 @@ class TaskData(LightningDataModule, ABC):
         if tokenizer is not self._tokenizer or context_length != self._context_length:
             self._tokenizer, self._context_length = tokenizer, context_length
             self._encoded.clear()
+            self._batches.clear()
 
     @property
     def tokenizer(self) -> Any:
@@ -304,7 +311,13 @@ class TaskData(LightningDataModule, ABC):
         sampler = StepSampler(
             len(rows), self.batch_size, self.seed, self.start_batch, length=length, rank=rank, replicas=replicas
         )
-        return self._loader(rows, numbered=False, batch_sampler=sampler)
+        data: Any = rows
+        options: dict[str, Any] = {
+            "collate_fn": self.collate,
+            "num_workers": self.num_workers,
+            "generator": self._generator(),
+        }
+        return DataLoader(data, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Scoring batches of the validation split."""
@@ -324,27 +337,46 @@ class TaskData(LightningDataModule, ABC):
         return "test" if self.sources["test"] is not None else "validation"
 
     def scoring_dataloader(self, split: Split) -> DataLoader[dict[str, Tensor]]:
-        """Batches of all rows of a split with "row" (B,), their indices for the scorer; longest rows first."""
-        rows = self.scoring_rows(split)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
+        """The `scoring_batches` of a split; prompts are shared if the module in the Trainer can take that."""
+        batches = self.scoring_batches(split, shared_length=self._shared_length(split))
+        # One batch an element, and not `batch_size=None`: Lightning rebuilds the loader for `predict`, and then needs a
+        # sampler of batches.
+        data: Any = batches
+        return DataLoader(data, batch_size=1, collate_fn=_only, generator=self._generator())
+
+    def scoring_batches(self, split: Split, *, shared_length: int = 0) -> list[dict[str, Tensor]]:
+        """This replica's batches of the rows of a split, as `qratk.data.batches` describes them; not to be changed.
+
+        Items with several rows share their prompts in rows of at most `shared_length` tokens. Kept: every validation of
+        a search scores the same.
+        """
         rank, replicas = self._replica()
-        size = min(self.eval_batch_size, -(-len(order) // replicas))  # no replica may go without a batch
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-        mine = [index for batch in batches[rank::replicas] for index in batch]
-        # An order and a size, not ready-made batches: Lightning rebuilds the loader for `predict`, and only so it can.
-        return self._loader(rows, numbered=True, sampler=mine, batch_size=size)
+        longest = min(shared_length, self.max_length) if self.share_prompts else 0
+        key = (split, longest, self.eval_batch_size, rank, replicas)
+        if key not in self._batches:
+            every = scoring_batches(
+                self.scoring_rows(split), size=self.eval_batch_size, pad_id=self.pad_id, shared_length=longest,
+                replicas=replicas,
+            )  # fmt: skip
+            # No replica may go without a batch; a row that several replicas score counts once.
+            self._batches[key] = every[rank::replicas] or every[:1]
+        return self._batches[key]
+
+    def _shared_length(self, split: Split) -> int:
+        """What the module in the Trainer says; it tries the model for that, so it is only asked when it matters."""
+        if self.trainer is None or not self.share_prompts or len(self.scoring_rows(split)) == len(self.items(split)):
+            return 0
+        return int(getattr(self.trainer.lightning_module, "shared_length", 0))
 
     def _replica(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
-    def _loader(self, rows: Sequence[Encoded], *, numbered: bool, **batches: Any) -> DataLoader[dict[str, Tensor]]:
+    def _generator(self) -> torch.Generator:
         # A loader's iterator draws from the global generator unless it has its own: training would then depend on
         # how often validation ran.
-        generator = torch.Generator().manual_seed(self.seed)
-        data: Any = _Rows(rows, self.pad_id, numbered=numbered)
-        return DataLoader(data, collate_fn=data.batch, num_workers=self.num_workers, generator=generator, **batches)
+        return torch.Generator().manual_seed(self.seed)
 
     def calibration_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
         """Training batches on the CPU, the first `count` of an order of their own."""
@@ -355,10 +387,6 @@ class TaskData(LightningDataModule, ABC):
     def scorer(self, stage: Split = "validation") -> Scorer:
         """A fresh scorer of a split."""
         return self.build_scorer(stage)
-
-    def log_likelihood(self, logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What a scorer takes of a batch: see `token_log_likelihood`."""
-        return token_log_likelihood(logits, batch["labels"])
 
     # Identity and description.
 
@@ -394,24 +422,10 @@ class TaskData(LightningDataModule, ABC):
         return described
 
 
-class _Rows(torch.utils.data.Dataset[tuple[int, Encoded]]):
-    """Encoded rows with their indices, and how to batch them."""
-
-    def __init__(self, rows: Sequence[Encoded], pad_id: int, *, numbered: bool) -> None:
-        self.rows, self.pad_id, self.numbered = rows, pad_id, numbered
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[int, Encoded]:
-        return index, self.rows[index]
-
-    def batch(self, pairs: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
-        """One batch; with "row" where rows are numbered."""
-        batch = collate([row for _, row in pairs], self.pad_id)
-        if self.numbered:
-            batch["row"] = torch.tensor([index for index, _ in pairs], dtype=torch.int64)
-        return batch
+def _only(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The one batch of a list."""
+    (batch,) = batches
+    return batch
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

@@ -13,41 +13,8 @@ from torchmetrics import Metric
 from qratk.core.errors import DataError
 
 IGNORE = -100
-_CHUNK_BYTES = 1 << 26
 
 ChoiceScore = Literal["acc", "acc_norm", "log_likelihood", "nats"]
-
-
-def token_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed natural log-likelihood of each row's labelled tokens, (B,) float32, and their number, (B,) int64.
-
-    `logits` is (B, T, V), `labels` is (B, T) with -100 where nothing is scored; position t is predicted by the logits
-    of t - 1, so the first label of a row never counts. Only the labelled positions are converted to float32, some at a
-    time, so that no second (B, T, V) tensor is made. Differentiable.
-    """
-    targets = labels[:, 1:]
-    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
-    per_token = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)  # (B, T-1)
-    step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
-    pieces = [
-        _log_probability(logits[row, column], targets[row, column])
-        for row, column in zip(torch.split(rows, step), torch.split(columns, step), strict=True)
-    ]
-    if pieces:
-        # Unique indices: deterministic on a GPU, which adding up by index is not.
-        per_token = per_token.index_put((rows, columns), torch.cat(pieces))
-    return per_token.sum(1), (targets != IGNORE).sum(1)
-
-
-def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float()  # (n, V)
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
-
-
-def greedy_match(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether every labelled token of a row is the likeliest one, (B,) bool."""
-    targets = labels[:, 1:]
-    return ((logits[:, :-1].argmax(-1) == targets) | (targets == IGNORE)).all(1)
 
 
 class Scorer(Metric):

@@ -105,15 +105,14 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     datasets.enable_progress_bars()
 
 
-def run_scorer(data: Any, model: Any, split: str = "test") -> Any:
+def run_scorer(data: Any, model: Any, split: str = "test", *, shared_length: int = 0) -> Any:
     """A scorer that has seen every batch of a split."""
-    from qratk.data.scoring import greedy_match, token_log_likelihood
+    from qratk.backbone.logits import labelled_logits, target_log_likelihood
 
     scorer = data.scorer(split)
     with torch.no_grad():
-        for batch in data.scoring_dataloader(split):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            scorer.update(batch, *token_log_likelihood(logits, batch["labels"]), greedy_match(logits, batch["labels"]))
+        for batch in data.scoring_batches(split, shared_length=shared_length):
+            scorer.update(batch, *target_log_likelihood(labelled_logits(model, batch), batch))
     return scorer
 
 

@@ -7,60 +7,7 @@ import pytest
 import torch
 
 from qratk.core import DataError
-from qratk.data import scoring
-from qratk.data.scoring import ChoiceScorer, LikelihoodScorer, greedy_match, token_log_likelihood
-
-
-def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(4, 9, 17, generator=generator)).to(dtype)
-    labels = torch.randint(17, (4, 9), generator=generator)
-    labels[torch.rand(4, 9, generator=generator) < 0.5] = -100
-    labels[3] = -100
-    return logits, labels
-
-
-def slow(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:
-    sums, counts = [], []
-    for row in range(len(labels)):
-        total, count = 0.0, 0
-        for position in range(1, labels.shape[1]):
-            if labels[row, position] != -100:
-                values = logits[row, position - 1].double()
-                total += float(values[labels[row, position]] - math.log(float(values.exp().sum())))
-                count += 1
-        sums.append(total)
-        counts.append(count)
-    return sums, counts
-
-
-@pytest.mark.parametrize("chunk", [1, 100, 1 << 26])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_log_likelihood_equals_a_loop(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", chunk)
-    logits, labels = example(dtype)
-    sums, counts = token_log_likelihood(logits, labels)
-    expected, expected_counts = slow(logits, labels)
-    assert counts.tolist() == expected_counts
-    assert sums.dtype == torch.float32
-    torch.testing.assert_close(sums.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-
-
-def test_its_gradient_equals_that_of_cross_entropy() -> None:
-    logits, labels = example()
-    logits.requires_grad_()
-    sums, counts = token_log_likelihood(logits, labels)
-    (mine,) = torch.autograd.grad(-sums.sum() / counts.sum(), logits)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    (theirs,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(mine, theirs)
-
-
-def test_greedy_match_is_true_only_where_every_labelled_token_is_the_likeliest() -> None:
-    logits = torch.zeros(2, 3, 5)
-    logits[:, 0, 1], logits[:, 1, 2] = 1, 1
-    labels = torch.tensor([[-100, 1, 2], [-100, 1, 3]])
-    assert greedy_match(logits, labels).tolist() == [True, False]
+from qratk.data.scoring import ChoiceScorer, LikelihoodScorer
 
 
 def feed(scorer: Any, values: list[float], tokens: list[int], rows: list[int]) -> None:

@@ -91,13 +91,23 @@ def assert_equal_to_lm_eval(data: Any, model: Any, tokenizer: Any, folder: Path,
 @pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize("kind", ["full", "no_context", "no_question", "mixed", "nothing", "blank", "spaces", "begun"])
 @pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize("shared_length", [0, 40, 256])
 def test_figures_equal_lm_eval_item_by_item(
-    kind: str, begin: bool, write: Write, tokenizer: Any, bare_tokenizer: Any, model: Any, scored: Any, tmp_path: Path
+    kind: str,
+    begin: bool,
+    shared_length: int,
+    write: Write,
+    tokenizer: Any,
+    bare_tokenizer: Any,
+    model: Any,
+    scored: Any,
+    tmp_path: Path,
 ) -> None:
     tokenizer = tokenizer if begin else bare_tokenizer
     data = make(write, tokenizer, make_rows(kind))
     assert data.substitutes == (kind == "blank")
-    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scored(data, model))
+    scorer = scored(data, model, shared_length=shared_length)
+    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scorer)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lm-eval's dependencies
@@ -107,7 +117,7 @@ def test_rows_that_are_cut_still_equal_lm_eval(
 ) -> None:
     data = make(write, tokenizer, make_rows("full"), max_length=24)
     assert data.describe()["test"]["truncated"] > 0
-    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scored(data, model))
+    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scored(data, model, shared_length=256))
 
 
 def test_log_likelihoods_equal_a_plain_computation(write: Write, tokenizer: Any, model: Any, scored: Any) -> None:
@@ -295,4 +305,6 @@ def test_figures_equal_lm_eval_on_real_items(name: str, shared: Path, scored: An
     test = str(shared / "datasets" / name / "test.jsonl")
     data = MultipleChoiceData(test=test, max_test_items=100, eval_batch_size=32)
     data.attach(tokenizer)
-    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scored(data, model))
+    scorer = scored(data, model, shared_length=512)
+    assert any("segments" in batch for batch in data.scoring_batches("test", shared_length=512))
+    assert_equal_to_lm_eval(data, model, tokenizer, tmp_path / "tasks", scorer)

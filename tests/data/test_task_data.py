@@ -159,9 +159,9 @@ def test_scoring_batches_hold_every_row_once_and_pad_at_the_right(write: Write, 
     seen = []
     for batch in data.test_dataloader():
         assert {name: value.dtype for name, value in batch.items()} == dict.fromkeys(batch, torch.int64)
+        assert "segments" not in batch
         assert bool((batch["attention_mask"].diff(dim=1) <= 0).all())
         assert bool((batch["input_ids"][batch["attention_mask"] == 0] == data.pad_id).all())
-        assert bool((batch["labels"][batch["attention_mask"] == 0] == -100).all())
         for row, ids, mask in zip(batch["row"], batch["input_ids"], batch["attention_mask"], strict=True):
             assert ids[mask == 1].tolist() == data.scoring_rows("test")[row].tokens.tolist()
         seen += batch["row"].tolist()
@@ -203,7 +203,10 @@ def test_calibration_batches_are_training_rows_in_an_order_of_their_own(write: W
 def test_the_fingerprint_changes_with_whatever_decides_scores(
     write: Write, tokenizer: Any, bare_tokenizer: Any
 ) -> None:
-    same = {make(write, tokenizer, **options).fingerprint() for options in ({}, {"eval_batch_size": 3})}
+    same = {
+        make(write, tokenizer, **options).fingerprint()
+        for options in ({}, {"eval_batch_size": 3}, {"share_prompts": False})
+    }
     assert len(same) == 1
     variants: list[dict[str, Any]] = [
         {"seed": 1}, {"score": "acc"}, {"batch_size": 2}, {"max_length": 20}, {"prompt": "{{question}}"},
