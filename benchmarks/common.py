@@ -23,8 +23,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -41,7 +42,9 @@ def parser(document: str | None, *, repeats: int = 5) -> argparse.ArgumentParser
     made.add_argument("--data", type=Path, help="directory with models/NAME and datasets/NAME/{train,test}.jsonl")
     made.add_argument("--repeats", type=int, default=repeats, help="interleaved repeats of everything that is compared")
     made.add_argument("--json", type=Path, help="file for the results")
-    made.add_argument("--clock", choices=sorted(CLOCKS), default="cpu", help="cpu: of this process; right on busy machines")
+    made.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="cpu", help="cpu: of this process; right on busy machines"
+    )
     return made
 
 
@@ -139,6 +142,13 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what libraries print: progress bars, summaries."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
 # Text
 
 
@@ -191,8 +201,9 @@ class Subject:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory that is deleted afterwards."""
+    """A directory that is deleted afterwards; banks are kept there too, so that none is found ready-made."""
     with tempfile.TemporaryDirectory(prefix="qratk-benchmark-", ignore_cleanup_errors=True) as folder:
+        os.environ["QRATK_CACHE"] = str(Path(folder) / "banks")
         yield Path(folder)
 
 

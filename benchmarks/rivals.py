@@ -54,7 +54,9 @@ def quantise(model: Any, bits: Sequence[int], *, dtype: torch.dtype = torch.floa
         for name in names:
             parent, _, attribute = name.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, attribute, quantised_linear(getattr(owner, attribute), bits[number], dtype=dtype, device=device))
+            setattr(
+                owner, attribute, quantised_linear(getattr(owner, attribute), bits[number], dtype=dtype, device=device)
+            )
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # PEFT looks for these flags, not at the layers
 
 

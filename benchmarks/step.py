@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--data DIR] [--models blocks8 deep12] [--tokens 64 512 1024]
 
-A step is forward, backward and AdamW, rank 8 on every projection of every block, float32. All variants are timed in turn,
-repeat after repeat; ratios are taken within a repeat. `blocks8` is a random Llama of 8 layers, width 512; `deep12` is the
-12-layer model of --data, or the embedded one.
+A step is forward, backward and AdamW, rank 8 on every projection of every block, float32. All variants are timed in
+turn, repeat after repeat; ratios are taken within a repeat. `blocks8` is a random Llama of 8 layers, width 512;
+`deep12` is the 12-layer model of --data, or the embedded one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Ours:
     """One backbone for all our variants: a switch before each measurement, outside the clock."""
 
     def __init__(self, model: Any) -> None:
-        self.backbone = Backbone.from_model(copy.deepcopy(model), quantizers=built_quantizers(None))
+        self.backbone = Backbone.from_model(copy.deepcopy(model), quantizers=built_quantizers(None), bank_dir=None)
         self.backbone.build_bank(MIX)
         self.backbone.release_reference()
 
@@ -97,7 +97,11 @@ def variants(model: Any) -> tuple[dict[str, Stepper], Ours, dict[str, tuple[list
         "PEFT mix": mix,
     }
     steppers = {name: Stepper(rivals.peft_model(model, bits, ranks)) for name, bits in theirs.items()}
-    settings = {f"ours {'dense' if dense else 'packed'} {bits}": ([bits] * layers, dense) for dense in (False, True) for bits in MIX}
+    settings = {
+        f"ours {'dense' if dense else 'packed'} {bits}": ([bits] * layers, dense)
+        for dense in (False, True)
+        for bits in MIX
+    }
     settings |= {"ours packed mix": (mix, False), "ours dense mix": (mix, True)}
     return steppers, Ours(model), settings
 
@@ -106,7 +110,9 @@ def measured(model: Any, count: int, given: argparse.Namespace) -> dict[str, lis
     """Seconds a step of each variant, a figure a repeat."""
     theirs, ours, settings = variants(model)
     length = min(count, 128, model.config.max_position_embeddings)
-    tokens = torch.randint(0, model.config.vocab_size, (count // length, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, model.config.vocab_size, (count // length, length), generator=torch.Generator().manual_seed(0)
+    )
     active: dict[str, Stepper] = {}
 
     def stepping(name: str) -> Callable[[], None]:
