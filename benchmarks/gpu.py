@@ -61,6 +61,7 @@ class Bench:
     length: int
     steps: int
     repeats: int
+    compiles: bool
     ceiling: float = 0.0  # FLOP/s
     rows: list[list[str]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +135,7 @@ def step_flops(bench: Bench, model_parameters: int, checkpointing: bool) -> floa
     """
     tokens = bench.batch * bench.length
     passes = 3 if checkpointing else 2
-    attention = bench.layers * 2 * 2 * bench.length * bench.shape["width"] / 2 * tokens
+    attention = bench.layers * 2 * 2 * bench.length * float(bench.shape["width"]) / 2 * tokens
     return passes * 2 * model_parameters * tokens + (passes + 1) * attention
 
 
@@ -144,7 +145,7 @@ class Trainee:
     def __init__(self, model: Any, *, checkpointing: bool, compiled: bool) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if checkpointing:
-            model.enable_input_require_grads()
+            base.enable_input_require_grads()
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             base.gradient_checkpointing_disable()
@@ -158,7 +159,7 @@ class Trainee:
         logits = self.run(input_ids=tokens).logits[:, :-1]
         loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
@@ -183,17 +184,19 @@ def measure(bench: Bench, label: str, trainee: Trainee, parameters: int, *, chec
         trainee.step(tokens)
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = [
-        bench.seconds(lambda: [trainee.step(tokens) for _ in range(bench.steps)]) / bench.steps
-        for _ in range(bench.repeats)
-    ]
+
+    def run() -> None:
+        for _ in range(bench.steps):
+            trainee.step(tokens)
+
+    times = [bench.seconds(run) / bench.steps for _ in range(bench.repeats)]
     peak, count = bench.peak(), bench.batch * bench.length
     shares = [step_flops(bench, parameters, checkpointing) / spent / bench.ceiling for spent in times]
     speeds = [count / spent for spent in times]
     bench.results[label] = {"seconds": times, "tokens_a_second": speeds, "peak": peak, "foretold": foretold}
     bench.results[label]["share_of_ceiling"] = shares
     told = f"{foretold / 2**30:.2f}" if foretold else ""
-    off = f"{peak / foretold:.2f}" if foretold else ""
+    off = f"{peak / foretold:.2f}" if foretold and bench.cuda else ""  # without a GPU the peak is the whole process's
     bench.rows.append(
         [label, spread(speeds, digits=0), spread(shares, scale=100, digits=0), f"{peak / 2**30:.2f}", told, off]
     )
@@ -202,7 +205,7 @@ def measure(bench: Bench, label: str, trainee: Trainee, parameters: int, *, chec
 
 def modes(bench: Bench) -> Iterator[tuple[str, bool, bool]]:
     """Suffix of the label, checkpointing, compiled."""
-    for checkpointing, compiled in itertools.product((False, True), (False, True)):
+    for checkpointing, compiled in itertools.product((False, True), (False, True)[: 1 + bench.compiles]):
         yield f"{', checkpointing' * checkpointing}{', compiled' * compiled}", checkpointing, compiled
 
 
@@ -320,12 +323,12 @@ class RandomModule(FineTuneModule):
         return backbone
 
 
-def written(folder: Path, length: int) -> dict[str, str]:
+def written(folder: Path, length: int) -> dict[str, Any]:
     """Files of random words, long enough for full batches."""
     import json
 
     draw, words = random.Random(0), "the town has many people who live in homes with animals and food".split()
-    files = {}
+    files: dict[str, Any] = {}
     for split, rows in (("train", 64), ("validation", 4)):
         path = folder / f"{split}.jsonl"
         texts = [" ".join(draw.choices(words, k=2 * length)) for _ in range(rows)]
@@ -371,8 +374,9 @@ def settings(given: argparse.Namespace) -> Bench:
     device = torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if given.toy:
-        return Bench(device, dtype, 4, TOY, 2, 32, 1, min(2, given.repeats))
-    return Bench(device, dtype, given.layers, SHAPE_8B, given.batch, given.length, given.steps, given.repeats)
+        return Bench(device, dtype, 2, TOY, 2, 32, 1, min(2, given.repeats), given.compile)
+    sizes = (given.batch, given.length, given.steps, given.repeats)
+    return Bench(device, dtype, given.layers, SHAPE_8B, *sizes, given.compile)
 
 
 def main() -> None:
@@ -383,6 +387,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=1024)
     options.add_argument("--steps", type=int, default=5, help="steps of each measurement")
     options.add_argument("--device", default="cuda")
+    options.add_argument("--no-compile", dest="compile", action="store_false", help="leave `torch.compile` out")
     options.add_argument("--toy", action="store_true", help="a small model: checks the script, measures nothing")
     given = prepared(options)
     given.clock = "wall"
@@ -394,7 +399,8 @@ def main() -> None:
     model = bench.model()
     embedding = model.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in model.parameters()) - embedding  # a look-up is no product
-    print(f"{bench.layers} layers, {(parameters + embedding) / 1e9:.2f}B parameters, {bench.batch} x {bench.length} tokens; "
+    print(f"{bench.layers} layers, {(parameters + embedding) / 1e9:.2f}B parameters, "
+          f"{bench.batch} x {bench.length} tokens; "
           f"matmul ceiling {bench.ceiling / 1e12:.1f} TFLOP/s", flush=True)  # fmt: skip
     del model
     with scratch() as folder:
@@ -414,9 +420,8 @@ def compared(bench: Bench) -> None:
         for form in ("packed", "dense"):
             mine = bench.results.get(f"ours, 4 bit, {form}{suffix}", {}).get("seconds")
             if rival and mine:
-                print(
-                    f"ours 4 bit {form} / PEFT + bitsandbytes{suffix}, time a step: {spread(paired_ratios(mine, rival))}"
-                )
+                ratio = spread(paired_ratios(mine, rival))
+                print(f"ours 4 bit {form} / PEFT + bitsandbytes{suffix}, time a step: {ratio}")
 
 
 if __name__ == "__main__":
