@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -376,8 +376,22 @@ class Backbone:
         batch_size: int = 1,
         sequence_length: int = 512,
         gradient_checkpointing: bool = False,
+        dense_cache: bool = False,
+        device: Literal["cpu", "cuda"] | None = None,
+        trace: bool = True,
     ) -> MemoryModel:
-        """Exact bytes of any configuration of the space, and estimated peaks for this batch and length."""
+        """Exact bytes of any configuration of the space, and peaks for this batch and length.
+
+        Training peaks are traced on the meta device, as on `device` (by default where the weights lie or training would
+        go); of a model that cannot be traced, and without `trace`, they are estimates. Serving peaks are estimates.
+        """
+        from qratk.backbone.peaks import training_peaks
+
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
         fixed = sum(tensor.nbytes for tensor in self.fixed_tensors().values())
         facts = ModelFacts.of(
             self.config, num_blocks=self._num_blocks, item_size=self.compute_dtype.itemsize, fixed_bytes=fixed
@@ -387,9 +401,8 @@ class Backbone:
             self.shapes,
             self.table,
             facts,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            gradient_checkpointing=gradient_checkpointing,
+            training=training_peaks(self, space, **options, dense_cache=dense_cache, device=device) if trace else None,
+            **options,
         )
 
 

@@ -60,11 +60,13 @@ def memory_model(
     batch_size: int = 1,
     sequence_length: int = 512,
     gradient_checkpointing: bool = False,
+    training: PeakBytes | None = None,
 ) -> MemoryModel:
     """Memory model of a space over these layers: storage to the byte (Eq. 2, 21-23), fallbacks included.
 
     The code tables that quantizers share (1,088 bytes for nf4) are part of `fixed_bytes`, counted once. The peaks are
-    analytic estimates for one configuration at a time, not for the whole bank: see `training_peak`, `serving_peak`.
+    for one configuration at a time, not for the whole bank: `training` if given, as traced, and an estimate otherwise
+    (`training_peak`); `serving_peak` is an estimate.
     """
     if space.layer_names != tuple(shape.name for shape in shapes):
         raise ConfigurationError(
@@ -81,7 +83,7 @@ def memory_model(
         layers=tuple(_layer_bytes(shape, space, table) for shape in shapes),
         parameters=tuple(shape.parameters for shape in shapes),
         fixed_bytes=fixed,
-        training=training_peak(shapes, facts, tokens, sequence_length, workspace, gradient_checkpointing),
+        training=training or training_peak(shapes, facts, tokens, sequence_length, workspace, gradient_checkpointing),
         serving=serving_peak(facts, tokens, batch_size, workspace),
     )
 

@@ -17,6 +17,8 @@ from qratk.core.space import SearchSpace
 
 Scope = Literal["storage", "training", "serving"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+PEAK_PARTS = ("weights", "fixed", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+"""What a training peak is made of; the weights are packed, the workspace holds dense ones."""
 
 _UNITS = {
     "": 1, "B": 1,
@@ -82,7 +84,8 @@ class LayerBytes:
 class Footprint:
     """Bytes of a configuration by part. `fixed`: embeddings, head and norms, outside Eq. 21 but never hidden.
 
-    `storage_bytes` is Eq. 21; `training_bytes` and `serving_bytes` are estimated peaks of the whole model.
+    `storage_bytes` is Eq. 21. `training_bytes` is the peak of fine-tuning this configuration alone, without the rest of
+    the bank; `serving_bytes` is an estimated peak.
     """
 
     weights: int
@@ -109,10 +112,18 @@ class Footprint:
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """How a peak grows over storage: constant + storage + `per_adapter_byte` times the adapters' bytes."""
+    """How a peak grows over storage: constant + storage + `per_adapter_byte` times the adapters' bytes + a table.
+
+    `by_rank`, (L, rungs) or empty, is what each layer adds at each rank. `source` says whether the figures were traced
+    or are an estimate. `uniform` has the peaks of uniform configurations by (bits, rank) and by part, packed weights
+    left out: the sum above is an upper bound to them.
+    """
 
     constant: int = 0
     per_adapter_byte: float = 0.0
+    by_rank: tuple[tuple[int, ...], ...] = ()
+    source: Literal["trace", "estimate"] = "estimate"
+    uniform: Mapping[tuple[int, int], Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,9 +171,12 @@ class MemoryModel:
     def _tables(self) -> dict[tuple[Scope, Knob], NDArray[np.int64]]:
         tables: dict[tuple[Scope, Knob], NDArray[np.int64]] = {}
         for scope in SCOPES:
-            growth = 1.0 + self._peak(scope).per_adapter_byte
+            peak = self._peak(scope)
+            growth = 1.0 + peak.per_adapter_byte
             tables[scope, "bits"] = self._weights + self._metadata
             tables[scope, "rank"] = np.ceil(self._adapters * growth).astype(np.int64)
+            if peak.by_rank:
+                tables[scope, "rank"] += np.asarray(peak.by_rank, dtype=np.int64)
         for table in tables.values():
             table.setflags(write=False)  # shared by all who price edits
         return tables

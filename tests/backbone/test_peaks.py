@@ -1,40 +1,38 @@
-"""Estimated peaks against what autograd really keeps."""
+"""Foretold peaks against measured ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from qratk.backbone.measure import allocated_peak, measured_peak
+from qratk.backbone.peaks import UniformPeaks
+from qratk.backbone.trace import PeakTracer, traced_peak
 from qratk.core.configuration import Configuration
+from qratk.core.memory import PEAK_PARTS
 from qratk.core.space import SearchSpace
 
-
-def saved_bytes(backbone, batch):
-    """Bytes of the distinct tensors that autograd keeps for a backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
-    storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = (storage, storage.nbytes())  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone.model(**batch, labels=batch["input_ids"], use_cache=False)
-    return sum(size for _, size in storages.values())
+ACTIVATIONS = {"batch_size": 4, "sequence_length": 48}
+WEIGHTS = {"batch_size": 1, "sequence_length": 8}
+CASES = {
+    "activations": ACTIVATIONS,
+    "weights": WEIGHTS,
+    "checkpointing": {**ACTIVATIONS, "gradient_checkpointing": True},
+    "dense_cache": {**WEIGHTS, "dense_cache": True},
+}
+CONFIGURATIONS = ("4:8 4:8 4:8", "2:4 3:16 16:8", "16:0 8:4 4:4")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gpt2"])
-def test_training_estimate_covers_what_autograd_keeps_and_not_far_more(family, tiny_backbone):
-    backbone = tiny_backbone(family, bits=(4,))
-    configuration = Configuration.uniform(4, 4, 3)
-    backbone.activate(configuration, seed=0)
-    backbone.model.train()
-    ids = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(0))
-    kept = saved_bytes(backbone, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    space = SearchSpace((4,), (4,), tuple(shape.name for shape in backbone.shapes))
-    footprint = backbone.memory_model(space, batch_size=4, sequence_length=48).footprint(configuration)
-    adapters = 8 * footprint.adapters  # 16 bytes a weight, and 2 of them are what is stored
-    estimate = footprint.training_bytes - footprint.weights - footprint.metadata - footprint.fixed - adapters
-    assert kept < estimate < 2.5 * kept, (kept, estimate, estimate / kept)
+def space_of(backbone, bits=(2, 4, 8), ranks=(4, 8, 16)):
+    return SearchSpace(bits, ranks, tuple(shape.name for shape in backbone.shapes))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def test_foretold_peak_is_the_measured_one_within_two_percent(family, case, tiny_backbone):
+    for text in CONFIGURATIONS:
+        backbone, configuration = tiny_backbone(family), Configuration.from_text(text)
+        foretold = traced_peak(backbone, configuration, **CASES[case])
+        assert foretold.peak == pytest.approx(measured_peak(backbone, configuration, **CASES[case]), rel=0.02)
+        assert sum(foretold.parts.values()) == foretold.peak
+        assert set(foretold.parts) == set(PEAK_PARTS)
