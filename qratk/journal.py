@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -112,30 +112,20 @@ class Journal:
 
     def append(self, candidate: Candidate, evaluation: Evaluation) -> Record:
         """The record of an evaluation, on disk when this returns."""
-        record = Record(len(self._records), candidate, evaluation)
+        return self.extend([(candidate, evaluation)])[0]
+
+    def extend(self, measured: Sequence[tuple[Candidate, Evaluation]]) -> list[Record]:
+        """The records of evaluations that belong together: when this returns all are on disk, before it none is."""
+        first = len(self._records)
+        records = [
+            Record(first + number, candidate, evaluation) for number, (candidate, evaluation) in enumerate(measured)
+        ]
         with self._transaction():
-            self._database.execute(
-                f"INSERT INTO evaluations VALUES ({', '.join('?' * 15)})",
-                (
-                    record.index,
-                    str(evaluation.configuration),
-                    evaluation.configuration.digest,
-                    evaluation.steps,
-                    evaluation.score,
-                    evaluation.status,
-                    evaluation.reason,
-                    evaluation.seconds,
-                    evaluation.checkpoint,
-                    json.dumps(asdict(evaluation.footprint)),
-                    json.dumps(evaluation.outcomes),
-                    candidate.phase,
-                    candidate.generation,
-                    candidate.origin,
-                    json.dumps(candidate.parents),
-                ),
+            self._database.executemany(
+                f"INSERT INTO evaluations VALUES ({', '.join('?' * 15)})", [_row(record) for record in records]
             )
-        self._records[evaluation.configuration, evaluation.steps] = record
-        return record
+        self._records.update({(r.evaluation.configuration, r.evaluation.steps): r for r in records})
+        return records
 
     def decision(self, key: str) -> Any:
         """Plain data recorded under a key; None when that decision was not taken yet."""
@@ -148,6 +138,14 @@ class Journal:
             self._database.execute(
                 "INSERT INTO decisions (key, value) VALUES (?, ?)", (key, json.dumps(value, allow_nan=True))
             )
+
+    def decided(self, key: str, decide: Callable[[], Any]) -> Any:
+        """A decision as plain data: the recorded one, or else what `decide` returns, recorded."""
+        saved = self.decision(key)
+        if saved is None:
+            saved = decide()
+            self.decide(key, saved)
+        return saved
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._database, self.path)
@@ -209,6 +207,27 @@ def _locked(path: Path) -> int:
             f"{path.parent} is in use by another process; wait for it to end, or give another --run_dir"
         ) from error
     return descriptor
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    evaluation, candidate = record.evaluation, record.candidate
+    return (
+        record.index,
+        str(evaluation.configuration),
+        evaluation.configuration.digest,
+        evaluation.steps,
+        evaluation.score,
+        evaluation.status,
+        evaluation.reason,
+        evaluation.seconds,
+        evaluation.checkpoint,
+        json.dumps(asdict(evaluation.footprint)),
+        json.dumps(evaluation.outcomes),
+        candidate.phase,
+        candidate.generation,
+        candidate.origin,
+        json.dumps(candidate.parents),
+    )
 
 
 def _record(row: tuple[Any, ...]) -> Record:

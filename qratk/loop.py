@@ -168,7 +168,7 @@ class SearchLoop:
             journal.bind("config", config)
             bits = tuple(sorted({reference.bits for reference in self.references} - set(self.bits)))
             context = EvaluationContext(
-                run_dir, self.ladder, self.seed, module, datamodule, trainer, bits, reporter.message
+                run_dir, self.ladder, self.seed, module, datamodule, trainer, bits, reporter.message, journal.decided
             )
             return _Search(self, journal, reporter, context).run()
 
@@ -236,7 +236,7 @@ class _Search:
                 rank = evaluator.importance(settings.rank_importance, space)
             return {"bits": bits.tolist(), "rank": rank.tolist()}
 
-        scores = self._decided("importance", measure)
+        scores = self.journal.decided("importance", measure)
         return Importance(tuple(scores["bits"]), tuple(scores["rank"]))
 
     # Measuring
@@ -249,12 +249,12 @@ class _Search:
 
     def _measure(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Evaluation of each request, in order; only what neither history nor journal knows is evaluated."""
-        fresh = self._evaluate([r for r in requests if self.journal.evaluation(r.configuration, r.steps) is None])
+        measuring = self._evaluate([r for r in requests if self.journal.evaluation(r.configuration, r.steps) is None])
         measured = []
         for request in requests:
             known = self.history.get(request.configuration, request.steps)
             if known is None:
-                record = self.journal.evaluation(request.configuration, request.steps) or next(fresh)
+                record = self._recorded(request, measuring)
                 known = record.evaluation
                 self.history.append(known)
                 self.records.append(record)
@@ -262,14 +262,23 @@ class _Search:
             measured.append(known)
         return measured
 
-    def _evaluate(self, requests: Sequence[Request]) -> Iterator[Record]:
+    def _recorded(self, request: Request, measuring: Iterator[None]) -> Record:
+        """What the journal holds of a request, after as many groups were measured as that takes."""
+        while (record := self.journal.evaluation(request.configuration, request.steps)) is None:
+            next(measuring)
+        return record
+
+    def _evaluate(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Measures and records the requests group by group, one at each `next`."""
         if not requests:
             return
         self.reporter.progress(self._progress(requests[0].steps))
-        evaluations = self.settings.evaluator.evaluate(requests)
-        for request in requests:
-            yield self.journal.append(request.candidate, next(evaluations))
-            self.reporter.progress(self._progress(request.steps))
+        evaluator = self.settings.evaluator
+        for group in evaluator.groups(requests):
+            evaluations = evaluator.evaluate(group)
+            self.journal.extend([(r.candidate, e) for r, e in zip(group, evaluations, strict=True)])
+            yield
+            self.reporter.progress(self._progress(requests[0].steps))
 
     # Phase I
 
@@ -335,7 +344,7 @@ class _Search:
                 "quality": None if surrogate.quality is None else asdict(surrogate.quality),
             }
 
-        decision = self._decided(f"promotion/{self.generation}/{low}", promote)
+        decision = self.journal.decided(f"promotion/{self.generation}/{low}", promote)
         if low == self.ladder.lowest:
             self.quality = None if decision["quality"] is None else SurrogateQuality(**decision["quality"])
             self.trusted = decision["trusted"]
@@ -361,7 +370,7 @@ class _Search:
                 return [math.inf, 1.1]
             return [-(min(scores) - 0.1 * ((max(scores) - min(scores)) or 1.0)), 1.1]
 
-        corner = self._decided("hypervolume reference", fix)
+        corner = self.journal.decided("hypervolume reference", fix)
         return corner[0], corner[1]
 
     def _stalled(self) -> bool:
@@ -463,7 +472,7 @@ class _Search:
             known = self.history.get(configuration, self.ladder.highest)
             if known is None:
                 request = Request(Candidate(configuration, "reference", phase="reference"), self.ladder.highest)
-                record = self.journal.evaluation(configuration, request.steps) or next(self._evaluate([request]))
+                record = self._recorded(request, self._evaluate([request]))
                 self.reporter.evaluated(record, self._progress(request.steps))
                 self.records.append(record)
                 known = record.evaluation
@@ -479,7 +488,9 @@ class _Search:
             text = str(evaluation.configuration)
             if evaluation.ok and text not in scores:
                 with self._timed("test"):
-                    scores[text] = self._decided(f"test/{text}", partial(self.settings.evaluator.test, evaluation))
+                    scores[text] = self.journal.decided(
+                        f"test/{text}", partial(self.settings.evaluator.test, evaluation)
+                    )
         return scores
 
     def _spent(self) -> dict[str, float]:
@@ -522,14 +533,6 @@ class _Search:
         strategy.restore(saved["strategy"])
         rng.bit_generator.state = saved["rng"]
         return tuple(_request(data) for data in saved["requests"])
-
-    def _decided(self, key: str, decide: Callable[[], Any]) -> Any:
-        """A decision as plain data: the recorded one, or a new one, recorded."""
-        saved = self.journal.decision(key)
-        if saved is None:
-            saved = decide()
-            self.journal.decide(key, saved)
-        return saved
 
     def _prune(self) -> None:
         """Delete checkpoints that nothing will continue or report."""

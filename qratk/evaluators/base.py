@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from qratk.estimators.base import ImportanceEstimator
 
 
+def _just_decide(key: str, decide: Callable[[], Any]) -> Any:
+    return decide()
+
+
 @dataclass(frozen=True)
 class EvaluationContext:
     """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
 
     `reference_bits` are bit-widths off the ladder that uniform references will be measured at after the search;
-    `say` tells a person something, such as a fallback.
+    `say` tells a person something, such as a fallback. `decided` returns what was decided under a key, as plain data:
+    in a new run directory what its second argument returns, in a resumed one what was recorded.
     """
 
     run_dir: Path
@@ -36,6 +41,7 @@ class EvaluationContext:
     trainer: Any = None
     reference_bits: tuple[int, ...] = ()
     say: Callable[[str], None] = print
+    decided: Callable[[str, Callable[[], Any]], Any] = _just_decide
 
 
 class Evaluator(ABC):
@@ -65,6 +71,15 @@ class Evaluator(ABC):
         A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having stopped. A
         failure (loss not finite, out of memory) is yielded as a failed evaluation with its reason.
         """
+
+    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """The requests, in order, in groups that `evaluate` measures at once and that are recorded at once.
+
+        Without the first group, the others must come out the same: a resumed search asks for the rest. By default each
+        request stands alone.
+        """
+        for request in requests:
+            yield (request,)
 
     @abstractmethod
     def test(self, evaluation: Evaluation) -> dict[str, float]:
