@@ -14,10 +14,11 @@ from torch import nn
 
 from qratk.backbone.adapters import AdapterOptions, Adapters
 from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
+from qratk.backbone.cohort import Cohort
 from qratk.backbone.dense import DenseCache, dense_cache_mode
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.memory import ModelFacts, memory_model
-from qratk.backbone.store import BankStore, Part, Plan, bank_directory, log
+from qratk.backbone.store import BankStore, Part, Plan, bank_directory, log, return_freed_memory
 from qratk.backbone.table import Chosen, Fallback, QuantizerTable, describe
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["AdapterOptions", "Backbone", "Fallback", "TargetLayer"]
+
+
+_LARGE = 1 << 20  # bytes of a weight that is worth a word with the allocator
 
 
 class Backbone:
@@ -260,8 +264,12 @@ class Backbone:
             bank.add_variant(plan.bits, Variant(chosen.quantizer, chosen.bits, placed))
 
     def _packed(self, name: str, chosen: Chosen) -> dict[str, torch.Tensor]:
+        reference = self._banks[name].reference
         with torch.no_grad():
-            return chosen.quantizer.quantize(self._banks[name].reference.contiguous(), chosen.bits)
+            packed = chosen.quantizer.quantize(reference.contiguous(), chosen.bits)
+        if reference.nbytes > _LARGE:
+            return_freed_memory()
+        return packed
 
     def _hold_reference(self) -> None:
         # 16 bits work from the start, for importance estimators and for reference runs, but are no copy of the model.
@@ -320,10 +328,7 @@ class Backbone:
         in the bank. Adapter parameters are new objects afterwards: make a new optimiser.
         """
         self._require_weights()
-        if len(configuration) != len(self.layers):
-            raise ConfigurationError(
-                f"the model has {len(self.layers)} layers, but the configuration has {len(configuration)}"
-            )
+        self._require_length(configuration)
         self._dense.next_generation()
         choices = list(zip(self.layers, configuration.layers, strict=True))
         for layer, choice in choices:  # all or nothing: look before the first switch
@@ -334,6 +339,20 @@ class Backbone:
                 bank.activate(choice.bits)
                 self.adapters.reset(name, choice.rank, seed=seed)
         self.configuration = configuration
+
+    def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
+        """Candidates to train side by side, with fresh adapters seeded as `activate` does; raises as it does."""
+        self._require_weights()
+        for configuration in configurations:
+            self._require_length(configuration)
+        self._dense.next_generation()
+        return Cohort(self.model, self.layers, self.adapters.options, configurations, seed=seed)
+
+    def _require_length(self, configuration: Configuration) -> None:
+        if len(configuration) != len(self.layers):
+            raise ConfigurationError(
+                f"the model has {len(self.layers)} layers, but the configuration has {len(configuration)}"
+            )
 
     def _require_weights(self) -> None:
         if self.on_meta:

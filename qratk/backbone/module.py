@@ -209,10 +209,7 @@ class FineTuneModule(LightningModule):
         """The loss; raises `NonFiniteLossError`."""
         loss = self.training_loss(batch)
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.first_step + self.global_step}; a smaller learning rate or "
-                "gradient clipping (--trainer.gradient_clip_val=1.0) is the usual cure"
-            )
+            raise NonFiniteLossError(not_finite(float(loss.item()), self.first_step + self.global_step))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -233,20 +230,33 @@ class FineTuneModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""
-        options, start = self.options, self.first_step
         named = [(name, p) for name, p in self.backbone.trainable_parameters() if p.numel()]
         if not named:
             raise ConfigurationError("nothing to train: every layer has rank 0; give some layer a higher rank")
-        optimizer = AdamW(
-            [p for _, p in named], lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
-        )
+        optimizer = self.make_optimizer([p for _, p in named], self.trainer)
         if self.resume_state is not None:
             _restore_moments(optimizer, named, self.resume_state.optimizer)
-        total = self.schedule_steps or int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer, self.trainer, self.first_step)}
+
+    def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
+        """AdamW with the options given, in one fused kernel except where Lightning has to unscale gradients."""
+        options = self.options
+        return AdamW(
+            parameters,
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=not str(trainer.precision).endswith("mixed"),
+        )
+
+    def make_schedule(self, optimizer: Optimizer, trainer: Any, start: int) -> Any:
+        """Learning rate schedule, as Lightning takes it, of a training that begins after `start` steps."""
+        options = self.options
+        total = self.schedule_steps or int(trainer.estimated_stepping_batches)
         scheduler = LambdaLR(
             optimizer, lambda step: learning_rate_factor(start + step, total, options.warmup_steps, options.schedule)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"scheduler": scheduler, "interval": "step"}
 
     def training_state(self) -> TrainingState:
         """What continuing needs, copied to the CPU; to be called right after `Trainer.fit`."""
@@ -357,6 +367,14 @@ class FineTuneModule(LightningModule):
         """Write the adapter for plain PEFT."""
         assert self.configuration is not None
         self.backbone.save_adapter(directory, self.configuration)
+
+
+def not_finite(loss: float, step: int) -> str:
+    """What to tell of a loss that is no number."""
+    return (
+        f"the loss is {loss} at step {step}; a smaller learning rate or gradient clipping "
+        "(--trainer.gradient_clip_val=1.0) is the usual cure"
+    )
 
 
 def learning_rate_factor(step: int, total: int, warmup_steps: int, schedule: Schedule) -> float:

@@ -362,9 +362,13 @@ class TaskData(LightningDataModule, ABC):
             self._batches[key] = every[rank::replicas] or every[:1]
         return self._batches[key]
 
+    def shares_prompts(self, split: Split) -> bool:
+        """Whether prompts of a split are computed once for several rows, if the model allows it."""
+        return self.share_prompts and len(self.scoring_rows(split)) != len(self.items(split))
+
     def _shared_length(self, split: Split) -> int:
         """What the module in the Trainer says; it tries the model for that, so it is only asked when it matters."""
-        if self.trainer is None or not self.share_prompts or len(self.scoring_rows(split)) == len(self.items(split)):
+        if self.trainer is None or not self.shares_prompts(split):
             return 0
         return int(getattr(self.trainer.lightning_module, "shared_length", 0))
 

@@ -10,9 +10,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from qratk.estimators.base import ImportanceEstimator
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training: the validation score and the outcome of each item."""
+
+    score: float
+    outcomes: tuple[float, ...]
+
+
 @evaluators.register("finetune")
 class FineTuneEvaluator(Evaluator):
     """Trains the adapters of a configuration for the asked steps and scores them on validation data.
@@ -37,20 +46,32 @@ class FineTuneEvaluator(Evaluator):
     Every candidate sees the same batches in the same order, starts from the same nested adapter weights, and
     continues from rung to rung bit-identically. Scores are of the adapters as stored, in 16 bits.
 
+    Candidates that continue from the same rung are trained side by side in one pass, `cohort` of them: faster where
+    steps are short, and each is trained as it would be alone, but for the order of additions (1e-5 of a loss).
+
     Args:
         calibration_batches: training batches that importance is estimated on.
         calibration_batch_size: sequences in each of them.
         keep_optimizer: whether the optimiser's state is kept after the last rung too.
+        cohort: candidates trained side by side; 1 is one after another, "auto" tries 1, 2, 4, ... for two steps each
+            and takes what is fastest, within half of the memory that is free.
     """
 
     def __init__(
-        self, calibration_batches: int = 8, calibration_batch_size: int = 8, keep_optimizer: bool = False
+        self,
+        calibration_batches: int = 8,
+        calibration_batch_size: int = 8,
+        keep_optimizer: bool = False,
+        cohort: int | Literal["auto"] = "auto",
     ) -> None:
         if calibration_batches < 1 or calibration_batch_size < 1:
             raise ConfigurationError(
                 "calibration_batches and calibration_batch_size must be at least 1, got "
                 f"{calibration_batches} and {calibration_batch_size}"
             )
+        if cohort != "auto" and (not isinstance(cohort, int) or cohort < 1):
+            raise ConfigurationError(f"cohort must be 'auto' or at least 1, got {cohort!r}")
+        self.cohort = cohort
         self.calibration_batches = calibration_batches
         self.calibration_batch_size = calibration_batch_size
         self.keep_optimizer = keep_optimizer
@@ -69,10 +90,12 @@ class FineTuneEvaluator(Evaluator):
         self.data.setup("fit")
         self._footprints: dict[SearchSpace, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
+        self._fastest: int | None = None
 
     def _place(self) -> None:
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
-        self.device = self._trainer(max_steps=1).strategy.root_device
+        trainer = self._trainer(max_steps=1)
+        self.device, self._precision = trainer.strategy.root_device, str(trainer.precision)
         self.module.backbone.model.to(self.device)
 
     @property
@@ -96,31 +119,109 @@ class FineTuneEvaluator(Evaluator):
         ]
         return np.asarray(estimator.estimate(self.module, batches, lowest_bits=space.bits[0]), dtype=np.float64)
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        """One after another."""
-        for request in requests:
-            yield self._evaluate(request.configuration, request.steps)
+    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Requests that continue from the same rung, in cohorts of nearly equal size."""
+        for _, together in groupby(requests, key=lambda r: (r.steps, self._begins_at(r))):
+            rest = list(together)
+            while rest:
+                # The same for the rest of a list as for the whole: a resumed search asks for the rest.
+                size = -(-len(rest) // -(-len(rest) // self._cohort_size(rest)))
+                yield rest[:size]
+                rest = rest[size:]
 
-    def _evaluate(self, configuration: Configuration, steps: int) -> Evaluation:
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+        """Group by group."""
+        for group in self.groups(requests):
+            yield from self._evaluate([request.configuration for request in group], group[0].steps)
+
+    def _evaluate(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
         import torch
 
+        from qratk.backbone.cohort_speed import is_out_of_memory
         from qratk.backbone.module import NonFiniteLossError
 
         began = time.monotonic()
-        result = Evaluation(configuration, steps, float("-inf"), self._footprint(configuration), status="failed")
+        outcomes: list[Trained | str]
         try:
-            checkpoint = self._train(configuration, steps)
-            score, outcomes = self._validated()
-        except (NonFiniteLossError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, NonFiniteLossError) and not _is_out_of_memory(error):
+            outcomes = list(
+                self._side_by_side(configurations, steps)
+                if len(configurations) > 1
+                else [self._alone(configurations[0], steps)]
+            )
+        except NonFiniteLossError as error:
+            outcomes = [_reason(error)]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return replace(result, reason=reason, seconds=time.monotonic() - began)
-        seconds = time.monotonic() - began
-        if not np.isfinite(score):
-            return replace(result, reason=f"the validation score is {score}", seconds=seconds)
-        return replace(result, score=score, status="ok", outcomes=outcomes, seconds=seconds, checkpoint=checkpoint)
+            if len(configurations) > 1:
+                return self._in_halves(configurations, steps)
+            outcomes = [_reason(error)]
+        seconds = (time.monotonic() - began) / len(configurations)
+        return [
+            self._evaluation(configuration, steps, outcome, seconds)
+            for configuration, outcome in zip(configurations, outcomes, strict=True)
+        ]
+
+    def _evaluation(
+        self, configuration: Configuration, steps: int, outcome: Trained | str, seconds: float
+    ) -> Evaluation:
+        footprint = self._footprint(configuration)
+        failed = Evaluation(configuration, steps, float("-inf"), footprint, status="failed", seconds=seconds)
+        if isinstance(outcome, str):
+            return replace(failed, reason=outcome)
+        if not np.isfinite(outcome.score):
+            return replace(failed, reason=f"the validation score is {outcome.score}")
+        return replace(
+            failed,
+            score=outcome.score,
+            status="ok",
+            outcomes=outcome.outcomes,
+            checkpoint=str(self._path(configuration, steps).relative_to(self.context.run_dir)),
+        )
+
+    def _cohort_size(self, requests: Sequence[Request]) -> int:
+        """How many of these to train side by side, at most."""
+        configurations = [request.configuration for request in requests]
+        # A scaler of gradients is common to all, and so are the draws of dropout, which a rank of 0 leaves out.
+        alone = self._precision == "16-mixed" or (
+            self.module.options.lora_dropout > 0 and any(0 in c.ranks for c in configurations)
+        )
+        if alone or len(configurations) == 1:
+            return 1
+        if self.cohort != "auto":
+            return self.cohort
+        if self._fastest is None:
+            self._fastest = int(self.context.decided("cohort", lambda: self._fastest_cohort(configurations)))
+        return self._fastest
+
+    def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
+        from qratk.backbone.cohort_speed import fastest_cohort
+        from qratk.backbone.dense import available_memory
+
+        self._prepare()
+        configurations = [c for c in configurations if any(c.ranks)]
+        if not configurations:
+            return 1
+        footprints = [self._footprint(configuration) for configuration in configurations]
+        each = max(f.training_bytes - f.weights - f.metadata - f.fixed for f in footprints)
+        room = available_memory(self.device) // 2 // max(1, each)
+        (batch,) = self.data.calibration_batches(1)
+        return fastest_cohort(
+            self.module,
+            self._trainer(max_steps=1),
+            {name: tensor.to(self.device) for name, tensor in batch.items()},
+            configurations,
+            largest=min(int(room), len(configurations)),
+        )
+
+    def _in_halves(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
+        half = (len(configurations) + 1) // 2
+        self.context.say(
+            f"{len(configurations)} candidates side by side do not fit into memory; going on with {half}. "
+            f"Set --search.evaluator.cohort={half} to begin there."
+        )
+        return self._evaluate(configurations[:half], steps) + self._evaluate(configurations[half:], steps)
 
     def _footprint(self, configuration: Configuration) -> Footprint:
         # References may lie off the ladders: widen them by what is asked for.
@@ -140,20 +241,59 @@ class FineTuneEvaluator(Evaluator):
 
     # Training
 
-    def _train(self, configuration: Configuration, steps: int) -> str:
-        """Checkpoint of the configuration after `steps` optimiser steps; the module is left in that state."""
+    def _alone(self, configuration: Configuration, steps: int) -> Trained:
+        self._train(configuration, steps)
+        return self._validated()
+
+    def _validated(self) -> Trained:
+        with quiet_lightning():
+            metrics = self._trainer().validate(self.module, datamodule=self.data, verbose=False)[0]
+        return Trained(float(metrics["validation/score"]), self.module.last_outcomes)
+
+    def _train(self, configuration: Configuration, steps: int) -> None:
+        """Leaves the module as it is after `steps` optimiser steps on a configuration, and that in a checkpoint."""
         self._activate(configuration)
         done, state = self._latest(configuration, steps)
-        if done < steps:
-            module, trainer = self.module, self._trainer(max_steps=steps - done)
-            module.resume_state = state
-            self.data.start_batch = done * trainer.accumulate_grad_batches
-            with quiet_lightning():
-                trainer.fit(module, datamodule=self.data)
-            state = module.training_state()
-            self._save(configuration, steps, state)
-            module.resume_state = None
-        return str(self._path(configuration, steps).relative_to(self.context.run_dir))
+        if state is not None:
+            self.module.backbone.load_adapter_state(state.adapter)
+        if done == steps or not any(configuration.ranks):
+            return
+        module, trainer = self.module, self._trainer(max_steps=steps - done)
+        module.resume_state = state
+        self.data.start_batch = done * trainer.accumulate_grad_batches
+        with quiet_lightning():
+            trainer.fit(module, datamodule=self.data)
+        state = module.training_state()
+        self._save(configuration, steps, state)
+        module.resume_state = None
+
+    def _side_by_side(self, configurations: Sequence[Configuration], steps: int) -> Iterator[Trained | str]:
+        """For each configuration what came of it, or why it failed."""
+        from qratk.backbone.cohort_module import CohortModule
+
+        backbone, data = self.module.backbone, self.data
+        self._prepare()
+        done, states = self._common_state(configurations, steps)
+        cohort = backbone.cohort(configurations, seed=self.module.options.seed)
+        if data.shares_prompts("validation"):
+            _ = self.module.shared_length  # tried on the model as it is without a cohort, and remembered
+        with cohort.installed(), quiet_lightning():
+            module = CohortModule(self.module, cohort, states)
+            train = done < steps and bool(cohort.parameters())
+            if train:
+                trainer = self._trainer(max_steps=steps - done)
+                data.start_batch = done * trainer.accumulate_grad_batches
+                module.train()
+                trainer.fit(module, datamodule=data)
+                states = module.training_states()
+            self._trainer().validate(module, datamodule=data, verbose=False)
+        for member, configuration in enumerate(configurations):
+            if member in module.failures:
+                yield f"NonFiniteLossError: {module.failures[member]}"
+                continue
+            if train:
+                self._save(configuration, steps, states[member])
+            yield Trained(module.scores[member].score, module.scores[member].outcomes)
 
     def _save(self, configuration: Configuration, steps: int, state: TrainingState) -> None:
         from safetensors import SafetensorError
@@ -171,9 +311,12 @@ class FineTuneEvaluator(Evaluator):
         return self.keep_optimizer or steps < self.context.ladder.highest
 
     def _activate(self, configuration: Configuration) -> None:
+        self._prepare()
+        self.module.activate(configuration)
+
+    def _prepare(self) -> None:
         self._build_bank()
         self.module.backbone.release_reference()
-        self.module.activate(configuration)
 
     def _build_bank(self) -> None:
         backbone = self.module.backbone
@@ -187,20 +330,34 @@ class FineTuneEvaluator(Evaluator):
             self._announced.add(key)
 
     def _latest(self, configuration: Configuration, steps: int) -> tuple[int, TrainingState | None]:
-        """Steps and state of the highest stored rung up to `steps`, put in place."""
+        """Steps and state of the highest stored rung up to `steps`."""
         from safetensors import SafetensorError
 
+        for rung, path in self._stored(configuration, steps):
+            try:
+                return rung, _load_state(path)
+            except (OSError, SafetensorError, ValueError) as error:
+                self.context.say(f"{path} is damaged and left out, its steps are repeated: {error}")
+        return 0, None
+
+    def _common_state(self, configurations: Sequence[Configuration], steps: int) -> tuple[int, list[TrainingState]]:
+        """Steps that all of them have done, up to `steps`, and their states there: none at 0 steps."""
+        while True:
+            latest = [self._latest(configuration, steps) for configuration in configurations]
+            lowest = min(done for done, _ in latest)
+            if all(done == lowest for done, _ in latest):
+                return lowest, [state for _, state in latest if state is not None]
+            steps = lowest  # one of them was not saved, or is damaged: all go back
+
+    def _stored(self, configuration: Configuration, steps: int) -> Iterator[tuple[int, Path]]:
+        """Stored rungs that can be scored at `steps`, or continued to there, the highest first."""
         for rung in sorted((s for s in self.context.ladder.steps if s <= steps), reverse=True):
             path = self._path(configuration, rung)
             if path.is_dir() and (rung == steps or (path / "optimizer.safetensors").exists()):
-                try:
-                    state = _load_state(path)
-                except (OSError, SafetensorError, ValueError) as error:
-                    self.context.say(f"{path} is damaged and left out, its steps are repeated: {error}")
-                    continue
-                self.module.backbone.load_adapter_state(state.adapter)
-                return rung, state
-        return 0, None
+                yield rung, path
+
+    def _begins_at(self, request: Request) -> int:
+        return next((rung for rung, _ in self._stored(request.configuration, request.steps - 1)), 0)
 
     def _path(self, configuration: Configuration, steps: int) -> Path:
         return self.context.run_dir / "checkpoints" / configuration.digest / str(steps)
@@ -219,12 +376,7 @@ class FineTuneEvaluator(Evaluator):
         with quiet_lightning():
             return self.make_trainer(**{**quiet, **options})
 
-    # Scoring
-
-    def _validated(self) -> tuple[float, tuple[float, ...]]:
-        with quiet_lightning():
-            metrics = self._trainer().validate(self.module, datamodule=self.data, verbose=False)[0]
-        return float(metrics["validation/score"]), self.module.last_outcomes
+    # The answer
 
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
@@ -250,11 +402,8 @@ class FineTuneEvaluator(Evaluator):
         return {"model": self.module.backbone.digest(), "data": self.data.fingerprint()}
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
 
 
 @contextmanager

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,67 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_runs import MIXED, evaluated, measured, opened, start
 from lightning import Trainer
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qratk.backbone.module import FineTuneModule, learning_rate_factor
 from qratk.components import REGISTRIES
-from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, RunDirectoryError, SearchSpace
+from qratk.core import Configuration, Evaluation, RunDirectoryError
 from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
-from qratk.journal import Journal
-
-LADDER = FidelityLadder((2, 4, 6))
-MIXED = Configuration.from_text("2:2 4:4 8:2")
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]) -> Path:
-    """A tiny random Llama with a tokenizer of single characters, as a Hugging Face directory."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
-    vocabulary |= {chr(code): len(vocabulary) + i for i, code in enumerate(range(32, 124))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Sums to 9 as multiple choice."""
-    folder = tmp_path_factory.mktemp("data")
-    files = {}
-    for name, numbers in (("train", range(5)), ("validation", range(5, 7)), ("test", range(7, 9))):
-        rows = [
-            {"id": f"{a}{b}", "context": "", "question": f"{a}+{b}=", "choices": ["9", "3"], "label": (a + b) % 2}
-            for a in numbers
-            for b in range(8)
-        ]
-        path = folder / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        files[name] = str(path)
-    return files
-
-
-def opened(run_dir: Path, model_dir: Path, data_files: dict[str, str], **options: Any) -> FineTuneEvaluator:
-    module = FineTuneModule(str(model_dir), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
-    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
-    evaluator = FineTuneEvaluator(calibration_batches=1, calibration_batch_size=2)
-    evaluator.open(EvaluationContext(run_dir, LADDER, 0, module, data, Trainer))
-    names = tuple(shape.name for shape in evaluator.shapes)
-    evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names))
-    return evaluator
-
-
-def evaluated(evaluator: FineTuneEvaluator, configuration: Configuration, steps: int) -> Evaluation:
-    return next(iter(evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +109,7 @@ def test_the_score_is_that_of_the_adapters_as_stored_in_16_bits(
     evaluator._train(MIXED, 6)  # puts the stored float32 masters in place
     for _, parameter in evaluator.module.backbone.trainable_parameters():
         parameter.data = parameter.data.bfloat16().float()
-    assert evaluator._validated()[0] == expected.score
+    assert evaluator._validated().score == expected.score
 
 
 def test_the_learning_rate_depends_on_the_step_alone() -> None:
@@ -294,61 +237,17 @@ def test_a_layer_that_its_quantiser_cannot_take_is_announced_once(
     assert "more projections" in said[0]
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from lightning import Trainer
-from qratk.backbone.module import FineTuneModule
-from qratk.components import REGISTRIES as R
-from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.loop import SearchLoop
-from qratk.reporting.terminal import TerminalReporter
-torch.set_num_threads(1)
-run_dir, model, train, validation, test = sys.argv[1:]
-make = lambda kind, name, **options: R[kind].create(name, **options)
-module = FineTuneModule(model, learning_rate=1e-2, lora_dropout=0.1)
-data = MultipleChoiceData(train, validation=validation, test=test, batch_size=4, score="log_likelihood")
-loop = SearchLoop(
-    evaluator=make("evaluators", "finetune"), searcher=make("searchers", "nsga2", offspring=3),
-    refiner=make("refiners", "trust_region", max_evaluations=2), surrogate=make("surrogates", "huber"),
-    mutations=[make("mutations", "sensitivity"), make("mutations", "coupled")], repair=make("repairs", "greedy"),
-    bits_importance=make("estimators", "fisher_residual"), rank_importance=make("estimators", "gradient_spectrum"),
-    bits=[2, 4], ranks=[2, 4], like=[4, 2], steps=[1, 2], generations=2, high_fidelity_candidates=1,
-)
-loop.run(run_dir=Path(run_dir), reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
-"""
-
-
-def start(run_dir: Path, model_dir: Path, data_files: dict[str, str]) -> subprocess.Popen[str]:
-    paths = [str(run_dir), str(model_dir), *(data_files[name] for name in ("train", "validation", "test"))]
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, *paths],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def measured(run_dir: Path) -> list[tuple[Any, ...]]:
-    with Journal(run_dir) as journal:
-        return [
-            (str(e.configuration), e.steps, e.score, e.outcomes, r.candidate.origin)
-            for r in journal.records
-            for e in [r.evaluation]
-        ]
-
-
+@pytest.mark.parametrize("cohort", [1, 2])
 def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scores_to_the_bit(
-    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], cohort: int
 ) -> None:
-    whole = start(tmp_path / "whole", model_dir, data_files)
+    whole = start(tmp_path / "whole", model_dir, data_files, cohort)
     output = whole.communicate(timeout=600)[0]
     assert whole.returncode == 0, output
     expected = measured(tmp_path / "whole")
     killed = 0
     for lines in (3, 9):  # evaluations after which the process is killed, in the middle of the next
-        process = start(tmp_path / "cut", model_dir, data_files)
+        process = start(tmp_path / "cut", model_dir, data_files, cohort)
         assert process.stdout is not None
         seen = 0
         for line in process.stdout:
@@ -360,7 +259,7 @@ def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scor
         process.communicate(timeout=60)
         killed += process.returncode == -signal.SIGKILL
     assert killed == 2
-    last = start(tmp_path / "cut", model_dir, data_files)
+    last = start(tmp_path / "cut", model_dir, data_files, cohort)
     output = last.communicate(timeout=600)[0]
     assert last.returncode == 0, output
     assert measured(tmp_path / "cut") == expected

@@ -1,0 +1,155 @@
+"""The LightningModule of a cohort: what `FineTuneModule` does for one configuration, for several in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from qratk.backbone.cohort import Cohort
+from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, target_log_likelihood, targets_of
+from qratk.backbone.module import FineTuneModule, TrainingState, not_finite
+from qratk.core.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class MemberScore:
+    """A candidate's validation score and the outcome of each item."""
+
+    score: float
+    outcomes: tuple[float, ...]
+
+
+class CohortModule(LightningModule):
+    """Trains and scores the candidates of a cohort on the same batches; to be used while it is `installed`.
+
+    Losses, gradient clipping and AdamW's state are each candidate's own, so that each is trained as it would be alone,
+    up to the order of additions. A candidate whose loss is not finite harms no other.
+
+    Args:
+        module: what is trained, with its options.
+        cohort: the candidates.
+        states: where each of them continues, all after the same number of steps; none to begin.
+
+    Attributes:
+        losses: mean loss of each candidate at each micro-batch of the last fit, (steps, K).
+        failures: why a candidate failed, by its index.
+        scores: of the last validation, one for each candidate.
+    """
+
+    def __init__(self, module: FineTuneModule, cohort: Cohort, states: Sequence[TrainingState] = ()) -> None:
+        super().__init__()
+        if states and (len(states) != len(cohort) or len({state.steps for state in states}) != 1):
+            raise ConfigurationError("the candidates of a cohort must continue after the same number of steps")
+        self._module = (module,)  # not a submodule: only the model in use is
+        self.model = module.backbone.model
+        self.cohort = cohort
+        self.states = tuple(states)
+        self.losses: list[Tensor] = []
+        self.failures: dict[int, str] = {}
+        self.scores: tuple[MemberScore, ...] = ()
+        self._scorers: list[Any] = []
+        self._scoring = ExitStack()
+        for member, state in enumerate(self.states):
+            cohort.load_state(member, state.adapter)
+
+    @property
+    def module(self) -> FineTuneModule:
+        """What is trained, for one candidate."""
+        return self._module[0]
+
+    @property
+    def shared_length(self) -> int:
+        """As of the module; it must have been asked for before the cohort was installed."""
+        return self.module.shared_length
+
+    @property
+    def first_step(self) -> int:
+        """Optimiser steps that were done before."""
+        return self.states[0].steps if self.states else 0
+
+    def on_train_start(self) -> None:
+        """Set the random state, as for one candidate."""
+        if self.states:
+            torch.set_rng_state(self.states[0].random)
+        else:
+            torch.manual_seed(self.module.options.seed)
+
+    def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""
+        whole = replicate(batch, len(self.cohort))
+        positions, target = targets_of(whole["labels"])
+        return labelled_loss(labelled_logits(self.model, whole, positions), target, len(self.cohort))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the losses, whose gradient is each candidate's own."""
+        losses = self.candidate_losses(batch)
+        self.losses.append(losses.detach())
+        if not torch.isfinite(losses).all():
+            for member, loss in enumerate(losses.tolist()):
+                if not torch.isfinite(losses[member]):
+                    self.failures.setdefault(member, not_finite(loss, self.first_step + self.global_step))
+        return losses.sum()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the stacked adapters, continued where the rung ended, and the module's schedule."""
+        optimizer = self.module.make_optimizer([p for _, p in self.cohort.parameters()], self.trainer)
+        self.cohort.load_moments(optimizer, [state.optimizer for state in self.states])
+        schedule = self.module.make_schedule(optimizer, self.trainer, self.first_step)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each candidate by itself."""
+        if gradient_clip_val:
+            self.cohort.clip_gradients(float(gradient_clip_val), str(gradient_clip_algorithm or "norm"))
+
+    def training_states(self) -> list[TrainingState]:
+        """What continuing each candidate needs, copied to the CPU; to be called right after `Trainer.fit`."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        steps, random = self.first_step + self.global_step, torch.get_rng_state()
+        return [
+            TrainingState(
+                steps,
+                {name: value.cpu() for name, value in self.cohort.state(member).items()},
+                self.cohort.moments(optimizer, member),
+                random,
+            )
+            for member in range(len(self.cohort))
+        ]
+
+    # Scoring
+
+    def on_validation_epoch_start(self) -> None:
+        """Round the adapters to what is stored."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._scorers = [data.scorer("validation").to(self.device) for _ in range(len(self.cohort))]
+        self._scoring.enter_context(self.cohort.stored_precision())
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score a batch for every candidate."""
+        size = len(self.cohort)
+        whole = replicate(batch, size)
+        likelihoods, tokens = target_log_likelihood(labelled_logits(self.model, whole), whole)
+        parts = zip(likelihoods.view(size, -1), tokens.view(size, -1), strict=True)
+        for scorer, (likelihood, count) in zip(self._scorers, parts, strict=True):
+            scorer.update(batch, likelihood, count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the scores in `scores`."""
+        self._scoring.close()
+        self.scores = tuple(
+            MemberScore(float(scorer.compute()["score"].float()), tuple(scorer.outcomes().double().cpu().tolist()))
+            for scorer in self._scorers
+        )
+        self._scorers = []

@@ -1,0 +1,211 @@
+"""Candidates evaluated side by side: the same outcomes as one after another, whatever happens to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_runs import LADDER, opened
+
+from qratk.backbone import cohort_speed
+from qratk.backbone.cohort_module import CohortModule
+from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
+from qratk.evaluators.finetune import FineTuneEvaluator
+
+TEXTS = ("2:2 4:4 8:2", "4:2*3", "8:4 2:4 2:2", "2:4*3", "4:4 8:2 2:2")
+CONFIGURATIONS = tuple(Configuration.from_text(text) for text in TEXTS)
+
+
+def requests(steps: int, configurations: Sequence[Configuration] = CONFIGURATIONS) -> list[Request]:
+    return [Request(Candidate(configuration, "test"), steps) for configuration in configurations]
+
+
+def climbed(evaluator: FineTuneEvaluator) -> list[Evaluation]:
+    """Every configuration at each rung."""
+    return [evaluation for steps in LADDER.steps for evaluation in evaluator.evaluate(requests(steps))]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_scores_and_checkpoints_are_those_of_one_after_another(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], dropout: float
+) -> None:
+    options: dict[str, Any] = {"clip": 0.1, "lora_dropout": dropout, "warmup_steps": 1}
+    alone = opened(tmp_path / "alone", model_dir, data_files, **options)
+    together = opened(tmp_path / "together", model_dir, data_files, cohort=3, **options)
+    one_by_one, side_by_side = climbed(alone), climbed(together)
+    assert [e.configuration for e in side_by_side] == [e.configuration for e in one_by_one]
+    for expected, found in zip(one_by_one, side_by_side, strict=True):
+        assert found.ok
+        assert found.score == pytest.approx(expected.score, rel=1e-5)
+        assert found.outcomes == pytest.approx(expected.outcomes, rel=1e-4)
+        assert found.checkpoint == expected.checkpoint
+    assert len({round(e.score, 4) for e in side_by_side}) > 5  # there is something to tell apart
+    # Either continues what the other began.
+    assert together.test(one_by_one[-1])["score"] == pytest.approx(alone.test(one_by_one[-1])["score"], rel=1e-5)
+
+
+def test_the_losses_of_a_rung_agree_with_training_alone(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone: list[list[float]] = []
+    together: list[torch.Tensor] = []
+    from qratk.backbone.module import FineTuneModule
+
+    step, whole = FineTuneModule.training_loss, CohortModule.candidate_losses
+
+    def one(self: FineTuneModule, batch: Any) -> torch.Tensor:
+        loss = step(self, batch)
+        alone[-1].append(float(loss.detach()))
+        return loss
+
+    def several(self: CohortModule, batch: Any) -> torch.Tensor:
+        losses = whole(self, batch)
+        together.append(losses.detach())
+        return losses
+
+    monkeypatch.setattr(FineTuneModule, "training_loss", one)
+    monkeypatch.setattr(CohortModule, "candidate_losses", several)
+    first = opened(tmp_path / "alone", model_dir, data_files, clip=0.1)
+    for configuration in CONFIGURATIONS:
+        alone.append([])
+        list(first.evaluate(requests(6, [configuration])))
+    list(opened(tmp_path / "together", model_dir, data_files, clip=0.1, cohort=5).evaluate(requests(6)))
+    torch.testing.assert_close(torch.stack(together).T, torch.tensor(alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("number", range(1, 40))
+def test_the_groups_of_the_rest_are_those_of_the_whole(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = FineTuneEvaluator()
+    monkeypatch.setattr(evaluator, "_begins_at", lambda request: 0)
+    asked = requests(2, [Configuration.uniform(2, 2, 1 + index) for index in range(number)])
+    for size in (1, 2, 5, 8, 25):
+        monkeypatch.setattr(evaluator, "_cohort_size", lambda rest, size=size: min(size, len(rest)))
+        groups = [list(group) for group in evaluator.groups(asked)]
+        assert [request for group in groups for request in group] == asked
+        assert max(map(len, groups)) <= size
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1
+        for first in range(1, len(groups)):
+            rest = [request for group in groups[first:] for request in group]
+            assert [list(group) for group in evaluator.groups(rest)] == groups[first:]
+
+
+def test_candidates_that_continue_from_different_rungs_are_not_mixed(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=8)
+    list(evaluator.evaluate(requests(2, CONFIGURATIONS[:2])))
+    assert [len(group) for group in evaluator.groups(requests(4))] == [2, 3]
+    assert [len(group) for group in evaluator.groups(requests(2))] == [5]
+
+
+def test_a_cohort_killed_between_its_checkpoints_comes_out_the_same(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=5)
+    list(evaluator.evaluate(requests(2)))
+    whole = list(evaluator.evaluate(requests(4)))
+    for evaluation in whole[2:]:
+        evaluator.discard(evaluation)
+    again = list(evaluator.evaluate(requests(4)))
+    assert [e.outcomes for e in again] == [e.outcomes for e in whole]
+    scored = list(evaluator.evaluate(requests(4)))  # all checkpoints there: scored only
+    assert [e.outcomes for e in scored] == [e.outcomes for e in whole]
+
+
+def test_a_candidate_whose_loss_is_not_finite_fails_alone(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = climbed(opened(tmp_path / "whole", model_dir, data_files, cohort=5))[:5]
+    losses = CohortModule.candidate_losses
+
+    def broken(self: CohortModule, batch: Any) -> torch.Tensor:
+        found = losses(self, batch)
+        return found * torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
+
+    monkeypatch.setattr(CohortModule, "candidate_losses", broken)
+    found = list(opened(tmp_path / "broken", model_dir, data_files, cohort=5).evaluate(requests(2)))
+    assert [e.ok for e in found] == [True, False, True, True, True]
+    assert "learning rate" in found[1].reason
+    assert found[1].checkpoint is None
+    assert [e.outcomes for e in found[2:]] == [e.outcomes for e in expected[2:]]
+
+
+def test_a_cohort_that_does_not_fit_goes_on_in_halves(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = CohortModule.training_step
+
+    def limited(self: CohortModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if len(self.cohort) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(CohortModule, "training_step", limited)
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=5)
+    said: list[str] = []
+    evaluator.context = replace(evaluator.context, say=said.append)
+    found = list(evaluator.evaluate(requests(2)))
+    assert [e.configuration for e in found] == list(CONFIGURATIONS)
+    assert all(e.ok for e in found)
+    assert "cohort=3" in said[0]
+
+
+def test_dropout_beside_a_layer_without_adapter_is_trained_alone(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=5, lora_dropout=0.2)
+    bare = Configuration.from_text("4:0 4:2 4:2")
+    assert [len(group) for group in evaluator.groups(requests(2, [*CONFIGURATIONS[:2], bare]))] == [1, 1, 1]
+
+
+def test_configurations_without_any_adapter_are_scored_as_they_are(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    bare = [Configuration.uniform(4, 0, 3), Configuration.uniform(8, 0, 3)]
+    alone = [e for c in bare for e in opened(tmp_path / "a", model_dir, data_files).evaluate(requests(2, [c]))]
+    together = list(
+        opened(tmp_path / "t", model_dir, data_files, cohort=2, lora_dropout=0.0).evaluate(requests(2, bare))
+    )
+    assert all(e.ok for e in (*alone, *together))
+    assert [e.score for e in together] == pytest.approx([e.score for e in alone], rel=1e-6)
+
+
+def test_auto_measures_once_and_is_recorded(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort="auto")
+    decided: dict[str, Any] = {}
+    evaluator.context = replace(
+        evaluator.context, decided=lambda key, decide: decided.setdefault(key, None) or decided.update({key: decide()})
+        or decided[key],
+    )  # fmt: skip
+    tried: list[int] = []
+
+    def timed(module: Any, trainer: Any, batch: Any, members: Sequence[Configuration]) -> float:
+        tried.append(len(members))
+        return {1: 1.0, 2: 0.5, 4: 0.49}[len(members)]
+
+    monkeypatch.setattr(cohort_speed, "_seconds_a_candidate", timed)
+    assert [len(group) for group in evaluator.groups(requests(2))] == [2, 2, 1]
+    assert [len(group) for group in evaluator.groups(requests(4))] == [2, 2, 1]
+    assert tried == [1, 2, 4]
+    assert decided == {"cohort": 2}
+
+
+def test_auto_really_trains_what_it_times(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort="auto")
+    found = list(evaluator.evaluate(requests(2)))
+    assert all(e.ok for e in found)
+    expected = list(opened(tmp_path / "alone", model_dir, data_files).evaluate(requests(2)))
+    assert [e.score for e in found] == pytest.approx([e.score for e in expected], rel=1e-5)
+
+
+def test_a_cohort_of_none_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="cohort"):
+        FineTuneEvaluator(cohort=0)
