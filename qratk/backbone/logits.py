@@ -25,7 +25,7 @@ IGNORE = -100
 _CHUNK_BYTES = 1 << 26
 _INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
 # How far two ways to compute the same logits may lie apart by rounding, as a share of their spread.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:

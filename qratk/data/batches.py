@@ -9,7 +9,7 @@ restart after the trunk with every branch. All are int64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 
 # Attention of a shared row grows with the square of its length: it must save more than it can cost.
 _LARGEST_SHARE = 0.8
+# What a batch costs beside its tokens, in tokens: calls of operations, and dequantising the weights.
+_BATCH_COST = 256
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows, by index, that are computed as one: the first `trunk` tokens are common to them and computed once."""
+    """Rows, by index, that are computed as one: the first `trunk` tokens are common to them and computed once.
 
-    indices: tuple[int, ...]
+    A branch is what equal rows have behind the trunk; they are computed once too, so that equal choices tie exactly.
+    """
+
+    branches: tuple[tuple[int, ...], ...]
     trunk: int
     length: int
 
@@ -50,28 +55,51 @@ def scoring_batches(
     # Rows that share nothing keep the plain mask, for which there are faster kernels.
     for shared in (True, False):
         group = sorted((p for p in packs if (p.trunk > 0) == shared), key=lambda pack: -pack.length)
-        while group:
-            number = min(most, max(1, budget // group[0].length))
-            batches.append(_collate(group[:number], rows, pad_id))
-            group = group[number:]
+        for cut in cheapest_cuts([pack.length for pack in group], budget=budget, most=most):
+            batches.append(_collate(group[cut], rows, pad_id))
     return batches
 
 
+def cheapest_cuts(lengths: Sequence[int], *, budget: int, most: int) -> list[slice]:
+    """Slices of rows that get shorter and shorter, one a batch, that cost least in all.
+
+    A batch costs its tokens, padding included, of which there are at most `budget` unless it is one row, and what any
+    batch costs. It has at most `most` rows. (Shortest path: the best way on from each row, from the last one back.)
+    """
+    count = len(lengths)
+    best = np.zeros(count + 1)
+    following = np.zeros(count, dtype=np.int64)
+    for first in range(count - 1, -1, -1):
+        number = np.arange(1, 1 + min(most, max(1, budget // lengths[first]), count - first))
+        cost = best[first + number] + number * lengths[first] + _BATCH_COST
+        chosen = int(cost.argmin())
+        best[first], following[first] = cost[chosen], first + number[chosen]
+    cuts = []
+    first = 0
+    while first < count:
+        cuts.append(slice(first, int(following[first])))
+        first = int(following[first])
+    return cuts
+
+
 def pack_rows(rows: Sequence[Encoded], shared_length: int) -> Iterator[Packed]:
-    """Rows grouped so that each group can be computed as one row; most groups of one row have no trunk."""
+    """Rows grouped so that each group can be computed as one row; without a trunk, a group is of equal rows."""
     for _, indices in groupby(range(len(rows)), key=lambda index: rows[index].item):
-        item = list(indices)
-        trunk = _trunk([rows[index] for index in item]) if shared_length and len(item) > 1 else 0
-        shared = list(_split(rows, item, trunk, shared_length)) if trunk else []
-        whole = sum(len(rows[index].tokens) for index in item)
-        if shared and sum(pack.length for pack in shared) <= _LARGEST_SHARE * whole:
-            yield from shared
-        else:
-            yield from (_single(rows, index) for index in item)
+        branches = _distinct(rows, indices)
+        firsts = [rows[branch[0]] for branch in branches]
+        single = [Packed((branch,), 0, len(row.tokens)) for branch, row in zip(branches, firsts, strict=True)]
+        trunk = _trunk(firsts) if shared_length and len(branches) > 1 else 0
+        shared = _split(single, trunk, shared_length) if trunk else single
+        worth = sum(pack.length for pack in shared) <= _LARGEST_SHARE * sum(pack.length for pack in single)
+        yield from shared if worth else single
 
 
-def _single(rows: Sequence[Encoded], index: int) -> Packed:
-    return Packed((index,), 0, len(rows[index].tokens))
+def _distinct(rows: Sequence[Encoded], indices: Iterable[int]) -> list[tuple[int, ...]]:
+    """Indices of equal rows together, in the order of the first of them."""
+    equal: dict[tuple[bytes, bytes], list[int]] = {}
+    for index in indices:
+        equal.setdefault((rows[index].tokens.tobytes(), rows[index].labelled.tobytes()), []).append(index)
+    return [tuple(group) for group in equal.values()]
 
 
 def _trunk(rows: Sequence[Encoded]) -> int:
@@ -88,18 +116,22 @@ def _first_label(row: Encoded) -> int:
     return int(labelled.argmax()) + 1 if labelled.any() else len(row.tokens) - 1
 
 
-def _split(rows: Sequence[Encoded], item: Sequence[int], trunk: int, shared_length: int) -> Iterator[Packed]:
-    """The rows of an item behind as few trunks as fit."""
-    chosen: list[int] = []
-    length = trunk
-    for index in item:
-        branch = len(rows[index].tokens) - trunk
-        if chosen and length + branch > shared_length:
-            yield Packed(tuple(chosen), trunk, length) if len(chosen) > 1 else _single(rows, chosen[0])
-            chosen, length = [], trunk
-        chosen.append(index)
-        length += branch
-    yield Packed(tuple(chosen), trunk, length) if len(chosen) > 1 else _single(rows, chosen[0])
+def _split(single: Sequence[Packed], trunk: int, shared_length: int) -> list[Packed]:
+    """The rows of an item behind as few trunks as fit, in their order; what is left alone stays as it is."""
+    groups: list[list[Packed]] = []
+    length = shared_length
+    for pack in single:
+        if length + pack.length - trunk > shared_length:
+            groups.append([])
+            length = trunk
+        groups[-1].append(pack)
+        length += pack.length - trunk
+    return [group[0] if len(group) == 1 else _joined(group, trunk) for group in groups]
+
+
+def _joined(packs: Sequence[Packed], trunk: int) -> Packed:
+    branches = tuple(branch for pack in packs for branch in pack.branches)
+    return Packed(branches, trunk, trunk + sum(pack.length - trunk for pack in packs))
 
 
 def _collate(packs: Sequence[Packed], rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
@@ -107,29 +139,31 @@ def _collate(packs: Sequence[Packed], rows: Sequence[Encoded], pad_id: int) -> d
     shape = (len(packs), width)
     ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     segments, positions = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    indices: list[int] = []
     predictors: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
     for number, pack in enumerate(packs):
         trunk = begin = pack.trunk
         mask[number, : pack.length] = 1
-        ids[number, :trunk] = rows[pack.indices[0]].tokens[:trunk]
+        ids[number, :trunk] = rows[pack.branches[0][0]].tokens[:trunk]
         segments[number, :trunk], positions[number, :trunk] = 0, np.arange(trunk)
-        for branch, index in enumerate(pack.indices, start=1):
-            row = rows[index]
+        for branch, equal in enumerate(pack.branches, start=1):
+            row = rows[equal[0]]
             end = begin + len(row.tokens) - trunk
             ids[number, begin:end], segments[number, begin:end] = row.tokens[trunk:], branch
             positions[number, begin:end] = np.arange(trunk, len(row.tokens))
             label = 1 + row.labelled[1:].nonzero()[0]
             before = label - 1  # in the row; behind the trunk it lies further on in the shared row
-            predictors.append(number * width + np.where(before < trunk, before, before - trunk + begin))
-            targets.append(row.tokens[label])
+            indices += equal
+            predictors += [number * width + np.where(before < trunk, before, before - trunk + begin)] * len(equal)
+            targets += [row.tokens[label]] * len(equal)
             begin = end
     predictor, at = np.unique(np.concatenate(predictors), return_inverse=True)
     batch: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": mask}
     if packs[0].trunk:
         batch |= {"segments": segments, "position_ids": positions}
     batch |= {
-        "row": np.array([index for pack in packs for index in pack.indices]),
+        "row": np.array(indices),
         "predictor": predictor,
         "target": np.concatenate(targets),
         "target_at": at,
