@@ -8,6 +8,7 @@ of the quantizer of one bit-width leaves the others as they are.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import inspect
@@ -275,6 +276,16 @@ def _hold(handle: int) -> bool:
     except OSError:  # some network file systems have no locks
         return False
     return True
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system.
+
+    The GNU allocator keeps what lies between other blocks: over a whole model, as much as the bank itself.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _remove(path: Path) -> None:
