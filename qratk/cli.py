@@ -49,6 +49,9 @@ _YAML: Final = "qratk"  # the parser mode: YAML in which components go by their 
 # What one command saves and another must accept, with the commands that use it by themselves.
 _SHARED: Final = {"ckpt_path": str, "weights_only": bool, "verbose": bool, "return_predictions": bool, "run_dir": str}
 
+# Options of the model that say where and how fast it computes, never what: a search is resumed with other ones too.
+_EXECUTION: Final = ("bank_dir", "dense_cache")
+
 
 @dataclass(frozen=True)
 class LmEvalOptions:
@@ -261,7 +264,7 @@ class QratkCLI(LightningCLI):
         go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
-                model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=config
+                model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=deciding(config)
             )
 
     def plan(self, model: FineTuneModule, datamodule: TaskData) -> None:
@@ -362,6 +365,12 @@ def save_config(config: dict[str, Any], run_dir: Path) -> None:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a search finds: all but those of how the model is held."""
+    model = {key: value for key, value in config["model"].items() if key not in _EXECUTION}
+    return {**config, "model": model}
 
 
 def fit_config(config: Mapping[str, Any], *, steps: int) -> dict[str, Any]:

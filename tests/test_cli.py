@@ -167,6 +167,11 @@ def test_search_then_resume_repeat_fit_and_test(capsys, config, tmp_path):
     assert main(["search", "--config", config, "--run_dir", str(run)]) == 0
     assert (run / "evaluations.csv").read_bytes() == before
 
+    # So it does where the model is held in another way: that decides nothing.
+    held = ["--model.dense_cache=off", "--model.bank_dir=null"]
+    assert main(["search", "--config", config, "--run_dir", str(run), *held]) == 0
+    assert (run / "evaluations.csv").read_bytes() == before
+
     # Another configuration in the same directory is refused.
     capsys.readouterr()
     status, error = failed(capsys, "search", "--config", config, "--search.seed=1", "--run_dir", str(run))
