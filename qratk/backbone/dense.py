@@ -97,6 +97,9 @@ class DenseCache:
             return make()
         entry = self._entries.pop(key, None)
         dense = entry[0] if entry else self._made(make)
+        if self._allowance is None:
+            self._allowance = int(_SHARE * (self._available(dense.device) + self.used))
+            self._make_room(0)
         if entry or (owned(dense) and self._room_for(dense)):
             self._entries[key] = (dense, self._generation)
             self.used += 0 if entry else dense.nbytes
@@ -107,17 +110,17 @@ class DenseCache:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return make()
-            except torch.OutOfMemoryError:
-                if not self._entries:
+            except RuntimeError as error:
+                # The CPU allocator raises a plain RuntimeError.
+                memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not memory or not self._entries:
                     raise
                 self.clear()
                 self._allowance = 0
                 return make()
 
     def _room_for(self, dense: torch.Tensor) -> bool:
-        if self._allowance is None:
-            self._allowance = int(_SHARE * (self._available(dense.device) + self.used))
-            self._make_room(0)
+        assert self._allowance is not None
         self._make_room(dense.nbytes)
         return self.mode == "on" or self.used + dense.nbytes <= self._allowance
 
