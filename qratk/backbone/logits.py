@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qratk.core.errors import QratkError
+
 IGNORE = -100
 _CHUNK_BYTES = 1 << 26
 _INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
@@ -156,7 +158,7 @@ def shared_length(model: nn.Module) -> int:
     try:
         with torch.no_grad(), _evaluating(model), _without_adapters(model):
             shared, separate = (labelled_logits(model, batch).float() for batch in _trial(model))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, QratkError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError, AssertionError):
         return 0  # whatever a family raises at a mask or at positions that it does not know

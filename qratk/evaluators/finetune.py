@@ -91,6 +91,7 @@ class FineTuneEvaluator(Evaluator):
         self._footprints: dict[SearchSpace, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
         self._fastest: int | None = None
+        self._tried_sharing = False
 
     def _place(self) -> None:
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
@@ -275,8 +276,7 @@ class FineTuneEvaluator(Evaluator):
         self._prepare()
         done, states = self._common_state(configurations, steps)
         cohort = backbone.cohort(configurations, seed=self.module.options.seed)
-        if data.shares_prompts("validation"):
-            _ = self.module.shared_length  # tried on the model as it is without a cohort, and remembered
+        self._try_sharing(configurations[0])
         with cohort.installed(), quiet_lightning():
             module = CohortModule(self.module, cohort, states)
             train = done < steps and bool(cohort.parameters())
@@ -339,6 +339,13 @@ class FineTuneEvaluator(Evaluator):
             except (OSError, SafetensorError, ValueError) as error:
                 self.context.say(f"{path} is damaged and left out, its steps are repeated: {error}")
         return 0, None
+
+    def _try_sharing(self, configuration: Configuration) -> None:
+        # The module tries its model once, when it is first asked, and that must not be while a cohort is in it.
+        if not self._tried_sharing and self.data.shares_prompts("validation"):
+            self.module.activate(configuration)
+            _ = self.module.shared_length
+        self._tried_sharing = True
 
     def _common_state(self, configurations: Sequence[Configuration], steps: int) -> tuple[int, list[TrainingState]]:
         """Steps that all of them have done, up to `steps`, and their states there: none at 0 steps."""
