@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
@@ -24,13 +24,36 @@ _DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One configuration with its bytes by part and in each scope."""
+    """One configuration with its bytes by part and in each scope.
+
+    `training_parts` sum to its training peak; empty where that is an estimate. The figure in the footprint, which the
+    search counts by, is never less: it charges every layer with the space's largest workspace.
+    """
 
     name: str
     configuration: str
     footprint: Footprint
     average_bits: float
     fits: bool
+    training_parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def training_bytes(self) -> int:
+        """The training peak: traced where that was possible."""
+        return sum(self.training_parts.values()) or self.footprint.training_bytes
+
+
+@dataclass(frozen=True)
+class SearchMemory:
+    """What a search holds besides one candidate's training: packed weights of all bit-widths, and kept dense ones.
+
+    `dense_limit` are all dense weights of one configuration; `dense_cache` is the mode that says whether they are kept.
+    """
+
+    bank_bytes: int
+    bits: tuple[int, ...]
+    dense_cache: str
+    dense_limit: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,8 @@ class Plan:
 
     `evaluations` is the largest number of evaluations at each rung; `steps` the optimiser steps they take in all, each
     continuing the rung below; `seconds` an estimate from the arithmetic of the projections and the head alone.
+    Training peaks are those of `batch`, sequences and tokens in each, all labelled; `peak_source` is "trace" (within
+    5 % of what is measured) or "estimate".
     """
 
     num_layers: int
@@ -62,6 +87,9 @@ class Plan:
     flops_per_second: float
     seconds: float
     fallbacks: tuple[str, ...] = ()
+    peak_source: str = "estimate"
+    batch: tuple[int, int] = (1, _DEFAULT_LENGTH)
+    search_memory: SearchMemory | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -69,6 +97,7 @@ class Plan:
         for row, plain in zip(self.rows, data["rows"], strict=True):
             plain["footprint"]["storage_bytes"] = row.footprint.storage_bytes
             plain["footprint"]["total_bytes"] = row.footprint.total_bytes
+            plain["training_bytes"] = row.training_bytes
         data["evaluations"] = {str(steps): count for steps, count in self.evaluations.items()}
         return data
 
@@ -86,6 +115,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         batch_size=datamodule.batch_size,
         sequence_length=length,
         gradient_checkpointing=checkpointing,
+        dense_cache=_dense_cache(module) == "on",
     )
     budget = resolve_budget(
         memory, limit=loop.limit, like=loop.like, scope=loop.scope, max_average_bits=loop.max_average_bits
@@ -113,7 +143,24 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         flops_per_second=speed,
         seconds=tokens * per_token / speed,
         fallbacks=tuple(str(fallback) for fallback in backbone.fallbacks),
+        peak_source=memory.training.source,
+        batch=(datamodule.batch_size, length),
+        search_memory=search_memory(backbone, loop, _dense_cache(module)),
     )
+
+
+def search_memory(backbone: Backbone, loop: SearchLoop, dense_cache: str) -> SearchMemory:
+    """What a search holds: the bank of its bit-widths and of its references."""
+    bits = tuple(sorted({*loop.bits, *(choice.bits for choice in loop.references)}))
+    packed = [backbone.table.layer_bytes(shape, b) for shape in backbone.shapes for b in bits]
+    biases = sum(shape.constant_bytes for shape in backbone.shapes)
+    dense = sum(shape.parameters for shape in backbone.shapes) * backbone.compute_dtype.itemsize
+    return SearchMemory(sum(p.weights + p.metadata for p in packed) + biases, bits, dense_cache, dense)
+
+
+def _dense_cache(module: FineTuneModule) -> str:
+    mode = module.options.dense_cache
+    return str(mode) if isinstance(mode, str) else ("on" if mode else "off")
 
 
 def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
@@ -121,8 +168,11 @@ def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
 
     def row(name: str, configuration: Configuration) -> PlanRow:
         fits = budget.violation(memory, configuration) == 0.0
-        average = memory.average_bits(configuration)
-        return PlanRow(name, str(configuration), memory.footprint(configuration), average, fits)
+        average, footprint = memory.average_bits(configuration), memory.footprint(configuration)
+        parts = dict(memory.training.uniform.get((configuration.bits[0], configuration.ranks[0]), {}))
+        if parts:  # traced without what is packed
+            parts["weights"] = footprint.weights + footprint.metadata
+        return PlanRow(name, str(configuration), footprint, average, fits, parts)
 
     space = memory.space
     uniforms = [row("uniform", configuration) for configuration in space.uniforms()]
@@ -161,9 +211,10 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
     sizes = [(d_in, d_out) for shape in backbone.shapes for _, d_in, d_out in shape.projections]
     d_in, d_out = max(set(sizes), key=lambda size: (sizes.count(size), size))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Large enough to be fast, small enough that nine products of an 8B model take seconds on a CPU.
-    most = int((2e12 if device == "cuda" else 8e9) / (2 * d_in * d_out))
-    x = torch.ones(min(tokens, 8192, max(64, most)), d_in, dtype=backbone.compute_dtype, device=device)
+    # Large enough to be fast, small enough that the products of an 8B model take a second or two on a CPU.
+    rows = min(tokens, 8192 if device == "cuda" else 64 + int(1e9 / (2 * d_in * d_out)))
+    d_out = d_out if device == "cuda" else min(d_out, max(64, int(1e9 / (2 * d_in * rows))))
+    x = torch.ones(rows, d_in, dtype=backbone.compute_dtype, device=device)
     weight = torch.ones(d_in, d_out, dtype=backbone.compute_dtype, device=device)
 
     def timed(repeats: int) -> float:
@@ -174,8 +225,8 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    timed(3)
-    repeats = max(3, min(10_000, int(seconds / max(timed(3) / 3, 1e-9))))
+    timed(2)
+    repeats = max(3, min(10_000, int(seconds / max(timed(2) / 2, 1e-9))))
     return 2.0 * x.shape[0] * d_in * d_out * repeats / timed(repeats)
 
 
@@ -191,6 +242,8 @@ def as_text(plan: Plan) -> str:
         "",
         *_table(plan.rows),
         "",
+        *_peaks(plan),
+        "",
         f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
         f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
         f"time         at least {_duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
@@ -205,13 +258,47 @@ def _table(rows: Sequence[PlanRow]) -> list[str]:
     body = []
     for row in rows:
         f = row.footprint
-        sizes = (f.weights, f.metadata, f.adapters, f.storage_bytes, f.fixed, f.training_bytes, f.serving_bytes)
+        sizes = (f.weights, f.metadata, f.adapters, f.storage_bytes, f.fixed, row.training_bytes, f.serving_bytes)
         name = row.configuration.partition("*")[0]
         body.append((row.name, name, *map(format_bytes, sizes), "yes" if row.fits else "no"))
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    return _aligned((head, *body))
+
+
+def _peaks(plan: Plan) -> list[str]:
+    """Training peaks by part, and what the search holds besides."""
+    batch = f"{plan.batch[0]} x {plan.batch[1]} tokens, all labelled"
+    if plan.peak_source == "estimate":
+        lines = [f"training     an estimate of the peak of fine-tuning one configuration ({batch})"]
+    else:
+        lines = [f"training     peak of fine-tuning one configuration ({batch}), by part:"]
+        shown = [row for row in plan.rows if row.name == "uniform"]
+        names = list(shown[0].training_parts)
+        body = [
+            (row.name, row.configuration.partition("*")[0], *(format_bytes(row.training_parts[n]) for n in names))
+            for row in shown
+        ]
+        lines += _aligned((("", "bits:rank", *names), *body))
+    if plan.budget.scope == "training" and plan.peak_source == "trace":
+        lines.append(
+            "             the search counts a little more: for every layer, the largest workspace of the space"
+        )
+    memory = plan.search_memory
+    if memory is not None:
+        bits = ", ".join(map(str, memory.bits))
+        lines.append(
+            f"bank         {format_bytes(memory.bank_bytes)}: the packed weights of {bits} bits that a search holds"
+        )
+        if memory.dense_cache != "off":
+            kept = "kept" if memory.dense_cache == "on" else "kept while memory allows"
+            lines.append(f"dense cache  up to {format_bytes(memory.dense_limit)} more a configuration, {kept}")
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in (head, *body)
+        for line in rows
     ]
 
 

@@ -112,3 +112,48 @@ def test_plan_for_people_names_budget_space_and_time(made):
     assert f"{made.budget.limit_bytes:,} bytes" in text
     assert f"10^{made.log10_size:.1f}" in text
     assert "an estimate" in text
+
+
+def test_training_peaks_are_traced_and_their_parts_sum_to_them(made):
+    assert made.peak_source == "trace"
+    for row in made.rows:
+        assert sum(row.training_parts.values()) == row.training_bytes
+        assert row.training_bytes <= 1.001 * row.footprint.training_bytes
+        assert row.training_parts["weights"] == row.footprint.weights + row.footprint.metadata
+
+
+def test_planned_training_peak_is_the_measured_one_within_five_percent():
+    from qratk.backbone.measure import measured_peak
+    from qratk.backbone.module import FineTuneModule
+    from qratk.embedded.datamodule import EmbeddedData
+
+    data = EmbeddedData(batch_size=2, max_train_items=16, max_validation_items=4)
+    module = FineTuneModule("embedded", dense_cache="off")
+    made = plan.make_plan(module, data, make_loop())
+    row = next(row for row in made.rows if row.configuration.startswith("4:8"))
+    configuration = Configuration.from_text("4:8" + " 4:8" * 11)
+    batch_size, length = made.batch
+    measured = measured_peak(module.backbone, configuration, batch_size=batch_size, sequence_length=length)
+    assert row.training_bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_bank_of_a_search_is_that_of_all_its_bits(made, module):
+    backbone = module.load_backbone()
+    backbone.build_bank((2, 4, 8, 16))
+    held = [t for bank in backbone.banks.values() for v in bank.variants.values() for t in v.packed.values()]
+    assert made.search_memory.bits == (2, 4, 8, 16)  # 16 for the reference
+    assert made.search_memory.bank_bytes == sum(tensor.nbytes for tensor in held)
+
+
+def test_plan_for_people_shows_parts_of_the_peak_and_the_bank(made):
+    text = plan.as_text(made)
+    assert "all labelled), by part:" in text
+    assert "activations" in text
+    assert "2, 4, 8, 16 bits that a search holds" in text
+
+
+def test_plan_for_machines_has_the_parts(made):
+    document = json.loads(json.dumps(made.as_dict()))
+    assert document["peak_source"] == "trace"
+    assert set(document["rows"][0]["training_parts"]) > {"gradients", "optimizer", "logits"}
+    assert document["search_memory"]["bank_bytes"] == made.search_memory.bank_bytes

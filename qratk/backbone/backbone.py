@@ -395,17 +395,19 @@ class Backbone:
         batch_size: int = 1,
         sequence_length: int = 512,
         gradient_checkpointing: bool = False,
-        dense_cache: bool = False,
+        dense_cache: bool | None = None,
         device: Literal["cpu", "cuda"] | None = None,
         trace: bool = True,
     ) -> MemoryModel:
         """Exact bytes of any configuration of the space, and peaks for this batch and length.
 
         Training peaks are traced on the meta device, as on `device` (by default where the weights lie or training would
-        go); of a model that cannot be traced, and without `trace`, they are estimates. Serving peaks are estimates.
+        go); of a model that cannot be traced, and without `trace`, they are estimates. With `dense_cache`, by default
+        when the mode is "on", the dense weights of the configuration are counted. Serving peaks are estimates.
         """
         from qratk.backbone.peaks import training_peaks
 
+        dense = self._dense.mode == "on" if dense_cache is None else dense_cache
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "sequence_length": sequence_length,
@@ -420,7 +422,7 @@ class Backbone:
             self.shapes,
             self.table,
             facts,
-            training=training_peaks(self, space, **options, dense_cache=dense_cache, device=device) if trace else None,
+            training=training_peaks(self, space, **options, dense_cache=dense, device=device) if trace else None,
             **options,
         )
 

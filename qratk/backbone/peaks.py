@@ -28,7 +28,8 @@ class UniformPeaks:
     Where all blocks are alike, models of three and four blocks are traced, and what one block adds to each phase is
     taken as many times as there are blocks. Bits change only what is stored and what unpacking takes, which is added
     afterwards; between two ranks over 0 every phase is linear in the rank. Rank 0 stands for a model in which only the
-    first block has adapters, for without any there is nothing to train.
+    first and the last block have adapters: without any there is nothing to train. Blocks before the first adapter keep
+    nothing, so that configurations of many such are counted too high.
     """
 
     def __init__(self, backbone: Backbone, *, dense_cache: bool = False, **options: Any) -> None:
@@ -42,20 +43,20 @@ class UniformPeaks:
         self._tracers = [PeakTracer(backbone, blocks=k, dense_cache=dense_cache, **options) for k in self.cuts]
         self._traced: dict[tuple[int, int], dict[str, PhaseRecord]] = {}
 
-    def phases(self, rank: int, first: int = 0) -> dict[str, PhaseRecord]:
-        """What each phase takes at a rank, whatever is packed left out; layers of the first block may have another."""
-        key = (rank, first or rank)
+    def phases(self, rank: int, ends: int = 0) -> dict[str, PhaseRecord]:
+        """What each phase takes at a rank, packed weights left out; the first and the last block may have another."""
+        key = (rank, ends or rank)
         if key not in self._traced:
             short, *longer = (self._records(tracer, *key) for tracer in self._tracers)
             steps = self.blocks - self.cuts[0]
             self._traced[key] = _combined(short, longer[0], lambda a, b: a + steps * (b - a)) if longer else short
         return self._traced[key]
 
-    def _records(self, tracer: PeakTracer, rank: int, first: int) -> dict[str, PhaseRecord]:
+    def _records(self, tracer: PeakTracer, rank: int, ends: int) -> dict[str, PhaseRecord]:
         bits = next(iter(self.table.quantizers))  # the lowest: it makes dense weights in any dtype
         layers = len(tracer.twin.layers)
-        in_first = layers // len(find_blocks(tracer.twin.base)[1])
-        ranks = [first] * in_first + [rank] * (layers - in_first)
+        in_block = layers // len(find_blocks(tracer.twin.base)[1])
+        ranks = [ends if min(i, layers - 1 - i) < in_block else rank for i in range(layers)]
         return tracer.records(Configuration.of([bits] * layers, ranks), unpacking=False)
 
     def between(self, low: int, high: int, rank: int) -> dict[str, PhaseRecord]:
@@ -136,8 +137,9 @@ def _by_rank(peaks: UniformPeaks, space: SearchSpace) -> dict[int, dict[str, Pha
     found = {rank: peaks.between(adapted[0], adapted[-1], rank) for rank in adapted}
     if 0 not in space.ranks:
         return found
-    # A layer without an adapter keeps what the gradient of one before it needs: the first block has one.
-    return {0: peaks.phases(0, first=adapted[0] if adapted else 0), **found}
+    # A layer without an adapter keeps what the gradient of one before it needs: so the first block has one. With
+    # checkpointing the most is taken where the last one is computed anew: it has one too.
+    return {0: peaks.phases(0, ends=adapted[0] if adapted else 0), **found}
 
 
 def _tables(

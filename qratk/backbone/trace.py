@@ -196,10 +196,12 @@ def _forward_scratch(args: tuple[Any, ...]) -> int:
 
 
 def _backward_scratch(args: tuple[Any, ...]) -> int:
-    query, key = args[1], args[2]
+    grad, query, key = args[0], args[1], args[2]
     q, k = _attention_splits(query.shape[2], key.shape[2])
     reduced = 0 if query.dtype == torch.float32 else 2 * 2 * q * k
-    return torch.get_num_threads() * (4 * 2 * q * k + reduced)
+    # The kernel goes through (batch, length, heads, width).
+    copied = 0 if grad.transpose(1, 2).is_contiguous() else grad.nbytes
+    return int(torch.get_num_threads() * (4 * (2 * q * k + q) + reduced) + copied)
 
 
 _SCRATCH: dict[Any, Callable[[tuple[Any, ...]], int]] = {
