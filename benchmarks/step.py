@@ -122,7 +122,8 @@ def measured(model: Any, count: int, given: argparse.Namespace) -> dict[str, lis
 
         return run
 
-    found: dict[str, list[float]] = {name: [] for name in (*theirs, *settings)}
+    compared = [name for over, under, _ in RATIOS.values() for name in (under, over)]  # neighbours in time
+    found: dict[str, list[float]] = {name: [] for name in dict.fromkeys((*compared, *theirs, *settings))}
     for _ in range(given.repeats):
         for name in found:
             if name in settings:

@@ -46,7 +46,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -364,11 +364,14 @@ def main() -> None:
     options = parser(__doc__, repeats=3)
     options.add_argument("--evaluations", type=int, default=3, help="sampled of each rung")
     options.add_argument("--searches", type=int, default=2, help="whole searches of ours: one before, the others after")
+    options.add_argument("--generations", type=int, help="of the search, for a shorter one")
     options.add_argument("--cohort", default="auto", help="candidates side by side, where the library has that")
     given = prepared(options)
     mine = evaluator_options(given.cohort)
     with scratch() as folder:
         chosen = subject(given, folder)
+        if given.generations is not None:
+            chosen = replace(chosen, search={**chosen.search, "generations": given.generations})
         print(f"{chosen.name}; clock: {given.clock}", flush=True)
         result, whole = timed_search(chosen, folder / "first", mine)
         evaluations = [record.evaluation for record in result.records]
