@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from qratk.core.errors import ConfigurationError
@@ -72,9 +74,22 @@ def initial_a(name: str, rank: int, d_in: int, *, seed: int) -> torch.Tensor:
     Seeded by (seed, module name) and nested in rank: the matrix of rank 8 is the first 8 rows of that of rank 16, so
     that two configurations differ only where they differ. The same on every device and version of torch.
     """
+    draw = _small_uniform if rank * d_in <= _SMALL_DRAW else _uniform
+    return torch.from_numpy(draw(name, rank, d_in, seed)).mul(1.0 / math.sqrt(d_in))
+
+
+def _uniform(name: str, rank: int, d_in: int, seed: int) -> NDArray[np.float32]:
+    # In [-1, 1).
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
-    uniform = np.random.Generator(np.random.Philox(key=key)).random((rank, d_in), dtype=np.float32)
-    return torch.from_numpy(uniform).mul_(2.0).sub_(1.0).mul_(1.0 / math.sqrt(d_in))
+    drawn = np.random.Generator(np.random.Philox(key=key)).random((rank, d_in), dtype=np.float32)
+    drawn *= np.float32(2.0)
+    drawn -= np.float32(1.0)
+    return drawn
+
+
+# Candidates of a search begin with the same values again and again; at most 32 MiB of them are kept.
+_SMALL_DRAW = 1 << 14
+_small_uniform = lru_cache(maxsize=512)(_uniform)
 
 
 class Adapters:

@@ -170,13 +170,16 @@ def _optimised_zero(groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Ten
     import torch
 
     best = float("inf")
-    for _ in range(_ITERATIONS):
-        codes = torch.round(groups * inverse + zero).clamp_(0, largest)
-        residual = groups - (codes - zero) / inverse
-        shrunk = residual.abs() - (1.0 / _BETA) * residual.abs().pow(_NORM - 1.0)
-        sparse = torch.sign(residual) * torch.relu(shrunk)
-        zero = torch.mean(codes - (groups - sparse) * inverse, dim=1, keepdim=True)
-        error = float(residual.abs().mean())
+    for _ in range(_ITERATIONS):  # in place: three tensors of the size of the weight beside it
+        codes = (groups * inverse).add_(zero).round_().clamp_(0, largest)
+        residual = (codes - zero).div_(inverse)
+        torch.sub(groups, residual, out=residual)
+        size = residual.abs()
+        error = float(size.mean())
+        shrunk = size.pow(_NORM - 1.0).mul_(1.0 / _BETA)
+        sparse = torch.sub(size, shrunk, out=size).relu_().mul_(residual.sign_())
+        torch.sub(groups, sparse, out=sparse).mul_(inverse)
+        zero = torch.mean(codes.sub_(sparse), dim=1, keepdim=True)
         if not error < best:
             break
         best = error
