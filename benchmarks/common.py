@@ -64,8 +64,9 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "lm_eval", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
-    from transformers.utils import logging as notes
+    import transformers.utils.logging
 
+    notes: Any = transformers.utils.logging
     notes.set_verbosity_error()
     notes.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -180,7 +181,7 @@ class Subject:
 
     name: str
     model: str
-    files: Mapping[str, str]
+    files: Mapping[str, Any]  # of MultipleChoiceData, by split
     module: Mapping[str, Any]  # of FineTuneModule
     data: Mapping[str, Any]  # of MultipleChoiceData
     search: Mapping[str, Any]  # of SearchLoop

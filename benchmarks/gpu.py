@@ -327,7 +327,10 @@ def written(folder: Path, length: int) -> dict[str, Any]:
     """Files of random words, long enough for full batches."""
     import json
 
-    draw, words = random.Random(0), "the town has many people who live in homes with animals and food".split()
+    draw, words = (
+        random.Random(0),
+        ["the", "town", "has", "many", "people", "who", "live", "in", "homes", "with", "animals", "and", "food"],
+    )
     files: dict[str, Any] = {}
     for split, rows in (("train", 64), ("validation", 4)):
         path = folder / f"{split}.jsonl"

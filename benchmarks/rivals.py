@@ -31,9 +31,10 @@ def quantised_linear(linear: nn.Linear, bits: int, *, dtype: torch.dtype, device
 
         config: Any = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
         return HQQLinear(linear, config, compute_dtype=dtype, device=device, del_orig=True)
-    import bitsandbytes.nn as bnb
+    import bitsandbytes.nn
 
     layer: Any
+    bnb: Any = bitsandbytes.nn
     if bits == 8:
         layer = bnb.Linear8bitLt(**sizes, bias=has_bias, has_fp16_weights=False, device="meta")
         layer.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)

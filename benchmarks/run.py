@@ -45,7 +45,8 @@ def options_of(name: str, given: argparse.Namespace, results: Path) -> list[str]
         value = getattr(given, option)
         if value is not None and ("from common import" in script or f'"--{option}"' in script):
             passed.append(f"--{option}={value}")
-    return [*passed, f"--json={results}"]
+    written = "--out" if '"--out"' in script else "--json"
+    return [*passed, f"{written}={results}"]
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ class Stepper:
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
