@@ -14,7 +14,14 @@ from torch import Tensor
 
 from qratk.backbone.cohort import Cohort
 from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, target_log_likelihood, targets_of
-from qratk.backbone.module import FineTuneModule, TrainingState, not_finite
+from qratk.backbone.module import (
+    FineTuneModule,
+    TrainingState,
+    device_random_state,
+    not_finite,
+    require_precision,
+    set_random_state,
+)
 from qratk.core.errors import ConfigurationError
 
 
@@ -74,12 +81,15 @@ class CohortModule(LightningModule):
         """Optimiser steps that were done before."""
         return self.states[0].steps if self.states else 0
 
+    def setup(self, stage: str) -> None:
+        """Raise `ConfigurationError` where Lightning would cast the adapters."""
+        require_precision(self.trainer)
+
     def on_train_start(self) -> None:
         """Set the random state, as for one candidate."""
+        torch.manual_seed(self.module.options.seed)  # of every device
         if self.states:
-            torch.set_rng_state(self.states[0].random)
-        else:
-            torch.manual_seed(self.module.options.seed)
+            set_random_state(self.states[0].random, self.states[0].device_random, self.device)
 
     def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""
@@ -118,12 +128,14 @@ class CohortModule(LightningModule):
         """What continuing each candidate needs, copied to the CPU; to be called right after `Trainer.fit`."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         steps, random = self.first_step + self.global_step, torch.get_rng_state()
+        device_random = device_random_state(self.device)
         return [
             TrainingState(
                 steps,
                 {name: value.cpu() for name, value in self.cohort.state(member).items()},
                 self.cohort.moments(optimizer, member),
                 random,
+                device_random,
             )
             for member in range(len(self.cohort))
         ]

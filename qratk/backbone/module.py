@@ -43,12 +43,16 @@ class NonFiniteLossError(QratkError, ArithmeticError):
 
 @dataclass
 class TrainingState:
-    """All that continuing a training needs: adapters, AdamW's moments by parameter name, random state, steps done."""
+    """All that continuing a training needs: adapters, AdamW's moments by parameter name, random states, steps done.
+
+    On CUDA dropout draws from the device's own generator: `device_random` is its state, and None on the CPU.
+    """
 
     steps: int
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: Tensor
+    device_random: Tensor | None = None
 
 
 class FineTuneModule(LightningModule):
@@ -115,7 +119,7 @@ class FineTuneModule(LightningModule):
         self._scorer: Any = None  # a qratk.data Scorer
         self._scoring = ExitStack()
         self._shared_length: int | None = None
-        self._loaded_random: Tensor | None = None
+        self._loaded_random: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def options(self) -> Any:
@@ -176,6 +180,7 @@ class FineTuneModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
+        require_precision(self.trainer)
         if stage == "fit":
             self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
         if self.configuration is not None:
@@ -191,6 +196,7 @@ class FineTuneModule(LightningModule):
         backbone.build_bank(sorted(set(configuration.bits)))
         backbone.release_reference()
         self.activate(configuration)
+        backbone.keep_active()
 
     # Training
 
@@ -220,13 +226,12 @@ class FineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Set the random state: of dropout, the only draw in training."""
+        torch.manual_seed(self.options.seed)  # of every device
         if self.resume_state is not None:
-            torch.set_rng_state(self.resume_state.random)
+            set_random_state(self.resume_state.random, self.resume_state.device_random, self.device)
         elif self._loaded_random is not None:
-            torch.set_rng_state(self._loaded_random)
+            set_random_state(*self._loaded_random, self.device)
             self._loaded_random = None
-        else:
-            torch.manual_seed(self.options.seed)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""
@@ -266,14 +271,16 @@ class FineTuneModule(LightningModule):
             for key, value in optimizer.state.get(parameter, {}).items():
                 moments[f"{name}/{key}"] = value.detach().cpu().clone()
         adapter = {name: value.detach().cpu().clone() for name, value in self.backbone.adapter_state().items()}
-        return TrainingState(self.first_step + self.global_step, adapter, moments, torch.get_rng_state())
+        steps = self.first_step + self.global_step
+        return TrainingState(steps, adapter, moments, torch.get_rng_state(), device_random_state(self.device))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only the adapters, for the frozen weights come from the model, and the random state."""
+        """Keep only the adapters, for the frozen weights come from the model, and the random states."""
         adapter = self.backbone.adapter_state()
         checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
         checkpoint["configuration"] = str(self.configuration)
         checkpoint["random"] = torch.get_rng_state()
+        checkpoint["device_random"] = device_random_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the adapters in place; raises `ConfigurationError` when they are of another configuration."""
@@ -287,7 +294,8 @@ class FineTuneModule(LightningModule):
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.backbone.load_adapter_state(state)
         checkpoint["state_dict"] = {}
-        self._loaded_random = checkpoint.get("random")
+        if (random := checkpoint.get("random")) is not None:
+            self._loaded_random = random, checkpoint.get("device_random")
         if self._trainer is not None and self._trainer.training and self._trainer.max_steps != -1:
             # Batches are a function of their number alone: go on with the next one. (Epochs count by themselves.)
             self._data().start_batch = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
@@ -367,6 +375,31 @@ class FineTuneModule(LightningModule):
         """Write the adapter for plain PEFT."""
         assert self.configuration is not None
         self.backbone.save_adapter(directory, self.configuration)
+
+
+def require_precision(trainer: Any) -> None:
+    """Raise `ConfigurationError` where Lightning would cast the adapters' float32 masters to another type."""
+    precision = str(trainer.precision)
+    if precision in ("32-true", "bf16-mixed", "16-mixed"):
+        return
+    cure = {"bf16-true": "--model.compute_dtype=bfloat16", "16-true": "--model.compute_dtype=float16"}
+    raise ConfigurationError(
+        f"--trainer.precision={precision} would cast the adapters' float32 masters and the model's buffers; leave it "
+        f"out and give {cure.get(precision, '--model.compute_dtype')} instead: activations and frozen weights are "
+        "of that type then, and the adapters are trained in float32"
+    )
+
+
+def device_random_state(device: torch.device) -> Tensor | None:
+    """State of a CUDA device's generator, a tensor on the CPU; None for the CPU, whose state torch has apart."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(random: Tensor, device_random: Tensor | None, device: torch.device) -> None:
+    """Put the state of the CPU's generator in place, and that of a CUDA device where there is one."""
+    torch.set_rng_state(random.cpu())
+    if device.type == "cuda" and device_random is not None:
+        torch.cuda.set_rng_state(device_random.cpu(), device)
 
 
 def not_finite(loss: float, step: int) -> str:

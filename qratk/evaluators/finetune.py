@@ -94,8 +94,11 @@ class FineTuneEvaluator(Evaluator):
         self._tried_sharing = False
 
     def _place(self) -> None:
+        from qratk.backbone.module import require_precision
+
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
         trainer = self._trainer(max_steps=1)
+        require_precision(trainer)
         self.device, self._precision = trainer.strategy.root_device, str(trainer.precision)
         self.module.backbone.model.to(self.device)
 
@@ -154,6 +157,7 @@ class FineTuneEvaluator(Evaluator):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            self.module.backbone.dense_cache(self.module.options.dense_cache)  # begins empty
             torch.cuda.empty_cache()
             if len(configurations) > 1:
                 return self._in_halves(configurations, steps)
@@ -320,6 +324,7 @@ class FineTuneEvaluator(Evaluator):
 
     def _build_bank(self) -> None:
         backbone = self.module.backbone
+        backbone.say = self.context.say
         backbone.build_bank(sorted({*self.space.bits, *self.context.reference_bits}))
         groups: dict[tuple[int, str, str], list[Any]] = {}
         for fallback in backbone.fallbacks:
@@ -439,7 +444,9 @@ def _save_state(path: Path, state: TrainingState, *, optimizer: bool) -> None:
     part.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in state.adapter.items()}, part / "adapter.safetensors")
     if optimizer:
-        save_file({**state.optimizer, "random": state.random}, part / "optimizer.safetensors")
+        random = {"random": state.random, "device_random": state.device_random}
+        random = {name: value for name, value in random.items() if value is not None}
+        save_file({**state.optimizer, **random}, part / "optimizer.safetensors")
     (part / "state.json").write_text(json.dumps({"steps": state.steps}))
     for file in (*part.iterdir(), part):
         _flush(file)
@@ -462,6 +469,6 @@ def _load_state(path: Path) -> TrainingState:
     from qratk.backbone.module import TrainingState
 
     moments = load_file(path / "optimizer.safetensors") if (path / "optimizer.safetensors").exists() else {}
-    random = moments.pop("random", torch.get_rng_state())
+    random, device_random = moments.pop("random", torch.get_rng_state()), moments.pop("device_random", None)
     steps = json.loads((path / "state.json").read_text())["steps"]
-    return TrainingState(steps, load_file(path / "adapter.safetensors"), moments, random)
+    return TrainingState(steps, load_file(path / "adapter.safetensors"), moments, random, device_random)

@@ -1,0 +1,122 @@
+"""A tiny model with a tokenizer and data, on disk, and fits on them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qratk.backbone.module import FineTuneModule
+from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.finetune import FineTuneEvaluator
+
+MIXED = "2:2 4:4 8:2"
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the model and the data lie."""
+
+    model: str
+    data: dict[str, str]
+
+
+def write_files(folder: Path, tiny_model: Callable[..., Any]) -> Files:
+    """A tiny random Llama with a tokenizer of single characters, and sums to 9 as multiple choice."""
+    model = folder / "model"
+    tiny_model("llama").save_pretrained(model)
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
+    vocabulary |= {chr(code): len(vocabulary) + i for i, code in enumerate(range(32, 124))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(model)
+    data = {}
+    for name, numbers in (("train", range(5)), ("validation", range(5, 7))):
+        rows = [
+            {"id": f"{a}{b}", "context": "", "question": f"{a}+{b}=", "choices": ["9", "3"], "label": (a + b) % 2}
+            for a in numbers
+            for b in range(8)
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        data[name] = str(path)
+    return Files(str(model), data)
+
+
+class Losses(Callback):
+    """Remembers the loss of every micro-batch, and the types of parameters at the end."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *rest: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def make_module(files: Files, **options: Any) -> FineTuneModule:
+    """Module of the tiny model with a mixed configuration."""
+    return FineTuneModule(files.model, **{"configuration": MIXED, "learning_rate": 1e-2, "bank_dir": None, **options})
+
+
+def make_data(files: Files, *, batch_size: int = 4) -> MultipleChoiceData:
+    """The data, scored by likelihood."""
+    return MultipleChoiceData(**files.data, batch_size=batch_size, score="log_likelihood")
+
+
+def fitted(
+    files: Files, *, steps: int = 4, batch_size: int = 4, module: FineTuneModule | None = None, **trainer: Any
+) -> tuple[FineTuneModule, list[float], float]:
+    """Module, losses and validation score after a fit."""
+    module, losses, data = module or make_module(files), Losses(), make_data(files, batch_size=batch_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        given = {"accelerator": "cpu", "devices": 1, **QUIET, **trainer}
+        fit = Trainer(max_steps=steps, limit_val_batches=0, callbacks=[losses], **given)
+        fit.fit(module, datamodule=data)
+        (metrics,) = Trainer(**given).validate(module, datamodule=data, verbose=False)
+    return module, losses.values, float(metrics["validation/score"])
+
+
+def opened(run_dir: Path, files: Files, trainer: dict[str, Any], *, cohort: int = 1, **options: Any) -> Any:
+    """Evaluator of the tiny model over rungs of 2, 4 and 6 steps."""
+    module = make_module(files, configuration=None, **options)
+    evaluator = FineTuneEvaluator(calibration_batches=1, calibration_batch_size=2, cohort=cohort)
+    ladder = FidelityLadder((2, 4, 6))
+    make: Any = lambda **more: Trainer(**{**trainer, **more})  # noqa: E731
+    evaluator.open(EvaluationContext(run_dir, ladder, 0, module, make_data(files), make))
+    evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), tuple(shape.name for shape in evaluator.shapes)))
+    return evaluator
+
+
+def evaluated(evaluator: Any, steps: int, *texts: str) -> list[Evaluation]:
+    """Evaluations of configurations after so many steps."""
+    candidates = [Candidate(Configuration.from_text(text), "test") for text in texts or (MIXED,)]
+    return list(evaluator.evaluate([Request(candidate, steps) for candidate in candidates]))
+
+
+def adapters_of(module: FineTuneModule) -> dict[str, torch.Tensor]:
+    """The masters, on the CPU."""
+    return {name: value.cpu() for name, value in module.backbone.adapter_state().items()}
