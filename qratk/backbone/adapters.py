@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qratk.backbone.sharding import is_sharded, local, shard_like, whole
 from qratk.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Adapters:
         base = self.peft_model.get_base_model()
         self._wrappers: dict[str, Any] = {name: base.get_submodule(name) for name in self.banks}
         self._linears = {n: (w.lora_A[_ADAPTER], w.lora_B[_ADAPTER]) for n, w in self._wrappers.items()}
+        self._whole: dict[str, torch.Tensor] = {}  # of sharded adapters, for one process to save
 
     def rank(self, name: str) -> int:
         """Rank of a projection's adapter; 0 when there is none."""
@@ -115,6 +117,7 @@ class Adapters:
     def reset(self, name: str, rank: int, *, seed: int) -> None:
         """Give a projection a fresh adapter of this rank: A seeded, B zero."""
         wrapper, bank = self._wrappers[name], self.banks[name]
+        self._whole = {}
         if rank == 0:
             for matrices in (wrapper.lora_A, wrapper.lora_B):
                 if _ADAPTER in matrices:
@@ -146,8 +149,13 @@ class Adapters:
         return found
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of the float32 masters by name."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters()}
+        """Whole copies of the float32 masters by name; where they are sharded, all processes must ask."""
+        return {name: whole(parameter).clone() for name, parameter in self.parameters()}
+
+    def gather(self) -> None:
+        """Hold whole copies of sharded masters on the CPU, so that one process alone can save; all must call it."""
+        if any(is_sharded(parameter) for _, parameter in self.parameters()):
+            self._whole = {name: value.cpu() for name, value in self.state().items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy masters in place; raises `ConfigurationError` unless names and shapes are those of the active ranks."""
@@ -159,21 +167,23 @@ class Adapters:
                 f"the adapters are of another configuration: {len(wrong)} tensors differ, the first is {wrong[0]!r}; "
                 "activate the configuration that they were trained with first"
             )
+        self._whole = {}
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+                local(parameter).copy_(local(shard_like(parameter, state[name])))
 
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
         """Within it the adapters have the values that are stored (16 bits); the masters return afterwards."""
-        masters = [(parameter, parameter.data) for _, parameter in self.parameters()]
-        for parameter, master in masters:
-            parameter.data = master.to(self.options.torch_dtype).to(master.dtype)
+        # In place: a sharded parameter is gathered from the memory that it had at first.
+        masters = [(local(parameter), local(parameter).clone()) for _, parameter in self.parameters()]
+        for values, master in masters:
+            values.copy_(master.to(self.options.torch_dtype))
         try:
             yield
         finally:
-            for parameter, master in masters:
-                parameter.data = master
+            for values, master in masters:
+                values.copy_(master)
 
     def describe(self) -> dict[str, str]:
         """The precision that adapters are trained in, and that they are stored in."""
@@ -196,7 +206,8 @@ class Adapters:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         dtype = self.options.torch_dtype
-        tensors = {f"base_model.model.{n}": p.detach().to("cpu", dtype).contiguous() for n, p in self.parameters()}
+        masters = self._whole or {name: whole(parameter) for name, parameter in self.parameters()}
+        tensors = {f"base_model.model.{n}": value.to("cpu", dtype).contiguous() for n, value in masters.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(directory))
 

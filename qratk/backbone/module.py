@@ -26,6 +26,7 @@ from qratk.backbone.logits import (
     target_log_likelihood,
     targets_of,
 )
+from qratk.backbone.sharding import ShardedStrategy, require_strategy, shard
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
 from qratk.quantizers.base import Quantizer, quantizers
@@ -180,7 +181,9 @@ class FineTuneModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
-        require_precision(self.trainer)
+        if self._trainer is not None:
+            require_precision(self._trainer)
+            require_strategy(self._trainer.strategy)
         if stage == "fit":
             self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
         if self.configuration is not None:
@@ -197,6 +200,11 @@ class FineTuneModule(LightningModule):
         backbone.release_reference()
         self.activate(configuration)
         backbone.keep_active()
+
+    def configure_model(self) -> None:
+        """Shard the adapters where the strategy asks for it."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self.backbone, self.trainer.strategy)
 
     # Training
 
@@ -232,6 +240,10 @@ class FineTuneModule(LightningModule):
         elif self._loaded_random is not None:
             set_random_state(*self._loaded_random, self.device)
             self._loaded_random = None
+
+    def on_train_end(self) -> None:
+        """Gather sharded adapters, so that one process alone can save them."""
+        self.backbone.adapters.gather()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""

@@ -95,10 +95,12 @@ class FineTuneEvaluator(Evaluator):
 
     def _place(self) -> None:
         from qratk.backbone.module import require_precision
+        from qratk.backbone.sharding import require_strategy
 
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
         trainer = self._trainer(max_steps=1)
         require_precision(trainer)
+        require_strategy(trainer.strategy, sharded=False)
         self.device, self._precision = trainer.strategy.root_device, str(trainer.precision)
         self.module.backbone.model.to(self.device)
 
@@ -444,9 +446,10 @@ def _save_state(path: Path, state: TrainingState, *, optimizer: bool) -> None:
     part.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in state.adapter.items()}, part / "adapter.safetensors")
     if optimizer:
-        random = {"random": state.random, "device_random": state.device_random}
-        random = {name: value for name, value in random.items() if value is not None}
-        save_file({**state.optimizer, **random}, part / "optimizer.safetensors")
+        tensors = {**state.optimizer, "random": state.random}
+        if state.device_random is not None:
+            tensors["device_random"] = state.device_random
+        save_file(tensors, part / "optimizer.safetensors")
     (part / "state.json").write_text(json.dumps({"steps": state.steps}))
     for file in (*part.iterdir(), part):
         _flush(file)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +67,7 @@ def write_files(folder: Path, tiny_model: Callable[..., Any]) -> Files:
 
 
 class Losses(Callback):
-    """Remembers the loss of every micro-batch, and the types of parameters at the end."""
+    """Remembers the loss of every micro-batch."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -86,16 +87,25 @@ def make_data(files: Files, *, batch_size: int = 4) -> MultipleChoiceData:
 
 
 def fitted(
-    files: Files, *, steps: int = 4, batch_size: int = 4, module: FineTuneModule | None = None, **trainer: Any
+    files: Files,
+    *,
+    steps: int = 4,
+    batch_size: int = 4,
+    module: FineTuneModule | None = None,
+    keep: str | Path | None = None,
+    resume: str | None = None,
+    **trainer: Any,
 ) -> tuple[FineTuneModule, list[float], float]:
-    """Module, losses and validation score after a fit."""
+    """Module, losses and validation score after a fit, which keeps a checkpoint of every second step in a folder."""
     module, losses, data = module or make_module(files), Losses(), make_data(files, batch_size=batch_size)
+    kept = [ModelCheckpoint(keep, filename="{step}", every_n_train_steps=2, save_top_k=-1)] if keep else []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         given = {"accelerator": "cpu", "devices": 1, **QUIET, **trainer}
-        fit = Trainer(max_steps=steps, limit_val_batches=0, callbacks=[losses], **given)
-        fit.fit(module, datamodule=data)
+        extra = {"limit_val_batches": 0, "callbacks": [losses, *kept], "enable_checkpointing": bool(keep)}
+        Trainer(max_steps=steps, **{**given, **extra}).fit(module, datamodule=data, ckpt_path=resume)
         (metrics,) = Trainer(**given).validate(module, datamodule=data, verbose=False)
     return module, losses.values, float(metrics["validation/score"])
 
