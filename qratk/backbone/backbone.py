@@ -340,6 +340,14 @@ class Backbone:
                 self.adapters.reset(name, choice.rank, seed=seed)
         self.configuration = configuration
 
+    def keep_active(self) -> None:
+        """Drop the packed weights that the active configuration does not use, and the reference."""
+        self.release_reference()
+        for bank in self._banks.values():
+            for bits in set(bank.variants) - {bank.active}:
+                bank.drop_variant(bits)
+        self._built.clear()
+
     def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
         """Candidates to train side by side, with fresh adapters seeded as `activate` does; raises as it does."""
         self._require_weights()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from qratk.backbone.cohort import Cohort
-from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, target_log_likelihood, targets_of
+from qratk.backbone.logits import labelled_logits, replicate, target_log_likelihood, training_losses
 from qratk.backbone.module import (
     FineTuneModule,
     TrainingState,
@@ -93,9 +93,10 @@ class CohortModule(LightningModule):
 
     def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""
-        whole = replicate(batch, len(self.cohort))
-        positions, target = targets_of(whole["labels"])
-        return labelled_loss(labelled_logits(self.model, whole, positions), target, len(self.cohort))
+        size, cost = len(self.cohort), self.module.pass_cost
+        if cost is not None and not self.module.options.lora_dropout:  # its draws must be those of a candidate alone
+            cost /= size
+        return training_losses(self.model, batch, size, overhead=cost)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the losses, whose gradient is each candidate's own."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qratk.core.batching import BATCH_COST, cheapest_cuts
 from qratk.core.errors import QratkError
 
 IGNORE = -100
@@ -101,6 +102,51 @@ def labelled_loss(logits: Tensor, target: Tensor, candidates: int = 1) -> Tensor
     """
     losses = cross_entropy(logits.float(), target.repeat(len(logits) // max(1, len(target))), reduction="none")
     return losses.view(candidates, -1).mean(1)
+
+
+def training_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], candidates: int = 1, *, overhead: float | None = BATCH_COST
+) -> Tensor:
+    """Mean negative log-likelihood of a batch's labelled tokens for each candidate in the model, (K,), in nats.
+
+    The batch is computed `by_length`, which changes nothing but the order of additions; with None for the overhead it
+    is computed in one piece. Differentiable.
+    """
+    parts = [batch] if overhead is None else by_length(batch, overhead=overhead)
+    losses: list[Tensor] = []
+    counts: list[int] = []
+    for part in parts:
+        whole = replicate(part, candidates) if candidates > 1 else part
+        positions, target = targets_of(whole["labels"])
+        if len(target) or len(parts) == 1:
+            losses.append(labelled_loss(labelled_logits(model, whole, positions), target, candidates))
+            counts.append(len(target))
+    if len(losses) == 1:
+        return losses[0]
+    total = sum(counts)
+    return torch.stack([loss * (count / total) for loss, count in zip(losses, counts, strict=True)]).sum(0)
+
+
+def by_length(batch: Mapping[str, Tensor], *, overhead: float = BATCH_COST) -> list[dict[str, Tensor]]:
+    """A training batch in parts of rows of about equal length, each without the padding that it does not need.
+
+    There are as many parts as make it cheapest, where each pass costs `overhead` tokens; often that is the batch as it
+    is.
+    """
+    mask = batch["attention_mask"]
+    rows, width = mask.shape
+    ends = (mask != 0) * torch.arange(1, width + 1, device=mask.device)
+    lengths = ends.amax(1).clamp(min=1).tolist()
+    order = sorted(range(rows), key=lambda row: (-lengths[row], row))
+    cuts = cheapest_cuts([lengths[row] for row in order], budget=rows * width, most=rows, overhead=overhead)
+    if len(cuts) == 1:
+        return [dict(batch)]
+    parts = []
+    for cut in cuts:
+        chosen = torch.tensor(order[cut], device=mask.device)
+        longest = lengths[order[cut.start]]
+        parts.append({name: value[chosen, :longest] for name, value in batch.items() if name in _INPUTS})
+    return parts
 
 
 def target_log_likelihood(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

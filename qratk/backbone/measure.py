@@ -12,14 +12,6 @@ from qratk.backbone.trace import resident_tensors, training_batch, training_step
 from qratk.core.configuration import Configuration
 
 
-def keep_active(backbone: Backbone) -> None:
-    """Drop the packed weights that the active configuration does not use, and the reference."""
-    backbone.release_reference()
-    for bank in backbone.banks.values():
-        for bits in set(bank.variants) - {bank.active}:
-            bank.drop_variant(bits)
-
-
 def resident_bytes(backbone: Backbone) -> int:
     """Bytes of the distinct storages that a backbone holds."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for _, t in resident_tensors(backbone)}
@@ -70,7 +62,7 @@ def measured_peak(
     """
     backbone.build_bank(sorted(set(configuration.bits)))
     backbone.activate(configuration, seed=0)
-    keep_active(backbone)
+    backbone.keep_active()
     backbone.dense_cache("on" if dense_cache else "off")
     if gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
@@ -79,7 +71,7 @@ def measured_peak(
 
     def action() -> None:
         parameters = [p for _, p in backbone.trainable_parameters() if p.numel()]
-        optimizer = torch.optim.AdamW(parameters)
+        optimizer = torch.optim.AdamW(parameters, fused=True)
         batch = training_batch(batch_size, sequence_length, device)
         for _ in range(steps):  # from the second on the optimiser has its moments
             training_step(backbone.model, optimizer, batch)

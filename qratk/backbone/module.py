@@ -20,13 +20,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from qratk.backbone.backbone import AdapterOptions, Backbone
 from qratk.backbone.logits import (
     labelled_logits,
-    labelled_loss,
     model_inputs,
     shared_length,
     target_log_likelihood,
-    targets_of,
+    training_losses,
 )
 from qratk.backbone.sharding import ShardedStrategy, require_strategy, shard
+from qratk.core.batching import BATCH_COST
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
 from qratk.quantizers.base import Quantizer, quantizers
@@ -216,8 +216,14 @@ class FineTuneModule(LightningModule):
 
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens of a batch, in nats."""
-        positions, target = targets_of(batch["labels"])
-        return labelled_loss(labelled_logits(self.backbone.model, batch, positions), target)[0]
+        return training_losses(self.backbone.model, batch, overhead=self.pass_cost)[0]
+
+    @property
+    def pass_cost(self) -> float | None:
+        """Tokens that a pass through the model counts as, where a batch may be cut by length; None where it may not."""
+        # Processes that shard the model must do the same passes at the same time.
+        several = self._trainer is not None and self._trainer.world_size > 1
+        return None if several else BATCH_COST
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss; raises `NonFiniteLossError`."""

@@ -514,7 +514,9 @@ class PeakTracer:
             enter("forward")
             labelled_loss(labelled_logits(self.twin.model, batch), targets_of(batch["labels"])[1])
             return
-        optimizer = torch.optim.AdamW(parameters, foreach=True if self.device == "cuda" else None)
+        # Fine-tuning uses the fused kernel, which has no meta device and no temporaries; those of one parameter at a
+        # time are next to nothing.
+        optimizer = torch.optim.AdamW(parameters, foreach=False)
         enter("optimizer")  # the step before has made gradients and moments
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qratk.core.batching import cheapest_cuts
+
 if TYPE_CHECKING:
     from qratk.data.base import Encoded
 
 # Attention of a shared row grows with the square of its length: it must save more than it can cost.
 _LARGEST_SHARE = 0.8
-# What a batch costs beside its tokens, in tokens: calls of operations, and dequantising the weights.
-_BATCH_COST = 256
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,6 @@ def scoring_batches(
         for cut in cheapest_cuts([pack.length for pack in group], budget=budget, most=most):
             batches.append(_collate(group[cut], rows, pad_id))
     return batches
-
-
-def cheapest_cuts(lengths: Sequence[int], *, budget: int, most: int) -> list[slice]:
-    """Slices of rows that get shorter and shorter, one a batch, that cost least in all.
-
-    A batch costs its tokens, padding included, of which there are at most `budget` unless it is one row, and what any
-    batch costs. It has at most `most` rows. (Shortest path: the best way on from each row, from the last one back.)
-    """
-    count = len(lengths)
-    best = np.zeros(count + 1)
-    following = np.zeros(count, dtype=np.int64)
-    for first in range(count - 1, -1, -1):
-        number = np.arange(1, 1 + min(most, max(1, budget // lengths[first]), count - first))
-        cost = best[first + number] + number * lengths[first] + _BATCH_COST
-        chosen = int(cost.argmin())
-        best[first], following[first] = cost[chosen], first + number[chosen]
-    cuts = []
-    first = 0
-    while first < count:
-        cuts.append(slice(first, int(following[first])))
-        first = int(following[first])
-    return cuts
 
 
 def pack_rows(rows: Sequence[Encoded], shared_length: int) -> Iterator[Packed]:

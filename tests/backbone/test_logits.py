@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from qratk.backbone import logits as logits_module
 from qratk.backbone.logits import (
+    by_length,
     labelled_logits,
     labelled_loss,
     model_inputs,
@@ -19,6 +20,7 @@ from qratk.backbone.logits import (
     shared_length,
     target_log_likelihood,
     targets_of,
+    training_losses,
 )
 from qratk.core.configuration import Configuration
 from qratk.data.base import encoded
@@ -276,3 +278,60 @@ def test_losses_of_replicated_training_batches_are_of_each_candidate(tiny_model:
         logits = labelled_logits(model, copied, both)
     torch.testing.assert_close(labelled_loss(logits, target, 2), one.expand(2))
     assert torch.equal(labelled_loss(logits, target, 2), labelled_loss(logits, again, 2))
+
+
+def ragged_batch(rows: int = 12) -> dict[str, torch.Tensor]:
+    """Rows of 4 to 40 tokens, in no order."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(4, 40, (rows,), generator=generator)
+    lengths[3] = 40
+    input_ids = torch.randint(3, 90, (rows, 40), generator=generator)
+    attention_mask = (torch.arange(40) < lengths[:, None]).long()
+    labels = torch.where((torch.rand(rows, 40, generator=generator) < 0.2) & (attention_mask == 1), input_ids, -100)
+    labels[0] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def test_parts_by_length_hold_every_row_once_without_superfluous_padding() -> None:
+    batch = ragged_batch()
+    parts = by_length(batch, overhead=10.0)
+    assert len(parts) > 2
+    lengths = [part["attention_mask"].sum(1) for part in parts]
+    assert all(int(own.max()) == part["input_ids"].shape[1] for own, part in zip(lengths, parts, strict=True))
+    whole = {
+        tuple(row[mask == 1].tolist()) for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    found = [
+        tuple(row[mask == 1].tolist())
+        for part in parts
+        for row, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+    ]
+    assert len(found) == 12
+    assert set(found) == whole
+    assert sum(int((part["labels"] != -100).sum()) for part in parts) == int((batch["labels"] != -100).sum())
+
+
+def test_a_batch_of_equal_lengths_or_dear_passes_stays_as_it_is() -> None:
+    batch = ragged_batch()
+    (same,) = by_length(batch, overhead=1e6)
+    assert all(torch.equal(same[name], batch[name]) for name in batch)
+    full = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    assert len(by_length(full, overhead=1.0)) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_cutting_a_batch_by_length_changes_losses_and_gradients_by_rounding_only(
+    family: str, candidates: int, tiny_backbone: Any
+) -> None:
+    backbone = mixed(tiny_backbone(family, bits=(2, 4, 8)))
+    results = []
+    for overhead in (None, 10.0):
+        losses = training_losses(backbone.model, ragged_batch(), candidates, overhead=overhead)
+        parameters = [p for _, p in backbone.trainable_parameters()]
+        results.append((losses, torch.autograd.grad(losses.sum(), parameters)))
+    (whole, gradients), (cut, others) = results
+    assert whole.shape == (candidates,)
+    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=0)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)

@@ -136,7 +136,7 @@ def test_allocator_events_give_the_peak_of_known_tensors():
 def test_lightning_takes_what_is_foretold():
     from lightning import Trainer
 
-    from qratk.backbone.measure import keep_active, resident_bytes
+    from qratk.backbone.measure import resident_bytes
     from qratk.backbone.module import FineTuneModule
     from qratk.evaluators.finetune import quiet_lightning
 
@@ -144,7 +144,7 @@ def test_lightning_takes_what_is_foretold():
     backbone, configuration = module.backbone, Configuration.from_text("4:8 2:16 8:4 4:2 2:8 8:8 " * 2)
     backbone.build_bank((2, 4, 8))
     module.activate(configuration)
-    keep_active(backbone)
+    backbone.keep_active()
     ids = torch.ones((4, 96), dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from qratk.core.batching import cheapest_cuts
 from qratk.core.configuration import Configuration
 from qratk.data import MultipleChoiceData, TextData, write_task
 from qratk.data import batches as batches_module
 from qratk.data.base import Encoded, encoded
-from qratk.data.batches import cheapest_cuts, pack_rows, scoring_batches
+from qratk.data.batches import pack_rows, scoring_batches
 from qratk.data.lm_eval import run_lm_eval
 
 Write = Callable[[str, list[Any]], str]
