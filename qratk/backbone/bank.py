@@ -93,6 +93,12 @@ def dequantized_matmul(
     return out
 
 
+def _first(value: torch.Tensor, then: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Returns `value` once and lets go of it, and afterwards what `then` returns."""
+    values = [value]
+    return lambda: values.pop() if values else then()
+
+
 class FrozenWeight(torch.Tensor):
     """A dense copy of a packed weight, for reading. Assigning to `data` raises.
 
@@ -271,7 +277,17 @@ class BankLinear(nn.Linear):
         after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
         # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
         dense = partial(self._dense_weight, variant, self._active, x.dtype)
-        return dequantized_matmul(x, dense, bias, after=after)
+        if self._dense_cache.mode == "off":
+            return dequantized_matmul(x, dense, bias, after=after)
+        weight = dense()
+        if not self._dense_cache.holds((self._token, self._active, x.dtype)):
+            return dequantized_matmul(x, _first(weight, dense), bias, after=after)
+        # Autograd keeps what the cache keeps anyway.
+        return (
+            nn.functional.linear(x, weight).add(bias)
+            if after and bias is not None
+            else nn.functional.linear(x, weight, bias)
+        )
 
     @property
     def _cache_dtype(self) -> torch.dtype:

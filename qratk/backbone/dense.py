@@ -73,6 +73,10 @@ class DenseCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def holds(self, key: Key) -> bool:
+        """Whether a weight is kept."""
+        return key in self._entries
+
     def next_generation(self) -> None:
         """A switch: what is kept may make room from now on, and the memory is looked at again."""
         self._generation += 1
