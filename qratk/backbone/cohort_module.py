@@ -19,6 +19,7 @@ from qratk.backbone.module import (
     TrainingState,
     device_random_state,
     not_finite,
+    place_steps,
     require_precision,
     set_random_state,
 )
@@ -112,6 +113,7 @@ class CohortModule(LightningModule):
         """AdamW over the stacked adapters, continued where the rung ended, and the module's schedule."""
         optimizer = self.module.make_optimizer([p for _, p in self.cohort.parameters()], self.trainer)
         self.cohort.load_moments(optimizer, [state.optimizer for state in self.states])
+        place_steps(optimizer)
         schedule = self.module.make_schedule(optimizer, self.trainer, self.first_step)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -259,6 +259,7 @@ class FineTuneModule(LightningModule):
         optimizer = self.make_optimizer([p for _, p in named], self.trainer)
         if self.resume_state is not None:
             _restore_moments(optimizer, named, self.resume_state.optimizer)
+            place_steps(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer, self.trainer, self.first_step)}
 
     def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
@@ -406,6 +407,15 @@ def require_precision(trainer: Any) -> None:
         f"out and give {cure.get(precision, '--model.compute_dtype')} instead: activations and frozen weights are "
         "of that type then, and the adapters are trained in float32"
     )
+
+
+def place_steps(optimizer: Optimizer) -> None:
+    """Move restored step counts to where AdamW wants them: its fused kernel has them beside the parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)
 
 
 def device_random_state(device: torch.device) -> Tensor | None:
