@@ -74,6 +74,8 @@ class SearchTrainer(Trainer):
     """Lightning's Trainer with one more verb; its options hold for every run of a search too."""
 
     def __init__(self, **options: Any) -> None:
+        if options.get("strategy") == "fsdp":  # Lightning's own flattens parameters, which the adapters cannot be
+            options["strategy"] = "fsdp2"
         self._options = copy.deepcopy(options)
         super().__init__(**options)
 

@@ -265,3 +265,10 @@ def test_run_directory_defaults_to_time_and_name(tmp_path):
     assert first.parts[0] == "runs"
     assert first.name.endswith("-mine")
     assert second != first
+
+
+def test_fsdp_means_the_strategy_that_shards_adapters() -> None:
+    from qratk.cli import SearchTrainer
+
+    trainer = SearchTrainer(strategy="fsdp", accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    assert type(trainer.strategy).__name__ == "ShardedStrategy"
