@@ -75,8 +75,10 @@ def initial_a(name: str, rank: int, d_in: int, *, seed: int) -> torch.Tensor:
     Seeded by (seed, module name) and nested in rank: the matrix of rank 8 is the first 8 rows of that of rank 16, so
     that two configurations differ only where they differ. The same on every device and version of torch.
     """
-    draw = _small_uniform if rank * d_in <= _SMALL_DRAW else _uniform
-    return torch.from_numpy(draw(name, rank, d_in, seed)).mul(1.0 / math.sqrt(d_in))
+    rows = -(-rank // _ROWS) * _ROWS  # nested: what is kept serves all ranks up to there
+    small = rows * d_in <= _SMALL_DRAW
+    drawn = _small_uniform(name, rows, d_in, seed)[:rank] if small else _uniform(name, rank, d_in, seed)
+    return torch.from_numpy(drawn).mul(1.0 / math.sqrt(d_in))
 
 
 def _uniform(name: str, rank: int, d_in: int, seed: int) -> NDArray[np.float32]:
@@ -88,9 +90,9 @@ def _uniform(name: str, rank: int, d_in: int, seed: int) -> NDArray[np.float32]:
     return drawn
 
 
-# Candidates of a search begin with the same values again and again; at most 32 MiB of them are kept.
-_SMALL_DRAW = 1 << 14
-_small_uniform = lru_cache(maxsize=512)(_uniform)
+# Candidates of a search begin with the same values again and again; at most 64 MiB of them are kept.
+_ROWS, _SMALL_DRAW = 16, 1 << 13
+_small_uniform = lru_cache(maxsize=2048)(_uniform)
 
 
 class Adapters:
