@@ -13,7 +13,7 @@ class Throttle:
     A search on a toy problem ends a generation in milliseconds, and a resumed one replays hundreds in a second.
     """
 
-    def __init__(self, share: float = 0.05, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, share: float = 0.01, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._share = share
         self._clock = clock
         self._next = float("-inf")
