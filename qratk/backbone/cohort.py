@@ -204,7 +204,7 @@ def _runs(bits: Sequence[int]) -> Runs:
 
 
 class Cohort:
-    """K candidates put into a backbone's model side by side, until `remove`.
+    """K candidates that are put into a model side by side, while it is `installed`.
 
     Inputs of the model are then batches of K*B rows, candidate after candidate. What is trained is the same as when
     each candidate is trained alone: the same nested initial adapters, the same arithmetic but for the order of
