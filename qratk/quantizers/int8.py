@@ -50,10 +50,7 @@ class Int8Quantizer(Quantizer):
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """Weight (d_out, d_in), bit-equal to what bitsandbytes' `MatMul8bitFp` multiplies by."""
-        import torch
-
-        # One pass: int8 times float32 is float32, and no copy of the codes is made.
-        return torch.mul(packed[self.CODES], packed["absmax"].unsqueeze(1).mul(1.0 / 127.0)).to(dtype)
+        return packed[self.CODES].to(dtype).mul_(packed["absmax"].unsqueeze(1).mul(1.0 / 127.0))
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """One byte a weight and four a row."""
