@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +25,6 @@ from qratk.backbone.module import (
 from qratk.core.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
-class MemberScore:
-    """A candidate's validation score and the outcome of each item."""
-
-    score: float
-    outcomes: tuple[float, ...]
-
-
 class CohortModule(LightningModule):
     """Trains and scores the candidates of a cohort on the same batches; to be used while it is `installed`.
 
@@ -46,9 +37,8 @@ class CohortModule(LightningModule):
         states: where each of them continues, all after the same number of steps; none to begin.
 
     Attributes:
-        losses: mean loss of each candidate at each micro-batch of the last fit, (steps, K).
         failures: why a candidate failed, by its index.
-        scores: of the last validation, one for each candidate.
+        scores: of the last validation, for each candidate the score and the outcome of each item.
     """
 
     def __init__(self, module: FineTuneModule, cohort: Cohort, states: Sequence[TrainingState] = ()) -> None:
@@ -59,9 +49,8 @@ class CohortModule(LightningModule):
         self.model = module.backbone.model
         self.cohort = cohort
         self.states = tuple(states)
-        self.losses: list[Tensor] = []
         self.failures: dict[int, str] = {}
-        self.scores: tuple[MemberScore, ...] = ()
+        self.scores: tuple[tuple[float, tuple[float, ...]], ...] = ()
         self._scorers: list[Any] = []
         self._scoring = ExitStack()
         for member, state in enumerate(self.states):
@@ -102,7 +91,6 @@ class CohortModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the losses, whose gradient is each candidate's own."""
         losses = self.candidate_losses(batch)
-        self.losses.append(losses.detach())
         if not torch.isfinite(losses).all():
             for member, loss in enumerate(losses.tolist()):
                 if not torch.isfinite(losses[member]):
@@ -164,7 +152,7 @@ class CohortModule(LightningModule):
         """Keep the scores in `scores`."""
         self._scoring.close()
         self.scores = tuple(
-            MemberScore(float(scorer.compute()["score"].float()), tuple(scorer.outcomes().double().cpu().tolist()))
+            (float(scorer.compute()["score"].float()), tuple(scorer.outcomes().double().cpu().tolist()))
             for scorer in self._scorers
         )
         self._scorers = []

@@ -37,7 +37,6 @@ def fastest_cohort(
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
             return best
         if seconds > _GAIN * least:
             return best

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
     from qratk.backbone.module import FineTuneModule, TrainingState
     from qratk.data.base import TaskData
     from qratk.estimators.base import ImportanceEstimator
+
+
+_LARGEST_COHORT = 32
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """Memory ran out, as the error said."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,7 @@ class FineTuneEvaluator(Evaluator):
         self._footprints: dict[SearchSpace, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
         self._fastest: int | None = None
+        self._fitting = sys.maxsize  # candidates side by side, once more of them did not fit into memory
         self._tried_sharing = False
 
     def _place(self) -> None:
@@ -141,34 +154,40 @@ class FineTuneEvaluator(Evaluator):
             yield from self._evaluate([request.configuration for request in group], group[0].steps)
 
     def _evaluate(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
-        import torch
-
-        from qratk.backbone.cohort_speed import is_out_of_memory
-        from qratk.backbone.module import NonFiniteLossError
-
         began = time.monotonic()
-        outcomes: list[Trained | str]
-        try:
-            outcomes = list(
-                self._side_by_side(configurations, steps)
-                if len(configurations) > 1
-                else [self._alone(configurations[0], steps)]
-            )
-        except NonFiniteLossError as error:
-            outcomes = [_reason(error)]
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.module.backbone.dense_cache(self.module.options.dense_cache)  # begins empty
-            torch.cuda.empty_cache()
+        outcomes = self._outcomes(configurations, steps)
+        if isinstance(outcomes, OutOfMemory):  # out of its handler, whose traceback held the tensors of the step
+            self._free_memory()
             if len(configurations) > 1:
                 return self._in_halves(configurations, steps)
-            outcomes = [_reason(error)]
+            outcomes = [outcomes.reason]
         seconds = (time.monotonic() - began) / len(configurations)
         return [
             self._evaluation(configuration, steps, outcome, seconds)
             for configuration, outcome in zip(configurations, outcomes, strict=True)
         ]
+
+    def _outcomes(self, configurations: Sequence[Configuration], steps: int) -> list[Trained | str] | OutOfMemory:
+        from qratk.backbone.cohort_speed import is_out_of_memory
+        from qratk.backbone.module import NonFiniteLossError
+
+        try:
+            if len(configurations) > 1:
+                return list(self._side_by_side(configurations, steps))
+            return [self._alone(configurations[0], steps)]
+        except NonFiniteLossError as error:
+            return [_reason(error)]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return OutOfMemory(_reason(error))
+
+    def _free_memory(self) -> None:
+        import torch
+
+        self.module.backbone.dense_cache(self.module.options.dense_cache)  # begins empty
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _evaluation(
         self, configuration: Configuration, steps: int, outcome: Trained | str, seconds: float
@@ -197,10 +216,10 @@ class FineTuneEvaluator(Evaluator):
         if alone or len(configurations) == 1:
             return 1
         if self.cohort != "auto":
-            return self.cohort
+            return min(self.cohort, self._fitting)
         if self._fastest is None:
             self._fastest = int(self.context.decided("cohort", lambda: self._fastest_cohort(configurations)))
-        return self._fastest
+        return min(self._fastest, self._fitting)
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
         from qratk.backbone.cohort_speed import fastest_cohort
@@ -219,11 +238,11 @@ class FineTuneEvaluator(Evaluator):
             self._trainer(max_steps=1),
             {name: tensor.to(self.device) for name, tensor in batch.items()},
             configurations,
-            largest=min(int(room), len(configurations)),
+            largest=min(int(room), _LARGEST_COHORT),  # for larger groups than this one too
         )
 
     def _in_halves(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
-        half = (len(configurations) + 1) // 2
+        half = self._fitting = (len(configurations) + 1) // 2
         self.context.say(
             f"{len(configurations)} candidates side by side do not fit into memory; going on with {half}. "
             f"Set --search.evaluator.cohort={half} to begin there."
@@ -299,7 +318,7 @@ class FineTuneEvaluator(Evaluator):
                 continue
             if train:
                 self._save(configuration, steps, states[member])
-            yield Trained(module.scores[member].score, module.scores[member].outcomes)
+            yield Trained(*module.scores[member])
 
     def _save(self, configuration: Configuration, steps: int, state: TrainingState) -> None:
         from safetensors import SafetensorError

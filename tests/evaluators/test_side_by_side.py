@@ -154,6 +154,9 @@ def test_a_cohort_that_does_not_fit_goes_on_in_halves(
     assert [e.configuration for e in found] == list(CONFIGURATIONS)
     assert all(e.ok for e in found)
     assert "cohort=3" in said[0]
+    again = len(said)
+    assert all(e.ok for e in evaluator.evaluate(requests(4)))
+    assert len(said) == again  # what did not fit once is not tried again
 
 
 def test_dropout_beside_a_layer_without_adapter_is_trained_alone(
