@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import MIXED, Files, adapters_of, evaluated, fitted, make_module, opened, write_files
+from tiny_runs import MIXED, Files, adapters_of, evaluated, fitted, make_module, opened
 from torch.optim import AdamW
 
 from qratk.backbone.adapters import AdapterOptions
@@ -33,8 +33,8 @@ OTHER = "4:4 2:2 8:4"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Files:
-    return write_files(tmp_path_factory.mktemp("cuda"), tiny_model)
+def files(model_dir: Path, data_files: dict[str, str]) -> Files:
+    return Files(str(model_dir), data_files)
 
 
 def moved(backbone: Backbone) -> Backbone:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
-from tiny_runs import Files, adapters_of, fitted, make_module, opened, write_files
+from tiny_runs import Files, adapters_of, fitted, make_module, opened
 
 from qratk.backbone.sharding import NAME, require_strategy
 from qratk.core.errors import ConfigurationError
@@ -42,8 +42,8 @@ with open(f"{given['out']}/{rank}.json", "w") as file:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Files:
-    return write_files(tmp_path_factory.mktemp("processes"), tiny_model)
+def files(model_dir: Path, data_files: dict[str, str]) -> Files:
+    return Files(str(model_dir), data_files)
 
 
 def on_two(files: Files, out: Path, module: dict[str, Any], **trainer: Any) -> tuple[dict[str, Any], ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import MIXED, Files, evaluated, fitted, make_module, opened, write_files
+from tiny_runs import MIXED, Files, evaluated, fitted, make_module, opened
 
 from qratk.core.errors import ConfigurationError
 
@@ -16,8 +16,8 @@ IN_16_BITS = ({"compute_dtype": "bfloat16"}, {"precision": "bf16-mixed"})
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Files:
-    return write_files(tmp_path_factory.mktemp("precision"), tiny_model)
+def files(model_dir: Path, data_files: dict[str, str]) -> Files:
+    return Files(str(model_dir), data_files)
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

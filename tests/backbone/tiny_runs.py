@@ -1,10 +1,8 @@
-"""A tiny model with a tokenizer and data, on disk, and fits on them."""
+"""Fits and evaluations on a tiny model and data."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qratk.backbone.module import FineTuneModule
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
@@ -39,31 +35,6 @@ class Files:
 
     model: str
     data: dict[str, str]
-
-
-def write_files(folder: Path, tiny_model: Callable[..., Any]) -> Files:
-    """A tiny random Llama with a tokenizer of single characters, and sums to 9 as multiple choice."""
-    model = folder / "model"
-    tiny_model("llama").save_pretrained(model)
-    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
-    vocabulary |= {chr(code): len(vocabulary) + i for i, code in enumerate(range(32, 124))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(model)
-    data = {}
-    for name, numbers in (("train", range(5)), ("validation", range(5, 7))):
-        rows = [
-            {"id": f"{a}{b}", "context": "", "question": f"{a}+{b}=", "choices": ["9", "3"], "label": (a + b) % 2}
-            for a in numbers
-            for b in range(8)
-        ]
-        path = folder / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        data[name] = str(path)
-    return Files(str(model), data)
 
 
 class Losses(Callback):
