@@ -136,9 +136,9 @@ class SearchLoop:
     def planned_evaluations(self, baselines: int) -> dict[int, int]:
         """Largest number of evaluations at each rung (steps), given how many uniform configurations fit."""
         counts = Counter(dict.fromkeys(self.ladder.steps, baselines))
-        sizes = self.ladder.sizes(self.searcher.generation_size, self.high_fidelity_candidates)
-        for steps, size in zip(self.ladder.steps, sizes, strict=True):
-            counts[steps] += self.generations * size
+        counts.update(
+            self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)
+        )
         for steps, size in self.refiner.planned_evaluations(self.ladder).items():
             counts[steps] += size
         counts[self.ladder.highest] += len(self.references)

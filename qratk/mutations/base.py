@@ -22,4 +22,21 @@ class MutationOperator(ABC):
         """
 
 
+class CrossoverOperator(MutationOperator):
+    """Combines a configuration with a mate; registered among the mutations.
+
+    The proposer calls `cross` while the searcher gives mates, and draws another operator where it gives none.
+    """
+
+    @abstractmethod
+    def cross(
+        self, problem: Problem, first: Configuration, second: Configuration, rng: np.random.Generator
+    ) -> Configuration:
+        """Child whose every choice is one of its parents', feasible or not. All randomness comes from `rng`."""
+
+    def mutate(self, problem: Problem, configuration: Configuration, rng: np.random.Generator) -> Configuration:
+        """The configuration itself: there is no mate."""
+        return configuration
+
+
 mutations: Registry[MutationOperator] = Registry("mutations", "MutationOperator")

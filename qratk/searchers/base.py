@@ -36,6 +36,19 @@ class GlobalSearcher(ABC):
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Take in what was measured of the last generation: at most one evaluation a candidate and rung."""
 
+    def schedule(self, ladder: FidelityLadder, candidates: int, high: int) -> tuple[tuple[int, int], ...]:
+        """Rungs that the generation just asked for runs at, ascending up to the highest: (steps, how many candidates).
+
+        `candidates` is the size of the generation and `high` the loop's number for the highest rung. By default
+        successive halving over all rungs: eta times fewer at each. A schedule may begin at a higher rung.
+        """
+        return tuple(zip(ladder.steps, ladder.sizes(candidates, high), strict=True))
+
+    def planned_evaluations(self, ladder: FidelityLadder, high: int, generations: int) -> dict[int, int]:
+        """Largest number of evaluations at each rung (steps) in so many generations, before `begin`."""
+        sizes = self.schedule(ladder, self.generation_size, high)
+        return {steps: generations * size for steps, size in sizes}
+
     @property
     @abstractmethod
     def finished(self) -> bool:
