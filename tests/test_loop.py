@@ -233,7 +233,7 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path) -> None:
     search(tmp_path, loop(), {"search": {"seed": 0}})
     with pytest.raises(RunDirectoryError, match=r"search\.seed: 0 there, 1 now"):
         search(tmp_path, loop(), {"search": {"seed": 1}})
-    with pytest.raises(RunDirectoryError, match=r"content\.toy"):
+    with pytest.raises(RunDirectoryError, match=r"content\.landscape"):
         search(tmp_path, loop(ToyEvaluator(num_layers=4, noise=0.5)), {"search": {"seed": 0}})
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from qratk.core import Configuration, ConfigurationError, FidelityLadder, Request
 from qratk.core.evaluation import Candidate
+from qratk.evaluators._landscape import LandscapeOptions
 from qratk.evaluators.base import EvaluationContext
 from qratk.testing import ToyEvaluator, ToyLandscape, toy_problem
 
@@ -85,7 +86,7 @@ def test_short_runs_prefer_small_ranks_more_than_long_runs_do():
 
 
 def test_noise_has_the_stated_size_and_shrinks_with_steps():
-    landscape, space = ToyLandscape(12, noise=0.05), toy_problem(12).space
+    landscape, space = ToyLandscape(12, options=LandscapeOptions(noise=0.05)), toy_problem(12).space
     rng = np.random.default_rng(0)
     drawn = [space.random(rng) for _ in range(400)]
     for steps, expected in ((900, 0.05), (100, 0.15)):

@@ -1,0 +1,150 @@
+"""Evaluation in microseconds on a known response surface: to study strategies, not models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import Evaluation, Request
+from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.space import SearchSpace
+from qratk.evaluators._landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
+from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
+
+Array = NDArray[np.float64]
+
+
+@evaluators.register("simulated")
+class SimulatedEvaluator(Evaluator):
+    """Scores configurations on a `Landscape` (the formula is in `qratk.evaluators._landscape`).
+
+    A whole search takes seconds and needs neither model nor data, through the same loop and the same YAML. Scores on
+    test data are those without noise.
+
+    Args:
+        num_layers: L.
+        seed: which landscape and layers; that of the search by default.
+        landscape: parameters of the surface, each a number or a range to draw from; see `LandscapeOptions`.
+        importance_noise: standard deviation of the logarithm by which importance estimates are off.
+        estimator_noise: the same for single estimators by name, as in {quantization_error: 1.0}.
+        items: validation items; their outcomes differ, and their mean is the score.
+        failures: share of the configurations whose evaluation fails.
+        seconds_per_step: what an optimiser step is said to take.
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 24,
+        seed: int | None = None,
+        *,
+        landscape: LandscapeOptions | None = None,
+        importance_noise: float = 0.3,
+        estimator_noise: Mapping[str, float] | None = None,
+        items: int = 32,
+        failures: float = 0.0,
+        seconds_per_step: float = 0.001,
+    ) -> None:
+        if num_layers < 1 or items < 1 or not 0 <= failures <= 1:
+            raise ConfigurationError(
+                "num_layers and items must be positive and failures in [0, 1], "
+                f"got {num_layers}, {items} and {failures}"
+            )
+        self.num_layers = num_layers
+        self.seed = seed
+        self.options = LandscapeOptions.of(landscape)
+        self.importance_noise = importance_noise
+        self.estimator_noise = dict(estimator_noise or {})
+        self.items = items
+        self.failures = failures
+        self.seconds_per_step = seconds_per_step
+        self._settle(seed or 0, 900)
+
+    def _settle(self, seed: int, total_steps: int) -> None:
+        self.landscape = Landscape(self.num_layers, seed, total_steps, self.options)
+        self._shapes = simulated_shapes(self.num_layers, seed)
+        self._difficulty = np.random.default_rng([seed, 3]).normal(size=self.items)  # of the items
+
+    def open(self, context: EvaluationContext) -> None:
+        """Take T_S from the ladder, and the seed of the search unless one was given."""
+        self._settle(context.seed if self.seed is None else self.seed, context.ladder.highest)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The simulated layers."""
+        return self._shapes
+
+    def memory_model(self, space: SearchSpace) -> MemoryModel:
+        """Synthetic exact bytes; see `simulated_memory`."""
+        return simulated_memory(self._shapes, space)
+
+    def importance(self, estimator: Any, space: SearchSpace) -> Array:
+        """The landscape's truth, blurred; which of the two is told by the estimator's name.
+
+        Estimators of the update (a name with "gradient", "update" or "rank") get what a layer can learn, "uniform" and
+        "none" get ones, all others the sensitivity to low bits. The estimator itself is not called: it needs a model.
+        """
+        name = str(getattr(estimator, "component_name", type(estimator).__name__)).lower()
+        if name in ("uniform", "none"):
+            return np.ones(self.num_layers)
+        noise = self.estimator_noise.get(name, self.importance_noise)
+        if any(word in name for word in ("grad", "update", "rank")):
+            return blurred(self.landscape.learnable, noise, self.landscape.seed, "rank")
+        return blurred(self.landscape.sensitivity, noise, self.landscape.seed, "bits")
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+        """Evaluations in the order of the requests."""
+        for request in requests:
+            yield self.measure(request.configuration, request.steps)
+
+    def measure(self, configuration: Configuration, steps: int) -> Evaluation:
+        """One evaluation: `items` outcomes whose mean is the score, or a failure."""
+        names = tuple(shape.name for shape in self._shapes)
+        space = SearchSpace(tuple(sorted(set(configuration.bits))), tuple(sorted(set(configuration.ranks))), names)
+        footprint = simulated_memory(self._shapes, space).footprint(configuration)  # also off the search's ladders
+        if self.landscape.hash(configuration, 0) < self.failures * 2**64:
+            return Evaluation(
+                configuration, steps, float("-inf"), footprint, status="failed", reason="loss is not finite (simulated)"
+            )
+        outcomes = self._outcomes(configuration, steps)
+        return Evaluation(
+            configuration,
+            steps,
+            float(outcomes.mean()),
+            footprint,
+            tuple(outcomes.tolist()),
+            steps * self.seconds_per_step,
+            checkpoint=f"checkpoints/{configuration.digest}-{steps}",
+        )
+
+    def _outcomes(self, configuration: Configuration, steps: int) -> Array:
+        """Score plus the items' own difficulty, the same for all configurations, plus a little of each, mean 0."""
+        own = 0.1 * np.random.default_rng([self.landscape.hash(configuration, steps), 4]).normal(size=self.items)
+        spread = self._difficulty + own
+        outcomes: Array = self.landscape.score(configuration, steps) + spread - spread.mean()
+        return outcomes
+
+    def test(self, evaluation: Evaluation) -> dict[str, float]:
+        """The score without noise."""
+        return {"score": self.landscape.true_score(evaluation.configuration, evaluation.steps)}
+
+    def discard(self, evaluation: Evaluation) -> None:
+        """Nothing is stored."""
+
+    @property
+    def item_weights(self) -> tuple[float, ...] | None:
+        """None: all items weigh the same."""
+        return None
+
+    def fingerprint(self) -> dict[str, str]:
+        """The options that decide the scores."""
+        options = (
+            self.num_layers, self.landscape.seed, self.options, self.importance_noise,
+            sorted(self.estimator_noise.items()), self.items, self.failures,
+        )  # fmt: skip
+        return {"landscape": hashlib.sha256(repr(options).encode()).hexdigest()[:16]}
