@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qratk.core.configuration import Configuration
@@ -104,5 +104,5 @@ class SearchResult:
     utility: Utility
     seconds: Mapping[str, float]
     test_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    proposals: Mapping[str, int] = field(default_factory=dict)
+    proposals: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     top3_hit_rates: Mapping[str, float] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -11,23 +12,41 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RejectedConfigurationError
 from qratk.core.evaluation import Candidate
 from qratk.core.problem import Problem
-from qratk.mutations.base import MutationOperator
+from qratk.mutations.base import CrossoverOperator, MutationOperator
 from qratk.repairs.base import RepairPolicy
 
 
 @dataclass
 class ProposalCounts:
-    """How proposals fared, for the result file: proposed, infeasible before repair, rejected, known already."""
+    """How proposals fared, for the result file: proposed, infeasible before repair, rejected, known already.
+
+    `repaired_bits` and `repaired_rank` say by how many rungs repair lowered each layer, (L,), in sum over all
+    proposals: the repair intensity of Fig. 8.
+    """
 
     proposed: int = 0
     infeasible: int = 0
     rejected: int = 0
     repeated: int = 0
+    repaired_bits: list[int] = field(default_factory=list)
+    repaired_rank: list[int] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """All counts as plain data."""
+        return asdict(self)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Count on from a saved state, in place: whoever holds these counts sees it."""
+        for item in fields(self):
+            value = state[item.name]
+            setattr(self, item.name, [int(n) for n in value] if isinstance(value, Sequence) else int(value))
 
 
 @dataclass(frozen=True)
 class Proposer:
     """Draws operators in equal parts (the paper mixes its two 1:1) and repairs what they return.
+
+    Crossover operators are drawn where mates are given, and left out where there are none.
 
     Args:
         problem: the problem.
@@ -45,27 +64,73 @@ class Proposer:
     def __post_init__(self) -> None:
         if not self.mutations:
             raise ConfigurationError("at least one mutation operator is needed; the default is [sensitivity, coupled]")
+        for lowered in (self.counts.repaired_bits, self.counts.repaired_rank):
+            lowered.extend([0] * (self.problem.num_layers - len(lowered)))
+
+    @property
+    def crosses(self) -> bool:
+        """Whether an operator wants mates; a searcher that has none of them to give need not draw any."""
+        return any(isinstance(operator, CrossoverOperator) for operator in self.mutations)
+
+    @property
+    def single_parent(self) -> tuple[MutationOperator, ...]:
+        """The operators that need no mate."""
+        return tuple(operator for operator in self.mutations if not isinstance(operator, CrossoverOperator))
 
     def repaired(self, configuration: Configuration) -> Configuration | None:
         """Feasible configuration, or None when the repair policy rejects it."""
         self.counts.proposed += 1
-        self.counts.infeasible += not self.problem.feasible(configuration)
+        feasible = self.problem.feasible(configuration)
+        self.counts.infeasible += not feasible
         try:
-            return self.repair.repair(self.problem, configuration)
+            repaired = self.repair.repair(self.problem, configuration)
         except RejectedConfigurationError:
             self.counts.rejected += 1
             return None
+        if not feasible:
+            self._count_steps_down(configuration, repaired)
+        return repaired
 
-    def vary(self, parent: Configuration, rng: np.random.Generator, edits: int = 1) -> tuple[Configuration, str] | None:
-        """Feasible variant after `edits` mutations in a row and the operators' names; None when rejected."""
-        names: list[str] = []
-        child = parent
+    def _count_steps_down(self, before: Configuration, after: Configuration) -> None:
+        space = self.problem.space
+        down = np.maximum(space.indices(before) - space.indices(after), 0)
+        for lowered, steps in ((self.counts.repaired_bits, down[:, 0]), (self.counts.repaired_rank, down[:, 1])):
+            for layer in np.flatnonzero(steps).tolist():
+                lowered[layer] += int(steps[layer])
+
+    def vary(
+        self, parent: Configuration, rng: np.random.Generator, edits: int = 1, *, mates: Sequence[Configuration] = ()
+    ) -> tuple[Configuration, str] | None:
+        """Feasible variant after `edits` operators in a row and their names; None when rejected.
+
+        `mates` are the configurations that crossover may choose from. None as well when there is no mate other than
+        the parent and every operator wants one.
+        """
+        varied = self._varied(parent, rng, edits, mates)
+        return None if varied is None else varied[:2]
+
+    def _varied(
+        self, parent: Configuration, rng: np.random.Generator, edits: int, mates: Sequence[Configuration]
+    ) -> tuple[Configuration, str, tuple[str, ...]] | None:
+        """Variant, names of the operators, and the digests of all its parents."""
+        others = [mate for mate in mates if mate != parent] if self.crosses else []
+        operators = self.mutations if others else self.single_parent
+        if not operators:
+            return None
+        names, parents, child = list[str](), [parent.digest], parent
         for _ in range(edits):
-            operator = self.mutations[int(rng.integers(len(self.mutations)))]
-            child = operator.mutate(self.problem, child, rng)
+            operator = operators[int(rng.integers(len(operators)))]
+            if isinstance(operator, CrossoverOperator):
+                mate = others[int(rng.integers(len(others)))]
+                child = operator.cross(self.problem, child, mate, rng)
+                parents.append(mate.digest)
+            else:
+                child = operator.mutate(self.problem, child, rng)
             names.append(getattr(operator, "component_name", type(operator).__name__))
         repaired = self.repaired(child)
-        return None if repaired is None else (repaired, "+".join(dict.fromkeys(names)))
+        if repaired is None:
+            return None
+        return repaired, "+".join(dict.fromkeys(names)), tuple(dict.fromkeys(parents))
 
     def propose(
         self,
@@ -73,16 +138,20 @@ class Proposer:
         rng: np.random.Generator,
         *,
         known: Collection[Configuration] = (),
+        mates: Sequence[Configuration] = (),
         generation: int = 0,
         phase: str = "global",
     ) -> Candidate | None:
-        """New feasible candidate bred from a parent; after a quarter of the tries, edits are chained to get away."""
+        """New feasible candidate bred from a parent; after a quarter of the tries, edits are chained to get away.
+
+        `mates`: the configurations that crossover may choose from; a child of two names both as its parents.
+        """
         for attempt in range(self.tries):
-            varied = self.vary(parent, rng, edits=1 + 4 * attempt // self.tries)
+            varied = self._varied(parent, rng, 1 + 4 * attempt // self.tries, mates)
             if varied is None:
                 continue
-            child, origin = varied
+            child, origin, parents = varied
             if child not in known:
-                return Candidate(child, origin, (parent.digest,), generation, phase)
+                return Candidate(child, origin, parents, generation, phase)
             self.counts.repeated += 1
         return None

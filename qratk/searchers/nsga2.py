@@ -16,14 +16,18 @@ from qratk.searchers._survival import Member, survivors
 from qratk.searchers._warm_start import initial_candidates, random_candidates
 from qratk.searchers.base import GlobalSearcher, searchers
 
+MATES = 8
+"""Mates drawn for a child, of which the proposer takes one a try."""
+
 
 @searchers.register("nsga2")
 class NSGA2(GlobalSearcher):
     """Breeds from the non-dominated: binary tournaments, mutation by the proposer, rung-major survival.
 
     Sorting and crowding are pymoo's; the population is our own plain data, for pymoo's pickles do not survive a
-    change of version. There is no crossover (the paper has none). Uniform configurations that the loop measured as
-    baselines join the population.
+    change of version. Crossover operators among the mutations get mates by tournament as well (the paper has no
+    crossover, and neither has the default recipe). Uniform configurations that the loop measured as baselines join the
+    population.
 
     Args:
         population: how many survive a generation.
@@ -143,7 +147,14 @@ class NSGA2(GlobalSearcher):
         if not self._members:
             return None
         parent = self._tournament(rng)
-        return self._begun.propose(parent.configuration, rng, known=taken, generation=self._generation)
+        return self._begun.propose(
+            parent.configuration, rng, known=taken, mates=self._mates(rng), generation=self._generation
+        )
+
+    def _mates(self, rng: np.random.Generator) -> tuple[Configuration, ...]:
+        """Winners of tournaments, where an operator wants mates: several, for one child of a pair may be known."""
+        size = MATES if self._begun.crosses else 0
+        return tuple(self._tournament(rng).configuration for _ in range(size))
 
     def _tournament(self, rng: np.random.Generator) -> Member:
         """The better of two members drawn at random: lower front, then emptier region, then the first drawn."""

@@ -20,6 +20,7 @@ from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 if TYPE_CHECKING:
     from qratk.testing._torch_contracts import EstimatorContract, QuantizerContract
     from qratk.testing.contracts import (
+        CrossoverContract,
         MutationContract,
         RefinerContract,
         RepairContract,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CrossoverContract",
     "EstimatorContract",
     "MutationContract",
     "QuantizerContract",

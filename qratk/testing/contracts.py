@@ -6,6 +6,7 @@ them one layer, ladders of one rung, budgets that hardly anything fits, caps on 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from qratk.core.memory import Budget
 from qratk.core.problem import Problem
 from qratk.core.utility import Utility
 from qratk.mutations._proposer import Proposer
-from qratk.mutations.base import MutationOperator, mutations
+from qratk.mutations.base import CrossoverOperator, MutationOperator, mutations
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy, repairs
 from qratk.searchers.base import GlobalSearcher
@@ -128,6 +129,83 @@ class MutationContract(_Contract):
         problem = toy_problem(3, bits=(4,), ranks=(8,))
         only = problem.space.smallest
         assert make().mutate(problem, only, np.random.default_rng(0)) == only
+
+
+class CrossoverContract(_Contract):
+    """What every crossover operator promises."""
+
+    def test_every_choice_of_the_child_is_one_of_its_parents(
+        self, make: Callable[[], CrossoverOperator], problem: Problem
+    ) -> None:
+        operator, rng = make(), np.random.default_rng(0)
+        for first, second in some_pairs(problem):
+            for _ in range(5):
+                child = operator.cross(problem, first, second, rng)
+                choices = zip(child.layers, first.layers, second.layers, strict=True)
+                assert all(own in (ours, theirs) for own, ours, theirs in choices)
+
+    def test_same_generator_state_gives_the_same_child(
+        self, make: Callable[[], CrossoverOperator], problem: Problem
+    ) -> None:
+        for first, second in some_pairs(problem):
+            child = make().cross(problem, first, second, np.random.default_rng(5))
+            assert child == make().cross(problem, first, second, np.random.default_rng(5))
+
+    def test_operator_keeps_no_memory_of_earlier_calls(
+        self, make: Callable[[], CrossoverOperator], problem: Problem
+    ) -> None:
+        used = make()
+        for first, second in some_pairs(problem):
+            used.cross(problem, first, second, np.random.default_rng(3))
+        parents = problem.space.smallest, problem.space.largest
+        expected = make().cross(problem, *parents, np.random.default_rng(5))
+        assert used.cross(problem, *parents, np.random.default_rng(5)) == expected
+
+    def test_parents_are_left_as_they_were(self, make: Callable[[], CrossoverOperator], problem: Problem) -> None:
+        operator, rng = make(), np.random.default_rng(0)
+        for first, second in some_pairs(problem):
+            texts = str(first), str(second)
+            operator.cross(problem, first, second, rng)
+            assert (str(first), str(second)) == texts
+
+    def test_global_random_state_is_not_touched(self, make: Callable[[], CrossoverOperator], problem: Problem) -> None:
+        before = np.random.get_state()[1].copy()  # type: ignore[index]
+        make().cross(problem, problem.space.smallest, problem.space.largest, np.random.default_rng(0))
+        np.testing.assert_array_equal(np.random.get_state()[1], before)  # type: ignore[index]
+
+    def test_equal_parents_have_an_equal_child(self, make: Callable[[], CrossoverOperator], problem: Problem) -> None:
+        operator, rng = make(), np.random.default_rng(0)
+        for parent in some_configurations(problem):
+            assert operator.cross(problem, parent, parent, rng) == parent
+
+    def test_every_layer_may_come_from_either_parent(self, make: Callable[[], CrossoverOperator]) -> None:
+        problem, operator, rng = toy_problem(4, 0), make(), np.random.default_rng(0)
+        first, second = problem.space.smallest, problem.space.largest
+        seen = [set[bool]() for _ in range(4)]
+        for _ in range(500):
+            child = operator.cross(problem, first, second, rng)
+            for layer, choice in enumerate(child.layers):
+                seen[layer].add(choice == second.layers[layer])
+        assert seen == [{False, True}] * 4
+
+    def test_most_children_differ_from_both_parents(self, make: Callable[[], CrossoverOperator]) -> None:
+        problem, operator, rng = toy_problem(4, 0), make(), np.random.default_rng(0)
+        parents = problem.space.smallest, problem.space.largest
+        children = [operator.cross(problem, *parents, rng) for _ in range(200)]
+        assert sum(child not in parents for child in children) > 100
+
+    def test_without_a_mate_the_configuration_stays_as_it_is(
+        self, make: Callable[[], CrossoverOperator], problem: Problem
+    ) -> None:
+        operator, rng = make(), np.random.default_rng(0)
+        for configuration in some_configurations(problem):
+            assert operator.mutate(problem, configuration, rng) == configuration
+
+
+def some_pairs(problem: Problem) -> list[tuple[Configuration, Configuration]]:
+    """Pairs of different kinds of configurations, a few of them equal in tiny spaces."""
+    configurations = some_configurations(problem)
+    return list(itertools.pairwise(configurations))
 
 
 class RepairContract(_Contract):

@@ -79,3 +79,22 @@ def test_population_is_no_larger_than_asked():
 def test_senseless_options_are_refused(options):
     with pytest.raises(ConfigurationError):
         searchers.create("nsga2", **options)
+
+
+def test_crossover_gets_mates_from_the_population():
+    evaluator = ToyEvaluator(8)
+    problem, rng, history = evaluator.problem(), np.random.default_rng(0), History()
+    operators = [mutations.create("crossover_uniform"), mutations.create("crossover_block")]
+    searcher = searchers.create("nsga2", population=10, offspring=10)
+    searcher.begin(Proposer(problem, operators, repairs.create("greedy")), FidelityLadder((900,)))
+    for generation in range(2):
+        candidates = searcher.ask(history, rng)
+        evaluations = list(evaluator.evaluate([Request(candidate, 900) for candidate in candidates]))
+        for evaluation in evaluations:
+            history.append(evaluation)
+        searcher.tell(evaluations)
+        if generation == 0:
+            digests = {evaluation.configuration.digest for evaluation in evaluations}
+    crossed = [candidate for candidate in candidates if candidate.origin.startswith("crossover")]
+    assert len(crossed) > 5
+    assert all(len(candidate.parents) >= 2 and set(candidate.parents) <= digests for candidate in crossed)
