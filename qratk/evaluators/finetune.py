@@ -168,13 +168,18 @@ class FineTuneEvaluator(Evaluator):
         ]
 
     def _outcomes(self, configurations: Sequence[Configuration], steps: int) -> list[Trained | str] | OutOfMemory:
+        if len(configurations) > 1:
+            return self._caught(lambda: list(self._side_by_side(configurations, steps)))
+        return self._caught(lambda: [self._alone(configurations[0], steps)])
+
+    @staticmethod
+    def _caught(measure: Callable[[], list[Trained | str]]) -> list[Trained | str] | OutOfMemory:
+        """What `measure` returns, or what went wrong that concerns the candidate alone."""
         from qratk.backbone.cohort_speed import is_out_of_memory
         from qratk.backbone.module import NonFiniteLossError
 
         try:
-            if len(configurations) > 1:
-                return list(self._side_by_side(configurations, steps))
-            return [self._alone(configurations[0], steps)]
+            return measure()
         except NonFiniteLossError as error:
             return [_reason(error)]
         except (MemoryError, RuntimeError) as error:
