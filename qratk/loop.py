@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, SearchError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request, SurrogateQuality
-from qratk.core.memory import Scope, format_bytes, resolve_budget
-from qratk.core.pareto import ParetoFront
+from qratk.core.memory import Budget, MemoryModel, Scope, format_bytes, resolve_budget
+from qratk.core.pareto import ParetoFront, fronts
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.space import SearchSpace
@@ -55,12 +55,18 @@ class SearchLoop:
         bits: ladder of bit-widths; 16 keeps a layer in 16 bits.
         ranks: ladder of adapter ranks; 0 means no adapter.
         limit: budget as a size with a unit, as in "5.5GiB".
-        like: budget as what a uniform [bits, rank] takes, as in [4, 16].
+        like: budget as what a uniform [bits, rank] takes, on or off the ladders, as in [4, 16].
         scope: which bytes the budget limits: storage (Eq. 21), training or serving peak.
         max_average_bits: cap on the mean bit-width over weights, beside or instead of bytes.
         steps: optimiser steps of the rungs, T_1 < ... < T_S.
         reduction_factor: eta, how many candidates are dropped from rung to rung.
         high_fidelity_candidates: N_HF, how many of a generation reach T_S.
+        promotion: whether the best of each generation go on to higher rungs ("each"), or once, after the last
+            generation, the best of them all ("last": phase I then judges by T_1 alone).
+        promote_by: what is best: the predicted or measured score, or the front of score and bytes.
+        uniform_baselines: whether the uniform configurations that fit are measured too, first and at every rung; only
+            then is the answer known to be no worse than they are.
+        max_evaluations: cap on the evaluations at T_S in both phases, baselines included.
         generations: cap on the generations of phase I.
         hypervolume_tolerance: epsilon_hv; phase I stops when the hypervolume grows by less, relatively,
         hypervolume_patience: for this many generations in a row (Eq. 28).
@@ -92,6 +98,10 @@ class SearchLoop:
         steps: Sequence[int] = (100, 300, 900),
         reduction_factor: float = 3.0,
         high_fidelity_candidates: int = 3,
+        promotion: Literal["each", "last"] = "each",
+        promote_by: Literal["score", "front"] = "score",
+        uniform_baselines: bool = True,
+        max_evaluations: int | None = None,
         generations: int = 12,
         hypervolume_tolerance: float = 1e-3,
         hypervolume_patience: int = 3,
@@ -105,6 +115,13 @@ class SearchLoop:
             raise ConfigurationError(
                 "generations must be at least 0, high_fidelity_candidates and hypervolume_patience at least 1; got "
                 f"{generations}, {high_fidelity_candidates} and {hypervolume_patience}"
+            )
+        if max_evaluations is not None and max_evaluations < 1:
+            raise ConfigurationError(f"max_evaluations must be at least 1, got {max_evaluations}")
+        if promotion not in ("each", "last") or promote_by not in ("score", "front"):
+            raise ConfigurationError(
+                f"promotion must be 'each' or 'last' and promote_by 'score' or 'front', got {promotion!r} and "
+                f"{promote_by!r}"
             )
         if not 0.0 <= alpha <= 1.0:
             raise ConfigurationError(f"alpha must lie in [0, 1], got {alpha}")
@@ -124,6 +141,10 @@ class SearchLoop:
         self.max_average_bits = max_average_bits
         self.ladder = FidelityLadder(tuple(steps), reduction_factor)
         self.high_fidelity_candidates = high_fidelity_candidates
+        self.promotion = promotion
+        self.promote_by = promote_by
+        self.uniform_baselines = uniform_baselines
+        self.max_evaluations = max_evaluations
         self.generations = generations
         self.hypervolume_tolerance = hypervolume_tolerance
         self.hypervolume_patience = hypervolume_patience
@@ -135,14 +156,40 @@ class SearchLoop:
 
     def planned_evaluations(self, baselines: int) -> dict[int, int]:
         """Largest number of evaluations at each rung (steps), given how many uniform configurations fit."""
-        counts = Counter(dict.fromkeys(self.ladder.steps, baselines))
-        counts.update(
-            self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)
-        )
-        for steps, size in self.refiner.planned_evaluations(self.ladder).items():
-            counts[steps] += size
-        counts[self.ladder.highest] += len(self.references)
+        highest = self.ladder.highest
+        counts = Counter(dict.fromkeys(self.ladder.steps, baselines if self.uniform_baselines else 0))
+        phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
+        if self.promotion == "last":
+            lowest, *higher = self._schedule_of_the_last()
+            phases = [{lowest[0]: phases[0][lowest[0]]}, dict(higher)]
+        for phase in (*phases, self.refiner.planned_evaluations(self.ladder)):
+            counts.update(phase)
+        if self.max_evaluations is not None:
+            counts[highest] = min(counts[highest], self.max_evaluations)
+        counts[highest] += len(self.references)
         return dict(sorted(counts.items()))
+
+    def _schedule_of_the_last(self) -> tuple[tuple[int, int], ...]:
+        """Rungs and sizes of the one race after phase I: that of a single generation."""
+        sizes = self.ladder.sizes(self.searcher.generation_size, self.high_fidelity_candidates)
+        return tuple(zip(self.ladder.steps, sizes, strict=True))
+
+    def pose(
+        self, names: Sequence[str], memory_model: Callable[[SearchSpace], MemoryModel]
+    ) -> tuple[MemoryModel, Budget]:
+        """Bytes and budget over the layers with these names. Raises `ConfigurationError` or `InfeasibleBudgetError`."""
+        limit, like = self.limit, self.like
+        if like is not None and len(like) == 2 and not (like[0] in self.bits and like[1] in self.ranks):
+            if limit is not None:
+                raise ConfigurationError(
+                    "state the budget once: either a size ('limit') or a uniform configuration ('like')"
+                )
+            one = memory_model(SearchSpace((int(like[0]),), (int(like[1]),), tuple(names)))
+            limit, like = str(one.bytes(one.space.smallest, self.scope)), None
+        memory = memory_model(SearchSpace(self.bits, self.ranks, tuple(names)))
+        return memory, resolve_budget(
+            memory, limit=limit, like=like, scope=self.scope, max_average_bits=self.max_average_bits
+        )
 
     def run(
         self,
@@ -197,7 +244,8 @@ class _Search:
             self.journal.bind("content", self.settings.evaluator.fingerprint())
         self.problem = self._pose()
         self.proposer = Proposer(self.problem, self.settings.mutations, self.settings.repair)
-        self.baselines = [c for c in self.problem.space.uniforms() if self.problem.feasible(c)]
+        fitting = [c for c in self.problem.space.uniforms() if self.problem.feasible(c)]
+        self.baselines = fitting if self.settings.uniform_baselines else []
         planned = self.settings.planned_evaluations(len(self.baselines))
         self.plan = SearchPlan(
             self.settings.name, self.problem, self.ladder, planned, tuple(self.baselines), len(self.journal)
@@ -205,22 +253,16 @@ class _Search:
         self.reporter.started(self.plan)
         self._measure_baselines()
         self._explore()
+        if self.settings.promotion == "last":
+            self._promote_last()
         self._refine()
         return self._conclude()
 
     # The problem
 
     def _pose(self) -> Problem:
-        settings, evaluator = self.settings, self.settings.evaluator
-        names = tuple(shape.name for shape in evaluator.shapes)
-        memory = evaluator.memory_model(SearchSpace(settings.bits, settings.ranks, names))
-        budget = resolve_budget(
-            memory,
-            limit=settings.limit,
-            like=settings.like,
-            scope=settings.scope,
-            max_average_bits=settings.max_average_bits,
-        )
+        evaluator = self.settings.evaluator
+        memory, budget = self.settings.pose([shape.name for shape in evaluator.shapes], evaluator.memory_model)
         if not budget.check(memory):
             self.reporter.message(
                 f"The budget of {format_bytes(budget.limit_bytes)} never binds: the largest configuration takes "
@@ -245,7 +287,7 @@ class _Search:
         """Uniform configurations that fit, on every rung: the promise never to be worse, and the first pairs."""
         candidates = [Candidate(c, "uniform", phase="baseline") for c in self.baselines]
         for steps in self.ladder.steps:
-            self._measure([Request(candidate, steps) for candidate in candidates])
+            self._measure([Request(candidate, steps) for candidate in candidates[: self._room(steps)]])
 
     def _measure(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Evaluation of each request, in order; only what neither history nor journal knows is evaluated."""
@@ -294,37 +336,71 @@ class _Search:
             if not candidates:
                 self.stop_reasons["global"] = "nothing new could be proposed"
                 return
-            searcher.tell(self._race([request.candidate for request in candidates]))
+            searcher.tell(self._race(candidates))
             self._summarise(number, time.monotonic() - began)
-            self._prune()
-            if searcher.finished:
-                self.stop_reasons["global"] = "the searcher finished"
-                return
-            if self._stalled():
-                self.stop_reasons["global"] = (
-                    f"the hypervolume grew by less than {settings.hypervolume_tolerance:g} relatively "
-                    f"in {settings.hypervolume_patience} generations"
-                )
+            if settings.promotion == "each":  # else any of them may still go on
+                self._prune()
+            if reason := self._enough():
+                self.stop_reasons["global"] = reason
                 return
             self.stop_reasons["global"] = f"the cap of {settings.generations} generations"
 
+    def _enough(self) -> str:
+        """Why phase I ends now; empty when it goes on."""
+        settings = self.settings
+        if settings.searcher.finished:
+            return "the searcher finished"
+        if self._room(self.ladder.highest) == 0:
+            return f"the cap of {settings.max_evaluations} evaluations"
+        if self._stalled():
+            return (
+                f"the hypervolume grew by less than {settings.hypervolume_tolerance:g} relatively "
+                f"in {settings.hypervolume_patience} generations"
+            )
+        return ""
+
+    def _room(self, steps: int) -> int | None:
+        """How many more evaluations there may be at a rung; None when it has no cap."""
+        cap = self.settings.max_evaluations
+        if cap is None or steps != self.ladder.highest:
+            return None
+        return max(0, cap - sum(e.steps == steps for e in self.history))
+
     def _ask_searcher(self, rng: np.random.Generator) -> tuple[Request, ...]:
         candidates = self.settings.searcher.ask(self.history, rng)
-        return tuple(
-            Request(replace(c, generation=self.generation, phase="global"), self.ladder.lowest) for c in candidates
-        )
+        if not candidates:
+            return ()
+        (first, _), *_ = self._schedule(len(candidates))
+        return tuple(Request(replace(c, generation=self.generation, phase="global"), first) for c in candidates)
 
-    def _race(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+    def _schedule(self, candidates: int) -> Sequence[tuple[int, int]]:
+        """Rungs of the generation, and how many candidates run at each."""
+        schedule = self.settings.searcher.schedule(self.ladder, candidates, self.settings.high_fidelity_candidates)
+        return schedule[:1] if self.settings.promotion == "last" else schedule
+
+    def _race(self, requests: Sequence[Request]) -> list[Evaluation]:
         """All that was measured of a generation: each rung continues the most promising of the rung below."""
-        sizes = self.ladder.sizes(len(candidates), self.settings.high_fidelity_candidates)
         self.quality: SurrogateQuality | None = None
         self.trusted = False
-        running, measured = list(candidates), list[Evaluation]()
-        for rung, (steps, size) in enumerate(zip(self.ladder.steps, sizes, strict=True)):
-            if rung > 0:
-                running = self._promoted(running, self.ladder.steps[rung - 1], size)
+        return self._raced([request.candidate for request in requests], self._schedule(len(requests)))
+
+    def _raced(self, candidates: Sequence[Candidate], schedule: Sequence[tuple[int, int]]) -> list[Evaluation]:
+        running, measured, below = list(candidates), list[Evaluation](), 0
+        for steps, size in schedule:
+            room = self._room(steps)
+            size = size if room is None else min(size, room)
+            running = self._promoted(running, below, size) if below else running[:room]
             measured += self._measure([Request(candidate, steps) for candidate in running])
+            below = steps
         return measured
+
+    def _promote_last(self) -> None:
+        """The one race after phase I: the best of all generations go up the ladder."""
+        lowest = self.ladder.lowest
+        ran = [r.candidate for r in self.records if r.candidate.phase == "global" and r.evaluation.steps == lowest]
+        (_, *higher), self.generation = self.settings._schedule_of_the_last(), 0
+        self.quality = None
+        self._raced(ran, [(lowest, len(ran)), *higher])
 
     def _promoted(self, candidates: Sequence[Candidate], low: int, size: int) -> list[Candidate]:
         """The candidates that go on, best first: by the surrogate while it is trusted, else by the measured score."""
@@ -337,23 +413,30 @@ class _Search:
                 merit = [e.score for e in ran]
                 if surrogate.trusted:
                     merit = [guess.mean for guess in surrogate.predict(self.problem, ran)]
-            order = sorted(range(len(ran)), key=lambda i: (-merit[i], self.problem.bytes(ran[i].configuration), i))
             return {
-                "configurations": [str(ran[i].configuration) for i in order[:size]],
+                "configurations": [str(c) for c in self._ordered(ran, merit)[:size]],
                 "trusted": surrogate.trusted,
                 "quality": None if surrogate.quality is None else asdict(surrogate.quality),
             }
 
         decision = self.journal.decided(f"promotion/{self.generation}/{low}", promote)
-        if low == self.ladder.lowest:
-            self.quality = None if decision["quality"] is None else SurrogateQuality(**decision["quality"])
+        if self.quality is None and decision["quality"] is not None:  # of the first promotion in a generation
+            self.quality = SurrogateQuality(**decision["quality"])
             self.trusted = decision["trusted"]
         chosen = {text: position for position, text in enumerate(decision["configurations"])}
         going = [c for c in candidates if str(c.configuration) in chosen]
         return sorted(going, key=lambda c: chosen[str(c.configuration)])
 
+    def _ordered(self, ran: Sequence[Evaluation], merit: Sequence[float]) -> list[Configuration]:
+        """Configurations by what promotion goes by, merit in place of the score; ties go to fewer bytes."""
+        if self.settings.promote_by == "front":
+            guesses = [replace(e, score=m) for e, m in zip(ran, merit, strict=True)]
+            return [e.configuration for front in fronts(guesses, self.settings.scope) for e in front]
+        order = sorted(range(len(ran)), key=lambda i: (-merit[i], self.problem.bytes(ran[i].configuration), i))
+        return [ran[i].configuration for i in order]
+
     def _summarise(self, number: int, seconds: float) -> None:
-        front = self._front()
+        front = self._front(self._judged_at())
         volume = front.hypervolume(self._reference(), self.problem.budget.limit_bytes)
         before = self.generations[-1].hypervolume if self.generations else 0.0
         growth = (volume - before) / (before + 1e-12) if self.generations else math.inf
@@ -365,7 +448,7 @@ class _Search:
         """Corner of the hypervolume, fixed after generation 1: a tenth beyond the worst score and the budget."""
 
         def fix() -> list[float]:
-            scores = [e.score for e in self._feasible()]
+            scores = [e.score for e in self._feasible(self._judged_at())]
             if not scores:
                 return [math.inf, 1.1]
             return [-(min(scores) - 0.1 * ((max(scores) - min(scores)) or 1.0)), 1.1]
@@ -392,11 +475,15 @@ class _Search:
         refiner.begin(self.proposer, self.ladder, self.utility, self.history)
         self.phase, number = "local", 0
         while not refiner.finished:
+            if self._room(self.ladder.highest) == 0:
+                self.stop_reasons["local"] = f"the cap of {settings.max_evaluations} evaluations"
+                break
             began, before = time.monotonic(), self._best()
             number += 1
             self.generation = number
             requests = self._asked(f"refinement/{number}", refiner, rng, self._ask_refiner)
             if not requests:
+                self.stop_reasons["local"] = refiner.stop_reason or "nothing new could be proposed"
                 break
             refiner.tell(self._measure(requests))
             best = self._best()
@@ -404,7 +491,8 @@ class _Search:
             summary = RefinementSummary(number, best, improved, refiner.diagnostics, time.monotonic() - began)
             self.refinements.append(summary)
             self.reporter.refinement(summary)
-        self.stop_reasons["local"] = refiner.stop_reason or "nothing new could be proposed"
+        else:
+            self.stop_reasons["local"] = refiner.stop_reason
         self._prune()
 
     def _ask_refiner(self, rng: np.random.Generator) -> tuple[Request, ...]:
@@ -415,12 +503,16 @@ class _Search:
 
     # The answer
 
-    def _feasible(self) -> list[Evaluation]:
-        """What was measured at the highest rung and fits."""
-        return [e for e in self.history.at(self.ladder.highest) if self.problem.feasible(e.configuration)]
+    def _feasible(self, steps: int | None = None) -> list[Evaluation]:
+        """What was measured at a rung, by default the highest, and fits."""
+        return [e for e in self.history.at(steps or self.ladder.highest) if self.problem.feasible(e.configuration)]
 
-    def _front(self) -> ParetoFront:
-        return ParetoFront.of(self._feasible(), self.settings.scope)
+    def _front(self, steps: int | None = None) -> ParetoFront:
+        return ParetoFront.of(self._feasible(steps), self.settings.scope)
+
+    def _judged_at(self) -> int:
+        """The rung that phase I is judged by."""
+        return self.ladder.lowest if self.settings.promotion == "last" else self.ladder.highest
 
     def _best(self) -> Evaluation | None:
         """Largest utility among what scores no worse than the best uniform baseline; ties go to fewer bytes."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import DataError
-from qratk.core.memory import Budget, Footprint, MemoryModel, format_bytes, resolve_budget
-from qratk.core.space import SearchSpace
+from qratk.core.memory import Budget, Footprint, MemoryModel, format_bytes
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
@@ -110,16 +110,14 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     backbone = module.load_backbone(weights=False)
     checkpointing = bool(module.options.gradient_checkpointing)
     length = _attached_length(datamodule, backbone)
-    memory = backbone.memory_model(
-        SearchSpace(loop.bits, loop.ranks, tuple(shape.name for shape in backbone.shapes)),
+    memory_model = partial(
+        backbone.memory_model,
         batch_size=datamodule.batch_size,
         sequence_length=length,
         gradient_checkpointing=checkpointing,
         dense_cache=_dense_cache(module) == "on",
     )
-    budget = resolve_budget(
-        memory, limit=loop.limit, like=loop.like, scope=loop.scope, max_average_bits=loop.max_average_bits
-    )
+    memory, budget = loop.pose([shape.name for shape in backbone.shapes], memory_model)
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qratk.core.evaluation import Evaluation
@@ -47,3 +47,13 @@ class ParetoFront:
 
     def __len__(self) -> int:
         return len(self.evaluations)
+
+
+def fronts(evaluations: Sequence[Evaluation], scope: Scope = "storage") -> Iterator[tuple[Evaluation, ...]]:
+    """The successful evaluations front by front, each by descending score: the second is what the first dominates."""
+    left = [evaluation for evaluation in evaluations if evaluation.ok]
+    while left:
+        front = ParetoFront.of(left, scope).evaluations[::-1]
+        yield front
+        taken = {id(evaluation) for evaluation in front}
+        left = [evaluation for evaluation in left if id(evaluation) not in taken]
