@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "validate": Command("qratk.cli:validate", "score on the validation data"),
     "test": Command("qratk.cli:test", "score on the test data, and with lm-eval"),
     "predict": Command("qratk.cli:predict", "predictions for the data's prediction set"),
+    "compare": Command("qratk.compare.command:compare", "recipes, seeds and budgets in one table, with figures"),
     "gain": Command("qratk.show:gain", "what a finished search won over uniform bits and ranks"),
     "components": Command("qratk.show:components", "strategies that can be chosen, their options and packages"),
 }

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -149,11 +149,15 @@ _NOISE = re.compile(r"Expected a path but|Subtypes: \[|Expected a <class 'NoneTy
 class QratkCLI(LightningCLI):
     """Builds module, data, trainer and search loop from YAML and the command line, and runs a command.
 
-    One file serves all commands: every command accepts all sections, and builds only what it needs.
+    One file serves all commands: every command accepts all sections, and builds only what it needs. `reporters` makes
+    what a search reports to, of its run directory.
     """
 
-    def __init__(self, command: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, command: str, arguments: Sequence[str] = (), *, reporters: Callable[..., Reporter] = standard_reporters
+    ) -> None:
         _prepare_parsing()
+        self._reporters = reporters
         if command in ("search", "plan"):  # a search makes two trainers an evaluation, and each has much to say
             for name in ("lightning.pytorch", "lightning.fabric"):
                 logging.getLogger(name).setLevel(logging.WARNING)
@@ -262,7 +266,7 @@ class QratkCLI(LightningCLI):
         run_dir = choose_run_dir(self.config.search.run_dir, name=loop.name)
         config = self.resolved()
         save_config(config, run_dir)
-        reporter = standard_reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
+        reporter = self._reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
         go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
@@ -408,13 +412,13 @@ def resumable(command: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(command: str, arguments: Sequence[str]) -> int:
-    """Exit status of a command with its arguments."""
+def run(command: str, arguments: Sequence[str], **options: Any) -> int:
+    """Exit status of a command with its arguments; `options` are those of `QratkCLI`."""
     # Classes named in a configuration may live in the working directory; last, so that they shadow nothing.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        QratkCLI(command, arguments)
+        QratkCLI(command, arguments, **options)
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
     return 0

@@ -40,6 +40,50 @@ def paired_comparison(
     return Comparison(baseline, difference, float(low), float(high), confidence)
 
 
+def mean_interval(values: Sequence[float], *, samples: int = 10_000, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean, as of differences paired by seed; NaN with fewer than two values."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).integers(array.size, size=(samples, array.size))
+    return _quantiles(array[draws].mean(axis=1), confidence)
+
+
+def hierarchical_interval(
+    groups: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float] | None] | None = None,
+    *,
+    samples: int = 2000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean over groups of their weighted means, drawing groups and then items within them.
+
+    A group holds the paired differences of one seed, item by item. Both the seeds and the items are then a sample of
+    what could have been drawn (Davison and Hinkley 1997, section 3.8). NaN without items.
+    """
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or any(array.size == 0 for array in arrays):
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(0)
+    means = np.empty((len(arrays), samples))
+    for row, array in enumerate(arrays):
+        given = None if weights is None else weights[row]
+        item_weights = np.ones(array.size) if given is None else np.asarray(given, dtype=np.float64)
+        counts = rng.multinomial(array.size, np.full(array.size, 1 / array.size), size=samples) * item_weights
+        totals = counts.sum(axis=1)
+        means[row] = np.where(totals > 0, counts @ array / np.where(totals > 0, totals, 1), array.mean())
+    # One row of means is not drawn twice: a seed that comes up twice brings another draw of its items.
+    chosen = rng.integers(len(arrays), size=(samples, len(arrays)))
+    drawn = means[chosen, rng.integers(samples, size=chosen.shape)]
+    return _quantiles(drawn.mean(axis=1), confidence)
+
+
+def _quantiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def top3_hit_rates(
     surrogate: PromotionSurrogate,
     problem: Problem,

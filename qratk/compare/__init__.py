@@ -1,0 +1,1 @@
+"""Recipes x budgets x seeds: run as searches, read back from their files, told as tables and figures."""

@@ -1,0 +1,126 @@
+"""`qratk compare`: recipes x budgets x seeds, resumable, in one table with figures."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from qratk.compare.grid import Grid
+from qratk.compare.read import Comparison, read_comparison
+from qratk.compare.run import run_grid
+from qratk.compare.table import HEADS, Row, budget_title, by_budget, known_columns, legend, reference_name, rows
+from qratk.compare.table import text_row, write_tables
+
+_DESCRIPTION = """\
+Run a search for every recipe, budget and seed, and tell them apart in one table and the paper's figures.
+
+A recipe is a YAML file laid over the base, usually with a `search:` section only; its name is the file's stem. A cell
+is `qratk search --config BASE --config RECIPE` with a seed. Cells that are finished are only read, begun ones are
+continued. Settings for all cells are given by their path: --model.model=DIR --search.generations=5"""
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Exit status of `qratk compare`: 0 when all cells are finished, 1 when some failed, 130 when interrupted."""
+    parser = _parser()
+    given, extra = parser.parse_known_args(arguments)
+    _check(parser, given, extra)
+    if given.only_report:
+        return report(given.run_dir, given.reference, figures=not given.no_figures)
+    grid = Grid.of(
+        given.run_dir, given.config, given.recipes, given.budgets, given.seeds, extra=extra, base=not given.no_base
+    )
+    if given.reference is not None and given.reference not in {recipe.name for recipe in grid.recipes}:
+        parser.error(f"--reference {given.reference}: there is no such recipe")
+    if given.dry_run:
+        return _dry_run(grid)
+    try:
+        run_grid(grid, jobs=given.jobs, full_reports=given.full_reports)
+    except KeyboardInterrupt:
+        print(f"interrupted; to go on: {shlex.join(['qratk', 'compare', *arguments])}", file=sys.stderr)
+        return 130
+    return report(given.run_dir, given.reference, figures=not given.no_figures)
+
+
+def report(folder: Path, reference: str | None = None, *, figures: bool = True) -> int:
+    """Write the tables and figures of what a folder holds, and print the table; 1 when a cell has no result."""
+    comparison = read_comparison(folder)
+    against = reference_name(comparison, reference)
+    made = rows(comparison, against)
+    print_table(made)
+    paths = write_tables(comparison, made, folder)
+    print(f"tables: {', '.join(str(path) for path in paths)}")
+    if figures and comparison.outcomes:
+        _draw(comparison, against, folder / "figures")
+    return 1 if comparison.failed else 0
+
+
+def print_table(made: Sequence[Row]) -> None:
+    """Print the table; the best of each budget in green."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    wide = console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=240)
+    for budget, group in by_budget(made).items():
+        lines = [text_row(row) for row in group]
+        columns = known_columns(lines)
+        table = Table(title=Text(budget_title(budget)), title_justify="left")
+        for i in columns:
+            table.add_column(HEADS[i], overflow="fold", justify="left" if i in (0, 2) else "right")
+        for row, line in zip(group, lines, strict=True):
+            style = "bold green" if row.best else ("red" if not row.seeds else "")
+            table.add_row(*(Text(line[i], style=style) for i in columns))
+        wide.print(table)
+    print(legend(made))
+
+
+def _draw(comparison: Comparison, reference: str, folder: Path) -> None:
+    from qratk.compare.figures import draw_all
+
+    for line in draw_all(comparison, reference, folder):
+        print(line)
+
+
+def _dry_run(grid: Grid) -> int:
+    counts = Counter(cell.state for cell in grid.cells)
+    for cell in grid.cells:
+        print(f"{cell.state:<8}  {grid.command(cell)}")
+    print(f"{len(grid.cells)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace, extra: Sequence[str]) -> None:
+    for argument in extra:
+        name, given_value, _ = argument.partition("=")
+        if not name.startswith("--") or "." not in name or not given_value:
+            parser.error(f"unknown argument {argument!r}; a setting of all cells is given as --section.setting=value")
+    if not given.only_report and not given.config:
+        parser.error("--config is needed: the file that holds model, data and search")
+    if given.jobs < 1 or any(seed < 0 for seed in given.seeds):
+        parser.error("--jobs must be at least 1 and --seeds at least 0")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "qratk compare", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--config", action="append", type=Path, default=[], help="file of the base; later ones lie over earlier ones")
+    add("--recipes", nargs="+", type=Path, default=[], help="recipe files")
+    add("--budgets", nargs="+", default=[], help="pairs such as '[4, 16]' or sizes such as 300KiB; default: the base's")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")
+    add("--jobs", type=int, default=1, help="searches side by side, each in a process (default 1)")
+    add("--reference", help="recipe that the others are compared with; default: the base")
+    add("--no_base", action="store_true", help="leave the base itself out")
+    add("--full_reports", action="store_true", help="TensorBoard and pictures of every search too")
+    add("--no_figures", action="store_true", help="tables only")
+    add("--dry_run", action="store_true", help="print the searches and whether they are finished")
+    add("--only_report", action="store_true", help="run nothing; tables and figures of what the folder holds")
+    return parser

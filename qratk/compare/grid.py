@@ -1,0 +1,340 @@
+"""What is compared: recipes, budgets and seeds, and the search that each cell of their grid stands for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.core.memory import parse_bytes
+from qratk.journal import flatten
+from qratk.reporting._atomic import write_atomically
+from qratk.reporting._text import without_secrets
+
+OWN: Final = "own"
+PLAN: Final = "compare.json"
+IDENTITY: Final = "cell.json"
+FAILURE: Final = "failure.json"
+LOG: Final = "log.txt"
+_BUDGETS: Final = "budgets"
+# Options of the model that say where and how fast it computes, never what (see `cli.deciding`).
+_EXECUTION: Final = ("bank_dir", "dense_cache")
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """A budget of the compare command: what a uniform (bits, rank) takes, or a size; neither means the base's own."""
+
+    like: tuple[int, int] | None = None
+    limit: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BudgetChoice:
+        """Budget of "[4, 16]" or "300KiB"; raises `ConfigurationError`."""
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value):
+            return cls(like=(value[0], value[1]))
+        try:
+            parse_bytes(text.strip())
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"a budget is a pair [bits, rank], as in '[4, 16]', or a size with a unit, as in 300KiB; got {text!r}"
+            ) from None
+        return cls(limit=text.replace(" ", ""))
+
+    @property
+    def label(self) -> str:
+        """Name of the folder and in the table."""
+        if self.like is not None:
+            return f"like-{self.like[0]}-{self.like[1]}"
+        return self.limit or OWN
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The overlay; it takes back what the base says, since a budget may be stated once only."""
+        return {"search": {"like": None if self.like is None else list(self.like), "limit": self.limit}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named overlay over the base; the base itself has none (`path` is None)."""
+
+    name: str
+    path: Path | None = None
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Recipe named by a file's stem; raises `ConfigurationError`."""
+        document = read_yaml(path)
+        if not isinstance(document.get("search", {}), Mapping):
+            raise ConfigurationError(f"{path}: 'search' must hold settings")
+        return cls(path.stem, path, document)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it states bytes of its own, which no budget of the command overrides."""
+        search = self.document.get("search") or {}
+        return any(search.get(key) is not None for key in ("like", "limit"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One search: a recipe under a budget with a seed, in a folder."""
+
+    recipe: Recipe
+    budget: BudgetChoice
+    seed: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Budget's name; a recipe with a budget of its own stands under its own."""
+        return OWN if self.recipe.has_budget else self.budget.label
+
+    def __str__(self) -> str:
+        return f"{self.recipe.name}, budget {self.label}, seed {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has ended."""
+        return (self.folder / "result.json").exists()
+
+    @property
+    def state(self) -> str:
+        """'finished', 'failed', 'begun' or 'new'."""
+        if self.finished:
+            return "finished"
+        if (self.folder / FAILURE).exists():
+            return "failed"
+        return "begun" if (self.folder / "journal.sqlite").exists() else "new"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Base files and settings, recipes, budgets and seeds, in a folder.
+
+    Args:
+        folder: where all is written.
+        configs: files of the base, later ones over earlier ones.
+        recipes: what is compared.
+        budgets: budgets of the command; empty where the base's own holds.
+        seeds: seeds of the searches.
+        extra: arguments of the form --section.setting=value for all cells, over the base and under the recipe.
+    """
+
+    folder: Path
+    configs: tuple[Path, ...]
+    recipes: tuple[Recipe, ...]
+    budgets: tuple[BudgetChoice, ...]
+    seeds: tuple[int, ...]
+    extra: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        configs: Sequence[Path],
+        recipes: Sequence[Path],
+        budgets: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        extra: Sequence[str] = (),
+        base: bool = True,
+    ) -> Grid:
+        """The grid of a command line; with `base`, the base is the first recipe. Raises `ConfigurationError`."""
+        documents = [read_yaml(path) for path in configs]
+        found = [Recipe.read(path) for path in recipes]
+        if base:
+            found.insert(0, Recipe(_base_name(documents)))
+        if not found:
+            raise ConfigurationError("nothing to compare: give --recipes, or leave out --no_base")
+        choices = tuple(BudgetChoice.parse(text) for text in budgets)
+        _unique([recipe.name for recipe in found], "recipe")
+        _unique([choice.label for choice in choices], "budget")
+        _unique(seeds, "seed")
+        return cls(folder, tuple(configs), tuple(found), choices, tuple(seeds), tuple(extra))
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, seed by seed, so that an interrupted comparison is a complete one of fewer seeds."""
+        found: dict[Path, Cell] = {}
+        for seed in self.seeds:
+            for budget in self.budgets or (BudgetChoice(),):
+                for recipe in self.recipes:
+                    label = OWN if recipe.has_budget else budget.label
+                    folder = self.folder / recipe.name / label / str(seed)
+                    found.setdefault(folder, Cell(recipe, budget, seed, folder))
+        return tuple(found.values())
+
+    def budget_file(self, cell: Cell) -> Path | None:
+        """The overlay between base and recipe; None where the base's own budget holds."""
+        if not self.budgets and not cell.recipe.has_budget:
+            return None
+        return self.folder / _BUDGETS / f"{cell.label}.yaml"
+
+    def arguments(self, cell: Cell) -> list[str]:
+        """Arguments of `qratk search` for a cell."""
+        arguments = [text for path in self.configs for text in ("--config", str(path))] + list(self.extra)
+        overlays = [path for path in (self.budget_file(cell), cell.recipe.path) if path is not None]
+        arguments += [text for path in overlays for text in ("--config", str(path))]
+        seeds = [key for key in ("seed_everything", "model.seed", "data.seed", "search.seed") if self._has(key)]
+        return [*arguments, *(f"--{key}={cell.seed}" for key in seeds), "--run_dir", str(cell.folder)]
+
+    def command(self, cell: Cell) -> str:
+        """The search of a cell as one would type it."""
+        return shlex.join(["qratk", "search", *self.arguments(cell)])
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """What decides a cell's outcome, merged as plain data."""
+        budget = BudgetChoice() if cell.recipe.has_budget else cell.budget
+        documents = [read_yaml(path) for path in self.configs] + [_document(text) for text in self.extra]
+        if self.budgets or cell.recipe.has_budget:
+            documents.append(budget.document)
+        merged: dict[str, Any] = {}
+        for document in (*documents, cell.recipe.document):
+            merged = _merged(merged, document)
+        if isinstance(merged.get("model"), Mapping):
+            merged["model"] = {key: value for key, value in merged["model"].items() if key not in _EXECUTION}
+        return dict(without_secrets({"seed": cell.seed, "settings": merged}))
+
+    def prepare(self) -> None:
+        """Write budgets, the plan, and what each cell is; raises `RunDirectoryError` if a cell is another one."""
+        identities = [(cell, json.loads(json.dumps(self.identity(cell)))) for cell in self.cells]
+        for cell, identity in identities:
+            _check(cell, identity)
+        for cell, identity in identities:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            if not (cell.folder / IDENTITY).exists():
+                write_atomically(cell.folder / IDENTITY, json.dumps(identity, indent=1))
+            self._write_budget(cell)
+        write_atomically(self.folder / PLAN, json.dumps(self._plan(), indent=1) + "\n")
+
+    def _write_budget(self, cell: Cell) -> None:
+        path = self.budget_file(cell)
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            choice = BudgetChoice() if cell.recipe.has_budget else cell.budget
+            write_atomically(path, yaml.safe_dump(choice.document))
+
+    def _plan(self) -> dict[str, Any]:
+        """What the report needs to know; that of earlier commands in the same folder is kept."""
+        before = read_plan(self.folder) if (self.folder / PLAN).exists() else {"recipes": {}, "budgets": [], "base": ""}
+        recipes = {recipe.name: {"own_budget": recipe.has_budget} for recipe in self.recipes}
+        budgets = [choice.label for choice in self.budgets]
+        if not self.budgets and any(not recipe.has_budget for recipe in self.recipes):
+            budgets.append(OWN)
+        base = next((recipe.name for recipe in self.recipes if recipe.path is None), before["base"])
+        return {
+            "base": base,
+            "recipes": {**before["recipes"], **recipes},
+            "budgets": list(dict.fromkeys([*before["budgets"], *budgets])) or [OWN],
+        }
+
+    def _has(self, key: str) -> bool:
+        """Whether a seed can be set: data of third parties need not have one."""
+        if key != "data.seed":
+            return True
+        data: Any = {}
+        for path in self.configs:
+            data = _merged({"data": data}, {"data": read_yaml(path).get("data", data)})["data"]
+        name = data.get("class_path", "") if isinstance(data, Mapping) else data
+        return _takes_seed(str(name))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What was compared in a folder; raises `RunDirectoryError`."""
+    path = folder / PLAN
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{folder} holds no comparison: {path.name} cannot be read ({error})") from None
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's settings; raises `ConfigurationError`."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is no YAML: {error}") from None
+    if document is not None and not isinstance(document, dict):
+        raise ConfigurationError(f"{path} must hold settings by name, as in 'search: {{...}}'")
+    return document or {}
+
+
+def _takes_seed(class_path: str) -> bool:
+    """Whether a data class has an option `seed`; the project's own have."""
+    module, _, name = class_path.rpartition(".")
+    if not module or module.startswith("qratk."):
+        return True
+    import importlib
+    import inspect
+
+    try:
+        return "seed" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError):
+        return True  # the search says what is wrong with it
+
+
+def _base_name(documents: Sequence[Mapping[str, Any]]) -> str:
+    names = [(document.get("search") or {}).get("name") for document in documents]
+    return str(next((name for name in reversed(names) if name), "search"))
+
+
+def _unique(names: Sequence[Any], kind: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigurationError(f"two {kind}s are called {twice[0]!r}; give each {kind} once, under a name of its own")
+
+
+def _document(argument: str) -> dict[str, Any]:
+    key, _, value = argument.removeprefix("--").partition("=")
+    document: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        document = {part: document}
+    return dict(document)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of both, those of `above` first; options of a class that is replaced by another are dropped."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        same = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if same and old.get("class_path") == value.get("class_path", old.get("class_path")):  # type: ignore[union-attr]
+            merged[key] = _merged(old, value)  # type: ignore[arg-type]
+        else:
+            merged[key] = value
+    return merged
+
+
+def _check(cell: Cell, identity: Mapping[str, Any]) -> None:
+    path = cell.folder / IDENTITY
+    if not path.exists():
+        if cell.state != "new":
+            raise RunDirectoryError(f"{cell.folder} holds a search that `qratk compare` did not begin; move it away")
+        return
+    stored = flatten(json.loads(path.read_text(encoding="utf-8")))
+    given = flatten(identity)
+    keys = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]
+    if keys:
+        lines = [f"  {key}: {stored.get(key, 'not set')} there, {given.get(key, 'not set')} now" for key in keys[:5]]
+        raise RunDirectoryError(
+            f"{cell.folder} holds a search with other settings:\n"
+            + "\n".join(lines)
+            + "\nGive those settings again to "
+            "go on with it, remove the folder to measure it anew, or give another --run_dir."
+        )

@@ -1,0 +1,440 @@
+"""Recipes side by side: means over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from qratk.compare.read import Comparison, Failed, Outcome
+from qratk.core.errors import ConfigurationError
+from qratk.core.memory import format_bytes
+from qratk.reporting._atomic import write_atomically
+from qratk.reporting._text import clean, duration
+from qratk.statistics import hierarchical_interval, mean_interval
+
+ACCURACY: Final = ("acc", "accuracy")
+NAN: Final = float("nan")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A recipe minus the reference, paired by seed: mean, interval over seeds, and who won."""
+
+    seeds: int = 0
+    mean: float = NAN
+    low: float = NAN
+    high: float = NAN
+    validation: float = NAN
+    validation_low: float = NAN
+    validation_high: float = NAN
+    wins: int = 0
+    ties: int = 0
+    losses: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe under a budget; means over its finished seeds, standard deviations where they say so.
+
+    `over` says that its answer takes more bytes than the reference's budget allows.
+    """
+
+    recipe: str
+    budget: str
+    seeds: int
+    failed: int
+    score: float = NAN
+    score_sd: float = NAN
+    validation: float = NAN
+    validation_sd: float = NAN
+    accuracy: float = NAN
+    accuracy_sd: float = NAN
+    storage_bytes: float = NAN
+    training_bytes: float = NAN
+    average_bits: float = NAN
+    average_rank: float = NAN
+    high_fidelity: float = NAN
+    cost: float = NAN
+    seconds: float = NAN
+    over: bool = False
+    best: bool = False
+    reference: bool = False
+    difference: Difference = field(default_factory=Difference)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def reference_name(comparison: Comparison, given: str | None = None) -> str:
+    """The recipe that others are compared with: the given one, the base, or the first; raises if it is unknown."""
+    if given is not None and given not in comparison.recipes:
+        raise ConfigurationError(
+            f"--reference: no recipe is called {given!r}; there are {', '.join(comparison.recipes)}"
+        )
+    return given or comparison.base or next(iter(comparison.recipes), "")
+
+
+def rows(comparison: Comparison, reference: str) -> list[Row]:
+    """Rows of all budgets, the budgets in the order given, best mean first; failed recipes last."""
+    found: list[Row] = []
+    for budget in comparison.budgets:
+        found += _rows_at(comparison.at(budget), budget, reference)
+    return found
+
+
+def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
+    against = {outcome.seed: outcome for outcome in part.of(reference)}
+    limit = max((outcome.limit for outcome in against.values()), default=None)
+    made = [_row(part, name, budget, against, limit, reference) for name in part.recipes]
+    made = [row for row in made if row.seeds or row.failed]
+    fitting = [row.score for row in made if row.seeds and not row.over]
+    top = max(fitting, default=NAN)
+    made = [_marked(row, top) for row in made]
+    return sorted(made, key=lambda row: (row.seeds == 0, -row.score if row.seeds else 0.0))
+
+
+def _marked(row: Row, top: float) -> Row:
+    from dataclasses import replace
+
+    return replace(row, best=bool(row.seeds) and not row.over and row.score == top)
+
+
+def _row(
+    part: Comparison, name: str, budget: str, against: Mapping[int, Outcome], limit: int | None, reference: str
+) -> Row:
+    cells = part.of(name)
+    failed = [cell for cell in part.failed if cell.recipe == name]
+    reason = failed[0].reason if failed else ""
+    if not cells:
+        return Row(name, budget, 0, len(failed), reason=reason)
+    accuracies = [next((c.test[key] for key in ACCURACY if key in c.test), NAN) for c in cells]
+    metrics = {key: _mean([c.test.get(key, NAN) for c in cells]) for key in metric_names(cells)}
+    return Row(
+        recipe=name,
+        budget=budget,
+        seeds=len(cells),
+        failed=len(failed),
+        score=_mean([c.score for c in cells]),
+        score_sd=_sd([c.score for c in cells]),
+        validation=_mean([c.validation for c in cells]),
+        validation_sd=_sd([c.validation for c in cells]),
+        accuracy=_mean(accuracies),
+        accuracy_sd=_sd(accuracies),
+        storage_bytes=_mean([c.best["storage_bytes"] for c in cells]),
+        training_bytes=_mean([c.best["training_bytes"] for c in cells]),
+        average_bits=_mean([c.best["average_bits"] for c in cells]),
+        average_rank=_mean([c.best["average_rank"] for c in cells]),
+        high_fidelity=_mean([c.high_fidelity for c in cells]),
+        cost=_mean([c.cost for c in cells]),
+        seconds=_mean([c.seconds for c in cells]),
+        over=limit is not None and any(c.best["bytes"] > limit for c in cells),
+        reference=name == reference,
+        difference=difference(cells, against) if name != reference else Difference(),
+        metrics=metrics,
+        reason=reason,
+    )
+
+
+def difference(cells: Sequence[Outcome], against: Mapping[int, Outcome]) -> Difference:
+    """Difference of cells to those of the reference with the same seeds."""
+    pairs = [(cell, against[cell.seed]) for cell in cells if cell.seed in against]
+    if not pairs:
+        return Difference()
+    scores = [a.score - b.score for a, b in pairs]
+    validation = [a.validation - b.validation for a, b in pairs]
+    low, high = mean_interval(scores)
+    inner = _item_interval(pairs)
+    ties = sum(abs(value) <= 1e-12 for value in scores)
+    wins = sum(value > 1e-12 for value in scores)
+    return Difference(
+        len(pairs), _mean(scores), low, high, _mean(validation), *inner, wins, ties, len(pairs) - wins - ties
+    )
+
+
+def _item_interval(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float, float]:
+    """Interval over items and seeds of the validation score; NaN where the items do not make up the score."""
+    groups, weights = [], []
+    for ours, theirs in pairs:
+        if not (_explains(ours) and _explains(theirs)) or len(ours.items) != len(theirs.items):
+            return NAN, NAN
+        groups.append(np.asarray(ours.items) - np.asarray(theirs.items))
+        weights.append(ours.item_weights)
+    return hierarchical_interval([group.tolist() for group in groups], weights)
+
+
+def _explains(outcome: Outcome) -> bool:
+    if not outcome.items:
+        return False
+    mean = np.average(outcome.items, weights=outcome.item_weights)
+    return math.isclose(mean, outcome.validation, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def metric_names(cells: Sequence[Outcome]) -> tuple[str, ...]:
+    """Names of the test metrics, `score` first."""
+    names = dict.fromkeys(name for cell in cells for name in cell.test)
+    return tuple(sorted(names, key=lambda name: name != "score"))
+
+
+def _mean(values: Sequence[float]) -> float:
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()) if array.size and not np.isnan(array).all() else NAN
+
+
+def _sd(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else NAN
+
+
+# Files
+
+CSV_COLUMNS: Final[Mapping[str, Callable[[Row], Any]]] = {
+    "recipe": lambda r: r.recipe,
+    "budget": lambda r: r.budget,
+    "seeds": lambda r: r.seeds,
+    "failed": lambda r: r.failed,
+    "best": lambda r: int(r.best),
+    "reference": lambda r: int(r.reference),
+    "over_budget": lambda r: int(r.over),
+    "score": lambda r: r.score,
+    "score_sd": lambda r: r.score_sd,
+    "validation_score": lambda r: r.validation,
+    "validation_score_sd": lambda r: r.validation_sd,
+    "accuracy": lambda r: r.accuracy,
+    "accuracy_sd": lambda r: r.accuracy_sd,
+    "storage_bytes": lambda r: r.storage_bytes,
+    "training_bytes": lambda r: r.training_bytes,
+    "average_bits": lambda r: r.average_bits,
+    "average_rank": lambda r: r.average_rank,
+    "high_fidelity_evaluations": lambda r: r.high_fidelity,
+    "full_runs": lambda r: r.cost,
+    "seconds": lambda r: r.seconds,
+    "difference": lambda r: r.difference.mean,
+    "difference_low": lambda r: r.difference.low,
+    "difference_high": lambda r: r.difference.high,
+    "validation_difference": lambda r: r.difference.validation,
+    "validation_difference_low": lambda r: r.difference.validation_low,
+    "validation_difference_high": lambda r: r.difference.validation_high,
+    "paired_seeds": lambda r: r.difference.seeds,
+    "wins": lambda r: r.difference.wins,
+    "ties": lambda r: r.difference.ties,
+    "losses": lambda r: r.difference.losses,
+    "reason": lambda r: r.reason,
+}
+
+
+def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A table as CSV; figures that are not known are empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(heads)
+    for line in lines:
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in line])
+    return buffer.getvalue()
+
+
+def write_tables(comparison: Comparison, made: Sequence[Row], folder: Path) -> list[Path]:
+    """Write table.csv, cells.csv, table.md and tables.md; their paths."""
+    texts = {
+        "table.csv": to_csv(list(CSV_COLUMNS), [[get(row) for get in CSV_COLUMNS.values()] for row in made]),
+        "cells.csv": cells_csv(comparison),
+        "table.md": table_markdown(made),
+        "tables.md": paper_tables(comparison, made),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def cells_csv(comparison: Comparison) -> str:
+    """One row a cell, failed ones too."""
+    metrics = metric_names(comparison.outcomes)
+    heads = [
+        "recipe", "budget", "seed", "status", "reason", "validation_score", *(f"test_{name}" for name in metrics),
+        "storage_bytes", "budget_bytes", "average_bits", "average_rank", "high_fidelity_evaluations", "full_runs",
+        "evaluations", "failed_evaluations", "seconds", "configuration",
+    ]  # fmt: skip
+    lines: list[list[Any]] = [
+        [
+            o.recipe, o.budget, o.seed, "finished", "", o.validation, *(o.test.get(name, NAN) for name in metrics),
+            o.best["storage_bytes"], o.limit, o.best["average_bits"], o.best["average_rank"], o.high_fidelity, o.cost,
+            len(o.searched), o.result["failed_evaluations"], o.seconds, o.best["configuration"],
+        ]
+        for o in comparison.outcomes
+    ]  # fmt: skip
+    blank = [""] * (len(heads) - 5)
+    lines += [[f.recipe, f.budget, f.seed, "failed", clean(f.reason), *blank] for f in comparison.failed]
+    order = {name: number for number, name in enumerate(comparison.recipes)}
+    return to_csv(heads, sorted(lines, key=lambda line: (order[line[0]], line[1], line[2])))
+
+
+# Text
+
+HEADS: Final = (
+    "recipe", "n", "test score", "validation", "acc", "bytes", "bits", "rank", "HF", "runs", "time",
+    "difference [95 %]", "validation [95 %]", "w/t/l",
+)  # fmt: skip
+
+
+def text_row(row: Row) -> tuple[str, ...]:
+    """A row as text, as `HEADS`."""
+    name = row.recipe + (" (reference)" if row.reference else "") + (" †" if row.over else "")
+    if not row.seeds:
+        return (name, f"0 of {row.failed}", f"failed: {clean(row.reason)}", *[""] * (len(HEADS) - 3))
+    d = row.difference
+    return (
+        name,
+        str(row.seeds) + (f" of {row.seeds + row.failed}" if row.failed else ""),
+        plus_minus(row.score, row.score_sd),
+        plus_minus(row.validation, row.validation_sd),
+        plus_minus(row.accuracy, row.accuracy_sd),
+        format_bytes(row.storage_bytes),
+        number(row.average_bits, 2),
+        number(row.average_rank, 1),
+        number(row.high_fidelity, 1),
+        number(row.cost, 1),
+        duration(row.seconds),
+        interval(d.mean, d.low, d.high),
+        interval(d.validation, d.validation_low, d.validation_high),
+        f"{d.wins}/{d.ties}/{d.losses}" if d.seeds else "",
+    )
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A figure; a dash when it is not known."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def plus_minus(mean: float, sd: float) -> str:
+    """Mean and standard deviation over seeds."""
+    return number(mean) + ("" if math.isnan(sd) else f" ± {sd:.4f}")
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """A difference and its interval."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:+.4f}" + ("" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def known_columns(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Positions of the columns in which a line says something."""
+    return [i for i in range(len(HEADS)) if i < 3 or any(line[i] not in ("", "-") for line in lines)]
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    text = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return (
+        "\n".join(text + ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]) + "\n"
+    )
+
+
+def by_budget(made: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each budget."""
+    groups: dict[str, list[Row]] = {}
+    for row in made:
+        groups.setdefault(row.budget, []).append(row)
+    return groups
+
+
+def table_markdown(made: Sequence[Row]) -> str:
+    """`table.md`: one table a budget, the best in bold."""
+    parts = []
+    for budget, group in by_budget(made).items():
+        lines = [text_row(row) for row in group]
+        columns = known_columns(lines)
+        shown = [
+            [f"**{line[i]}**" if row.best and i in (0, 2) else line[i] for i in columns]
+            for row, line in zip(group, lines, strict=True)
+        ]
+        parts.append(f"## {budget_title(budget)}\n\n{markdown([HEADS[i] for i in columns], shown)}")
+    return "\n".join(parts) + "\n" + legend(made)
+
+
+def budget_title(budget: str) -> str:
+    """A budget's label for people."""
+    words = budget.split("-")
+    if words[0] == "like":
+        return f"Budget: what uniform {words[1]} bit, rank {words[2]} takes"
+    return "Budget: the base's own" if budget == "own" else f"Budget: {budget}"
+
+
+def legend(made: Sequence[Row]) -> str:
+    """What the columns mean."""
+    name = next((row.recipe for row in made if row.reference), "")
+    lines = [
+        "n: seeds. Scores: mean ± standard deviation over seeds, on test data and on the validation data that the "
+        "search saw. HF: evaluations at the highest rung. runs: cost in full runs, continued training counted once.",
+    ]
+    if name:
+        lines.append(
+            f"difference: test score minus that of {name}, paired by seed, with a bootstrap 95 % interval over seeds; "
+            "validation: the same for the validation score, over seeds and items. w/t/l: seeds won, tied, lost."
+        )
+    if any(row.over for row in made):
+        lines.append("†: takes more than the reference's budget.")
+    return "\n".join(lines) + "\n"
+
+
+def paper_tables(comparison: Comparison, made: Sequence[Row]) -> str:
+    """`tables.md`: the tables of the paper, best in bold, second best underlined."""
+    parts = []
+    for budget, group in by_budget(made).items():
+        done = [row for row in group if row.seeds]
+        metrics = metric_names(comparison.at(budget).outcomes)
+        parts.append(f"# {budget_title(budget)}\n\n## Table 1: scores and resources\n\n{_table_1(done)}")
+        if metrics:
+            parts.append(f"## Table 2: by test metric\n\n{_table_2(done, metrics)}")
+    return "\n".join(parts)
+
+
+def _table_1(group: Sequence[Row]) -> str:
+    shown = list(zip(*[_ranked(group, [row.score for row in group])], strict=True))
+    lines = [
+        [
+            _method(row), score, number(row.average_bits, 2), number(row.average_rank, 2),
+            format_bytes(row.storage_bytes), format_bytes(row.training_bytes),
+        ]
+        for row, (score,) in zip(group, shown, strict=True)
+    ]  # fmt: skip
+    return markdown(["Method", "Score↑", "AvgBit↓", "AvgRank", "Mem, stored↓", "Mem, training peak↓"], lines)
+
+
+def _table_2(group: Sequence[Row], metrics: Sequence[str]) -> str:
+    columns = [_ranked(group, [row.metrics.get(name, NAN) for row in group]) for name in metrics]
+    lines = [
+        [
+            _method(row), number(row.average_bits, 2), number(row.average_rank, 2), format_bytes(row.storage_bytes),
+            *(column[i] for column in columns),
+        ]
+        for i, row in enumerate(group)
+    ]  # fmt: skip
+    return markdown(["Method", "Bit", "Rank", "Mem", *metrics], lines)
+
+
+def _method(row: Row) -> str:
+    return row.recipe + (" †" if row.over else "")
+
+
+def _ranked(group: Sequence[Row], values: Sequence[float]) -> list[str]:
+    """Figures, the largest in bold and the next underlined, as in the paper."""
+    order = sorted({value for value in values if not math.isnan(value)}, reverse=True)
+    shown = []
+    for value in values:
+        text = number(value)
+        if order and value == order[0]:
+            text = f"**{text}**"
+        elif len(order) > 1 and value == order[1]:
+            text = f"<u>{text}</u>"
+        shown.append(text)
+    return shown
+
+
+def failures(comparison: Comparison) -> list[Failed]:
+    """Cells without a result."""
+    return list(comparison.failed)
