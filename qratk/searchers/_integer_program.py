@@ -1,0 +1,153 @@
+"""The configuration of largest additive value within the budget: a multiple-choice knapsack, solved by HiGHS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
+from qratk.core.problem import Problem
+
+Array = NDArray[np.float64]
+
+NODES = 1000
+LARGEST = 50_000
+SLACK = 2e-6
+
+
+def best_choice(problem: Problem, values: Array, *, gap: float = 1e-4) -> Configuration:
+    """Configuration with the largest sum over layers of `values[l, bits, rank]` that fits the budget.
+
+    A multiple-choice knapsack (Kellerer, Pferschy and Pisinger 2004, chapter 11): one binary a layer and choice, one
+    choice a layer, bytes and weighted bits under their limits. Measured: 10 ms for 32 layers of 9 choices. Where the
+    solver finds nothing, and over `LARGEST` binaries, the greedy choice stands in.
+
+    Args:
+        problem: space, bytes and budget.
+        values: worth of each choice by layer, rung of bits and rung of rank, (L, bits, ranks); -inf forbids a choice.
+        gap: relative gap at which the solver stops; values are measured from the least of each layer.
+
+    Raises `InfeasibleBudgetError` when no allowed configuration fits.
+    """
+    choices = _Choices.of(problem, values)
+    solved = _solved(choices, gap) if choices.layer.size <= LARGEST else None
+    greedy = greedy_choice(choices) if solved is None else None
+    taken = greedy if solved is None else solved
+    if taken is None:
+        raise InfeasibleBudgetError(
+            f"no allowed configuration fits {problem.budget.limit_bytes} bytes ({problem.budget.scope}); "
+            "allow lower rungs or raise the budget"
+        )
+    return choices.configuration(taken)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The allowed choices of all layers in one row, n in all, sorted by layer.
+
+    `layer`, `bits` and `rank` (indices of rungs), `value`, `bytes` and `weighted_bits` are each (n,); `limits` are
+    those of bytes and weighted bits, the latter infinite without a cap on the average.
+    """
+
+    problem: Problem
+    layer: NDArray[np.int64]
+    bits: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    value: Array
+    bytes: NDArray[np.int64]
+    weighted_bits: NDArray[np.int64]
+    limits: tuple[float, float]
+
+    @classmethod
+    def of(cls, problem: Problem, values: Array) -> _Choices:
+        space, budget = problem.space, problem.budget
+        shape = (space.num_layers, len(space.bits), len(space.ranks))
+        values = np.asarray(values, dtype=np.float64)
+        allowed = values > -np.inf
+        if values.shape != shape or np.isnan(values).any() or not allowed.any(axis=(1, 2)).all():
+            raise ConfigurationError(
+                f"values of choices must be numbers of shape {shape}, one over -inf in every layer; got {values.shape}"
+            )
+        layer, bits, rank = np.nonzero(allowed)
+        parameters = np.asarray(problem.memory.parameters, dtype=np.int64)
+        cap = np.inf
+        if budget.max_average_bits is not None:  # the tolerance of `Budget.violation`
+            cap = float(parameters.sum()) * budget.max_average_bits * (1 + 1e-12)
+        return cls(
+            problem,
+            layer,
+            bits,
+            rank,
+            values[allowed],
+            problem.table("bits")[layer, bits] + problem.table("rank")[layer, rank],
+            parameters[layer] * np.asarray(space.bits, dtype=np.int64)[bits],
+            (float(budget.limit_bytes - problem.memory.constant_bytes(budget.scope)), cap),
+        )
+
+    def fits(self, taken: NDArray[np.int64]) -> bool:
+        """Whether one choice a layer, (L,), is within the limits."""
+        return bool(self.bytes[taken].sum() <= self.limits[0] and self.weighted_bits[taken].sum() <= self.limits[1])
+
+    def best_by(self, *keys: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The choice of each layer that is least by the first key, then by the next, (L,)."""
+        order = np.lexsort((*reversed(keys), self.layer))
+        return order[np.searchsorted(self.layer[order], np.arange(self.problem.num_layers))]
+
+    def configuration(self, taken: NDArray[np.int64]) -> Configuration:
+        """The configuration made of one choice a layer, (L,)."""
+        return self.problem.space.from_indices(np.stack([self.bits[taken], self.rank[taken]], axis=1))
+
+
+def _solved(choices: _Choices, gap: float) -> NDArray[np.int64] | None:
+    """Best choice of each layer, (L,), None when the solver has none within the limits."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    size, layers = choices.layer.size, choices.problem.num_layers
+    least = np.minimum.reduceat(choices.value, np.searchsorted(choices.layer, np.arange(layers)))
+    worth = choices.value - least[choices.layer]
+    scale = float(worth.max()) or 1.0
+    one_each = csr_array((np.ones(size), (choices.layer, np.arange(size))), shape=(layers, size))
+    for slack in (0.0, SLACK):  # the solver may exceed a limit by its tolerance: then ask for a little less
+        constraints = [LinearConstraint(one_each, lb=1, ub=1)]
+        for taken, limit in zip((choices.bytes, choices.weighted_bits), choices.limits, strict=True):
+            if np.isfinite(limit) and limit > 0:  # in units of the limit, which keeps the tolerances meaningful
+                constraints.append(LinearConstraint(csr_array(taken[None] / limit), ub=1.0 - slack))
+        solution = milp(
+            -worth / scale,
+            integrality=np.ones(size),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": gap, "node_limit": NODES},
+        )
+        if solution.x is None:
+            continue
+        chosen = choices.best_by(-np.round(solution.x), choices.bytes)
+        if choices.fits(chosen):
+            return chosen
+    return None
+
+
+def greedy_choice(choices: _Choices) -> NDArray[np.int64] | None:
+    """Choice of each layer, (L,), raised from the smallest by the affordable change of most value a byte, or None.
+
+    The greedy algorithm of the multiple-choice knapsack, for the case that there is no solver's answer.
+    """
+    starts = (choices.best_by(choices.bytes, -choices.value), choices.best_by(choices.weighted_bits, choices.bytes))
+    taken = next((start for start in starts if choices.fits(start)), None)
+    if taken is None:
+        return None
+    while True:
+        gain = choices.value - choices.value[taken][choices.layer]
+        added = choices.bytes - choices.bytes[taken][choices.layer]
+        bits = choices.weighted_bits - choices.weighted_bits[taken][choices.layer]
+        affordable = (gain > 0) & (added <= choices.limits[0] - choices.bytes[taken].sum())
+        affordable &= bits <= choices.limits[1] - choices.weighted_bits[taken].sum()
+        if not affordable.any():
+            return taken
+        density = np.where(affordable, gain / np.maximum(added, 1e-3), -np.inf)
+        best = int(np.argmax(density))
+        taken[choices.layer[best]] = best
