@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 
 from qratk.searchers.base import searchers
-from qratk.testing import SearcherContract
+from qratk.testing import SearcherContract, toy_problem
 
 
 class TestRegisteredSearchers(SearcherContract):
-    @pytest.fixture(params=searchers.names())
+    @pytest.fixture(params=[name for name in searchers.names() if name != "decoupled"])
     def make(self, request):
         small = {option.name for option in searchers.options(request.param)} & {"offspring"}
         return partial(searchers.create, request.param, **dict.fromkeys(small, 8))
@@ -19,3 +19,22 @@ class TestNSGA2WithoutWarmStart(SearcherContract):
     @pytest.fixture
     def make(self):
         return partial(searchers.create, "nsga2", warm_start=False, population=5, offspring=4)
+
+
+class TestAgeingEvolutionWithAShortQueue(SearcherContract):
+    @pytest.fixture
+    def make(self):
+        return partial(searchers.create, "ageing_evolution", warm_start=False, population=3, sample=2, offspring=4)
+
+
+class TestDecoupled(SearcherContract):
+    @pytest.fixture
+    def make(self):
+        return partial(searchers.create, "decoupled")
+
+    def test_tiny_space_is_exhausted_and_ends(self, make):
+        """It proposes a few configurations and no more, whatever the size of the space."""
+        searcher = make()
+        found = list(self._search(searcher, toy_problem(1, like=(8, 8))))
+        assert len(found) == 1
+        assert searcher.finished
