@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from qratk.estimators.base import ImportanceEstimator, estimators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qratk.backbone.bank import BankLinear
     from qratk.backbone.module import FineTuneModule
 
 
@@ -47,14 +46,15 @@ class GradientSpectrum(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,). Raises `DataError` when nothing is labelled."""
+        from qratk.estimators._streaming.gradients import mean_gradients
+
         layers = module.backbone.layers
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
         projections = [projection for layer in layers for projection in layer.modules]
         scores = np.zeros(len(layers))
-        for chunk in _chunks(projections, self.gradient_bytes):
-            gradients = _mean_gradients(module.backbone.model, chunk, batches[: self.max_batches])
-            for name in (name for name in chunk if name in gradients):  # an expert that no token reached has none
-                scores[layer_of[name]] += spectral_energy(gradients[name], self.components)
+        chosen = batches[: self.max_batches]
+        for name, gradient in mean_gradients(module.backbone.model, projections, chosen, self.gradient_bytes):
+            scores[layer_of[name]] += spectral_energy(gradient, self.components)
         return scores
 
 
@@ -66,37 +66,3 @@ def spectral_energy(matrix: Tensor, components: int) -> float:
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     # Rounding may turn a zero eigenvalue negative.
     return float(torch.linalg.eigvalsh(gram)[-components:].clamp(min=0).sum())
-
-
-def _chunks(projections: Sequence[tuple[str, BankLinear]], limit_bytes: int) -> Iterator[dict[str, BankLinear]]:
-    chunk: dict[str, BankLinear] = {}
-    held = 0
-    for name, projection in projections:
-        size = 4 * projection.shape[0] * projection.shape[1]
-        if chunk and held + size > limit_bytes:
-            yield chunk
-            chunk, held = {}, 0
-        chunk[name] = projection
-        held += size
-    if chunk:
-        yield chunk
-
-
-def _mean_gradients(
-    model: Any, projections: dict[str, BankLinear], batches: Sequence[dict[str, Any]]
-) -> dict[str, Tensor]:
-    """Gradient (d_out, d_in) of each weight, averaged over batches, each the mean over its labelled sequences."""
-    import torch
-
-    from qratk.estimators._streaming.gradients import BatchSize, stream
-
-    sums: dict[str, Tensor] = {}
-
-    def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
-        gradient = grad.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-        if name not in sums:
-            sums[name] = torch.zeros_like(gradient)
-        sums[name].add_(gradient, alpha=1.0 / size.labelled)
-
-    sizes = stream(model, projections, batches, visit)
-    return {name: gradient / len(sizes) for name, gradient in sums.items()}

@@ -12,12 +12,14 @@ from qratk.testing import EstimatorContract
 
 
 class TestBuiltInEstimators(EstimatorContract):
-    @pytest.fixture(params=["fisher_residual", "gradient_spectrum", "uniform"])
+    @pytest.fixture(params=estimators.names())
     def make(self, request: pytest.FixtureRequest) -> Callable[[], ImportanceEstimator]:
         return lambda: estimators.create(request.param)
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize(
+    "name", ["activation_error", "fisher_residual", "gradient_norm", "gradient_spectrum", "hessian_trace"]
+)
 def test_scores_do_not_depend_on_gradient_checkpointing(name: str) -> None:
     from qratk.testing._torch_contracts import tiny_batches, tiny_module
 

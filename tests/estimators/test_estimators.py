@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
-from qratk.estimators._streaming.gradients import per_sequence
+from qratk.estimators._streaming.gradients import gradient_chunks, per_sequence
 from qratk.estimators.base import estimators
 from qratk.estimators.gradient_spectrum import spectral_energy
 
-NAMES = ("fisher_residual", "gradient_spectrum", "uniform")
+OF_GRADIENTS = ("fisher_residual", "gradient_norm", "gradient_spectrum", "hessian_trace")
+OF_DATA = (*OF_GRADIENTS, "activation_error")
+NAMES = (*OF_DATA, "quantization_error", "uniform")
 FAMILIES = {"llama": toys.llama, "gpt2": toys.gpt2}
 
 
@@ -92,10 +94,8 @@ def test_gradient_spectrum_does_not_depend_on_the_memory_for_gradients(llama: to
 
 
 def test_gradient_memory_bounds_what_is_held_at_a_time(llama: toys.Models) -> None:
-    from qratk.estimators.gradient_spectrum import _chunks
-
     projections = [p for layer in llama.module.backbone.layers for p in layer.modules]
-    chunks = list(_chunks(projections, 3000))
+    chunks = list(gradient_chunks(projections, 3000))
     assert [name for chunk in chunks for name in chunk] == [name for name, _ in projections]
     assert len(chunks) > 1
     for chunk in chunks:
@@ -103,7 +103,7 @@ def test_gradient_memory_bounds_what_is_held_at_a_time(llama: toys.Models) -> No
         assert held <= 3000 or len(chunk) == 1
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize("name", ["activation_error", "fisher_residual", "gradient_norm", "gradient_spectrum"])
 def test_scores_add_up_over_a_finer_split_of_the_layers(name: str, llama: toys.Models) -> None:
     batches = toys.batches()
     blocks = estimate(name, llama, batches)
@@ -125,7 +125,7 @@ def test_padding_does_not_change_the_scores(name: str, llama: toys.Models) -> No
     np.testing.assert_allclose(estimate(name, llama, [padded]), estimate(name, llama, [batch]), rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*OF_GRADIENTS, "quantization_error", "uniform"])
 def test_sequences_without_a_label_do_not_count(name: str, llama: toys.Models) -> None:
     [batch] = toys.batches(count=1)
     blank = {k: torch.cat([v, v[:1]]) for k, v in batch.items()}
@@ -134,7 +134,7 @@ def test_sequences_without_a_label_do_not_count(name: str, llama: toys.Models) -
     np.testing.assert_allclose(estimate(name, llama, [unlabelled, blank]), estimate(name, llama, [batch]), rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize("name", OF_GRADIENTS)
 def test_batches_without_any_label_are_an_error(name: str, llama: toys.Models) -> None:
     [batch] = toys.batches(count=1)
     with pytest.raises(DataError, match="labelled token"):
@@ -156,7 +156,7 @@ def test_module_and_random_state_are_left_as_found(name: str, models: toys.Model
     assert scores.shape == (3,)
     assert scores.dtype == np.float64
     assert np.isfinite(scores).all()
-    assert (scores > 0).all()
+    assert (scores >= 0 if name == "hessian_trace" else scores > 0).all()
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert adapter.grad is None
@@ -169,23 +169,24 @@ def _banks(models: toys.Models) -> list[tuple[str, torch.nn.Module]]:
     return [pair for layer in models.module.backbone.layers for pair in layer.modules]
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize("name", OF_DATA)
 def test_hooks_and_modes_are_restored_after_an_error(name: str, llama: toys.Models) -> None:
     model = llama.module.backbone.model.train()
     [batch] = toys.batches(count=1)
     with pytest.raises(KeyError):
         estimate(name, llama, [{k: v for k, v in batch.items() if k != "attention_mask"}])
     assert model.training
-    assert all(not bank._forward_hooks for _, bank in _banks(llama))
+    assert all(not bank._forward_hooks and not bank._forward_pre_hooks for _, bank in _banks(llama))
+    assert all("forward" not in vars(bank) for _, bank in _banks(llama))
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize("name", OF_DATA)
 def test_max_batches_uses_the_first_ones(name: str, llama: toys.Models) -> None:
     batches = toys.batches(count=3)
     np.testing.assert_array_equal(estimate(name, llama, batches, max_batches=1), estimate(name, llama, batches[:1]))
 
 
-@pytest.mark.parametrize("name", ["fisher_residual", "gradient_spectrum"])
+@pytest.mark.parametrize("name", OF_DATA)
 def test_scores_are_equal_with_and_without_dropout_in_the_training_mode(name: str, llama: toys.Models) -> None:
     batches = toys.batches(count=1)
     scores = []

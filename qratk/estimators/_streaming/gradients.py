@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qratk.backbone.calibration import undisturbed
 from qratk.core.errors import DataError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from qratk.backbone.bank import BankLinear
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ def stream(
         if labelled == 0:
             continue
         size = BatchSize(len(batch["labels"]), labelled)
-        with _undisturbed(model), _hooked(modules, visit, size):
-            torch.autograd.grad(*_loss(model, batch))
+        with undisturbed(model), _hooked(modules, visit, size):
+            torch.autograd.grad(*sequence_loss(model, batch))
         sizes.append(size)
     if not sizes:
         raise DataError(
@@ -51,6 +55,52 @@ def stream(
             "Check the prompt template and the maximal length, which may cut the answers off"
         )
     return tuple(sizes)
+
+
+def mean_gradients(
+    model: nn.Module,
+    projections: Sequence[tuple[str, BankLinear]],
+    batches: Sequence[dict[str, Any]],
+    limit_bytes: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and gradients (d_out, d_in) of the weights, averaged over batches, each the mean over its sequences.
+
+    As many are held at a time as `limit_bytes` of float32 allow, and the batches are gone through once for each such
+    chunk. An expert that no token reached has none. Raises `DataError` when nothing is labelled.
+    """
+    for chunk in gradient_chunks(projections, limit_bytes):
+        gradients = _chunk_gradients(model, chunk, batches)
+        yield from ((name, gradients[name]) for name in chunk if name in gradients)
+
+
+def gradient_chunks(projections: Sequence[tuple[str, BankLinear]], limit_bytes: int) -> Iterator[dict[str, BankLinear]]:
+    """Consecutive projections whose float32 gradients fit together; one projection always fits."""
+    chunk: dict[str, BankLinear] = {}
+    held = 0
+    for name, projection in projections:
+        size = 4 * projection.shape[0] * projection.shape[1]
+        if chunk and held + size > limit_bytes:
+            yield chunk
+            chunk, held = {}, 0
+        chunk[name] = projection
+        held += size
+    if chunk:
+        yield chunk
+
+
+def _chunk_gradients(
+    model: nn.Module, projections: Mapping[str, nn.Module], batches: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+        gradient = grad.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros_like(gradient)
+        sums[name].add_(gradient, alpha=1.0 / size.labelled)
+
+    sizes = stream(model, projections, batches, visit)
+    return {name: gradient / len(sizes) for name, gradient in sums.items()}
 
 
 def per_sequence(x: Tensor, grad: Tensor, name: str, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -69,8 +119,8 @@ def per_sequence(x: Tensor, grad: Tensor, name: str, batch_size: int) -> tuple[T
     )
 
 
-def _loss(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Loss and the embeddings that it is differentiated by."""
+def sequence_loss(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sum over sequences of the mean loss of each one's labelled tokens, and the embeddings to differentiate it by."""
     table = model.get_input_embeddings()
     device = table.weight.device
     with torch.no_grad():
@@ -107,16 +157,3 @@ def _hooked(modules: Mapping[str, nn.Module], visit: Visit, size: BatchSize) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with the random state and every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module in training:
-            module.training = True
