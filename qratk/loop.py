@@ -59,6 +59,7 @@ class SearchLoop:
         scope: which bytes the budget limits: storage (Eq. 21), training or serving peak.
         max_average_bits: cap on the mean bit-width over weights, beside or instead of bytes.
         steps: optimiser steps of the rungs, T_1 < ... < T_S.
+        multi_fidelity: whether the lower rungs are used; without them every candidate runs to T_S at once.
         reduction_factor: eta, how many candidates are dropped from rung to rung.
         high_fidelity_candidates: N_HF, how many of a generation reach T_S.
         promotion: whether the best of each generation go on to higher rungs ("each"), or once, after the last
@@ -96,6 +97,7 @@ class SearchLoop:
         scope: Scope = "storage",
         max_average_bits: float | None = None,
         steps: Sequence[int] = (100, 300, 900),
+        multi_fidelity: bool = True,
         reduction_factor: float = 3.0,
         high_fidelity_candidates: int = 3,
         promotion: Literal["each", "last"] = "each",
@@ -139,7 +141,8 @@ class SearchLoop:
         self.like = like
         self.scope: Scope = scope
         self.max_average_bits = max_average_bits
-        self.ladder = FidelityLadder(tuple(steps), reduction_factor)
+        ladder = FidelityLadder(tuple(steps), reduction_factor)
+        self.ladder = ladder if multi_fidelity else FidelityLadder(ladder.steps[-1:], reduction_factor)
         self.high_fidelity_candidates = high_fidelity_candidates
         self.promotion = promotion
         self.promote_by = promote_by

@@ -31,7 +31,7 @@ class SimulatedEvaluator(Evaluator):
         num_layers: L.
         seed: which landscape and layers; that of the search by default.
         landscape: parameters of the surface, each a number or a range to draw from; see `LandscapeOptions`.
-        importance_noise: standard deviation of the logarithm by which importance estimates are off.
+        importance_noise: standard deviation of the logarithm by which importance estimates are off, or a range of it.
         estimator_noise: the same for single estimators by name, as in {quantization_error: 1.0}.
         items: validation items; their outcomes differ, and their mean is the score.
         failures: share of the configurations whose evaluation fails.
@@ -44,7 +44,7 @@ class SimulatedEvaluator(Evaluator):
         seed: int | None = None,
         *,
         landscape: LandscapeOptions | None = None,
-        importance_noise: float = 0.3,
+        importance_noise: float | tuple[float, float] = 0.3,
         estimator_noise: Mapping[str, float] | None = None,
         items: int = 32,
         failures: float = 0.0,
@@ -92,10 +92,15 @@ class SimulatedEvaluator(Evaluator):
         name = str(getattr(estimator, "component_name", type(estimator).__name__)).lower()
         if name in ("uniform", "none"):
             return np.ones(self.num_layers)
-        noise = self.estimator_noise.get(name, self.importance_noise)
+        noise = self.estimator_noise.get(name, self._drawn_noise())
         if any(word in name for word in ("grad", "update", "rank")):
             return blurred(self.landscape.learnable, noise, self.landscape.seed, "rank")
         return blurred(self.landscape.sensitivity, noise, self.landscape.seed, "bits")
+
+    def _drawn_noise(self) -> float:
+        if isinstance(self.importance_noise, int | float):
+            return float(self.importance_noise)
+        return float(np.random.default_rng([self.landscape.seed, 7]).uniform(*self.importance_noise))
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
         """Evaluations in the order of the requests."""

@@ -86,6 +86,7 @@ def initial_candidates(
     size: int,
     epsilon: float,
     known: Collection[Configuration] = (),
+    uniforms: bool = True,
 ) -> tuple[Candidate, ...]:
     """At most `size` feasible candidates, none known: prototypes, uniforms, then perturbed variants of prototypes.
 
@@ -93,11 +94,11 @@ def initial_candidates(
     are never crowded out by long ladders.
     """
     seeds = prototypes(proposer.problem, epsilon=epsilon)
-    uniforms = uniforms_that_fit(proposer.problem)
+    fitting = uniforms_that_fit(proposer.problem) if uniforms else ()
     chosen: dict[Configuration, Candidate] = {}
     for origin, configurations, places in (
         ("prototype", seeds, math.ceil(size / 2)),
-        ("uniform", uniforms, math.ceil(size / 4)),
+        ("uniform", fitting, math.ceil(size / 4)),
     ):
         fresh = [c for c in configurations if c not in known and c not in chosen][:places]
         chosen |= {c: Candidate(c, origin) for c in fresh}
