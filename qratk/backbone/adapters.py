@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qratk.backbone.initial import Factors, expanded
 from qratk.backbone.sharding import is_sharded, local, shard_like, whole
 from qratk.core.errors import ConfigurationError
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from qratk.backbone.bank import BankLinear
 
 _ADAPTER = "default"
+
+Initialisation = Literal["default", "loftq", "lq_lora"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class AdapterOptions:
         alpha: numerator of the scaling with `rslora`; of no effect without it.
         dropout: probability of dropping an adapter's input in training.
         dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+        init: "default" (A random, B zero, as PEFT), or so that the adapter makes up for the quantisation error: "loftq"
+            by its singular values (Li et al. 2023), "lq_lora" by those weighted with Fisher information (Guo et al.
+            2023). Projections left at 16 bits have no such error and begin as by default.
+        init_iterations: of quantising and approximating in turn; 1 takes the bank's own quantised weights, with more
+            they are quantised anew for each rank.
+        input_groups: size of the groups of inputs that are summed into one before the adapter (QA-LoRA, Xu et al.
+            2023): A is (rank, d_in / input_groups). Where it is the group size of an affine quantizer, scaling * B A is
+            constant within a group and can be merged into its zero points. None is no pooling.
     """
 
     alpha_over_rank: float = 2.0
@@ -45,8 +56,19 @@ class AdapterOptions:
     dropout: float = 0.0
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     alpha: float = 16.0
+    init: Initialisation = "default"
+    init_iterations: int = 1
+    input_groups: int | None = None
 
     def __post_init__(self) -> None:
+        if self.init not in get_args(Initialisation):
+            raise ConfigurationError(f"init must be one of {get_args(Initialisation)}, got {self.init!r}")
+        if self.init_iterations < 1:
+            raise ConfigurationError(f"init_iterations must be at least 1, got {self.init_iterations}")
+        if self.input_groups is not None and self.input_groups < 1:
+            raise ConfigurationError(
+                f"input_groups is the size of a group of inputs, as in 32, or null; got {self.input_groups}"
+            )
         if not (self.alpha_over_rank > 0 and self.alpha > 0):
             raise ConfigurationError(f"alpha must be positive, got {self.alpha_over_rank} and {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
@@ -59,6 +81,19 @@ class AdapterOptions:
         """The stored type."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def input_group(self) -> int:
+        """Inputs that are summed into one; 1 when there is no pooling."""
+        return self.input_groups or 1
+
+    def check_inputs(self, name: str, d_in: int) -> None:
+        """Raise `ConfigurationError` when a projection's inputs do not divide into groups."""
+        if d_in % self.input_group:
+            raise ConfigurationError(
+                f"the {d_in} inputs of {name!r} do not divide into groups of {self.input_group}; give input_groups a "
+                "divisor of every projection's inputs, or leave such projections out of target_modules"
+            )
 
     def lora_alpha(self, rank: int) -> float:
         """PEFT's `lora_alpha` at a rank."""
@@ -90,9 +125,50 @@ def _uniform(name: str, rank: int, d_in: int, seed: int) -> NDArray[np.float32]:
     return drawn
 
 
+def initial_weights(
+    name: str, shape: tuple[int, int], rank: int, options: AdapterOptions, *, seed: int, factors: Factors | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices of a fresh adapter, A (rank, d_in / group) and B (d_out, rank), float32 on the CPU.
+
+    With factors, scaling * B A is what they stand for, and nested in rank as they are; a component that they have none
+    of begins as by default, with a random row of A and zeros in B, since an adapter of zeros would never learn.
+    """
+    a = initial_a(name, rank, shape[1] // options.input_group, seed=seed)
+    b = torch.zeros(shape[0], rank)
+    if factors is None:
+        return a, b
+    if not factors.covers(rank):
+        raise ConfigurationError(f"{name}: the initial adapters were made for ranks up to {factors.rank}, not {rank}")
+    used = factors.used[:rank].nonzero()[:, 0]
+    scale = options.scaling(rank) ** -0.5
+    a[used], b[:, used] = factors.a[used] * scale, factors.b[:, used] * scale
+    return a, b
+
+
 # Candidates of a search begin with the same values again and again; at most 64 MiB of them are kept.
 _ROWS, _SMALL_DRAW = 16, 1 << 13
 _small_uniform = lru_cache(maxsize=2048)(_uniform)
+
+
+class PooledLinear(nn.Linear):
+    """First matrix of an adapter whose inputs (..., d_in) are summed in groups: its weight is (rank, d_in / group).
+
+    The same as a plain one whose weight is this repeated for each input of a group (QA-LoRA, Xu et al. 2023,
+    Algorithm 1: an average pool times the size of a group).
+    """
+
+    def __init__(self, group: int) -> None:
+        super().__init__(1, 1, bias=False, device="meta")  # its weight is given at each switch
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Product (..., rank) of x (..., d_in)."""
+        return nn.functional.linear(pooled(x, self.group), self.weight)
+
+
+def pooled(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Sums of x (..., d_in) over groups of neighbours, (..., d_in / group)."""
+    return x if group == 1 else x.unflatten(-1, (-1, group)).sum(dim=-1)
 
 
 class Adapters:
@@ -105,10 +181,18 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, banks: Mapping[str, BankLinear], options: AdapterOptions) -> None:
         self.options = options
         self.banks = dict(banks)
+        for name, bank in self.banks.items():
+            options.check_inputs(name, bank.in_features)
         self.peft_model = _wrap(model, self.banks, options)
         base = self.peft_model.get_base_model()
         self._wrappers: dict[str, Any] = {name: base.get_submodule(name) for name in self.banks}
-        self._linears = {n: (w.lora_A[_ADAPTER], w.lora_B[_ADAPTER]) for n, w in self._wrappers.items()}
+        self._linears = {
+            n: (
+                w.lora_A[_ADAPTER] if options.input_group == 1 else PooledLinear(options.input_group),
+                w.lora_B[_ADAPTER],
+            )
+            for n, w in self._wrappers.items()
+        }
         self._whole: dict[str, torch.Tensor] = {}  # of sharded adapters, for one process to save
 
     def rank(self, name: str) -> int:
@@ -116,8 +200,8 @@ class Adapters:
         wrapper = self._wrappers[name]
         return int(wrapper.r[_ADAPTER]) if _ADAPTER in wrapper.lora_A else 0
 
-    def reset(self, name: str, rank: int, *, seed: int) -> None:
-        """Give a projection a fresh adapter of this rank: A seeded, B zero."""
+    def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
+        """Give a projection a fresh adapter of this rank: A seeded, B zero, or both from factors."""
         wrapper, bank = self._wrappers[name], self.banks[name]
         self._whole = {}
         if rank == 0:
@@ -126,8 +210,8 @@ class Adapters:
                     matrices.pop(_ADAPTER)
             return
         a, b = self._linears[name]
-        a.weight = nn.Parameter(initial_a(name, rank, bank.in_features, seed=seed).to(bank.device))
-        b.weight = nn.Parameter(torch.zeros(bank.out_features, rank, device=bank.device))
+        first, second = initial_weights(name, bank.shape, rank, self.options, seed=seed, factors=factors)
+        a.weight, b.weight = nn.Parameter(first.to(bank.device)), nn.Parameter(second.to(bank.device))
         a.out_features = b.in_features = rank
         wrapper.lora_A[_ADAPTER], wrapper.lora_B[_ADAPTER] = a, b
         wrapper.r[_ADAPTER], wrapper.lora_alpha[_ADAPTER] = rank, self.options.lora_alpha(rank)
@@ -138,7 +222,8 @@ class Adapters:
         wrapper, bank = self._wrappers[name], self.banks[name]
         if _ADAPTER not in wrapper.lora_A:
             return torch.zeros(bank.shape, device=bank.device)
-        product: torch.Tensor = wrapper.lora_B[_ADAPTER].weight @ wrapper.lora_A[_ADAPTER].weight
+        a = expanded(wrapper.lora_A[_ADAPTER].weight, self.options.input_group)
+        product: torch.Tensor = wrapper.lora_B[_ADAPTER].weight @ a
         return product.detach() * float(wrapper.scaling[_ADAPTER])
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -196,8 +281,16 @@ class Adapters:
             "text": f"adapters are trained in float32, as are AdamW's moments; stored, counted and scored in {stored}",
         }
 
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapters as they are counted, by name: on the CPU, in the stored type, pooled where inputs are pooled."""
+        masters = self._whole or {name: whole(parameter) for name, parameter in self.parameters()}
+        return {name: value.to("cpu", self.options.torch_dtype) for name, value in masters.items()}
+
     def save(self, directory: str | Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` for plain PEFT, in the stored type.
+
+        PEFT has no pooled inputs (but for GPTQ layers), so that a pooled A is written with its columns repeated: the
+        file is then larger than what is counted.
 
         Ranks and alphas are anchored patterns, one for each projection; a pattern that matches none or not just its
         own projection is an error.
@@ -207,9 +300,11 @@ class Adapters:
         config = self.peft_config()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        dtype = self.options.torch_dtype
-        masters = self._whole or {name: whole(parameter) for name, parameter in self.parameters()}
-        tensors = {f"base_model.model.{n}": value.to("cpu", dtype).contiguous() for n, value in masters.items()}
+        tensors = {
+            f"base_model.model.{n}": (expanded(t, self.options.input_group) if n.endswith("lora_A.weight") else t)
+            for n, t in self.stored_tensors().items()
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(directory))
 

@@ -16,6 +16,7 @@ from qratk.backbone.adapters import AdapterOptions, Adapters
 from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
 from qratk.backbone.cohort import Cohort
 from qratk.backbone.dense import DenseCache, dense_cache_mode
+from qratk.backbone.initial import BLOCK, Factors, InitialPart, Weighting, divided
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.memory import ModelFacts, memory_model
 from qratk.backbone.store import BankStore, Part, Plan, bank_directory, log, return_freed_memory
@@ -72,6 +73,8 @@ class Backbone:
         self.compute_dtype = resolve_dtype(compute_dtype)
         self.configuration: Configuration | None = None
         self._built: set[int] = set()
+        self._factors: dict[tuple[str, int, int | None], Factors] = {}  # by projection, bits and, if it counts, rank
+        self._initial: set[tuple[int, int]] = set()  # bits and ranks that `build_initial` was asked for
         self._digest: str | None = None
         self._digests: dict[str, str] | None = None
         self.bank_dir = bank_directory(bank_dir)
@@ -182,6 +185,9 @@ class Backbone:
     def _compute_digest(self) -> str:
         settings = {bits: describe(quantizer) for bits, quantizer in self.table.quantizers.items()}
         text = repr((settings, self.granularity, self.target_modules, str(self.compute_dtype)))
+        begin = self.adapters.options
+        if begin.init != "default" or begin.input_group > 1:
+            text += repr((begin.init, begin.init_iterations, begin.input_group))
         return _sha256([text, *(f"{name}:{digest}" for name, digest in self._tensor_digests().items())])
 
     def _tensor_digests(self) -> dict[str, str]:
@@ -271,6 +277,101 @@ class Backbone:
             return_freed_memory()
         return packed
 
+    # The first values of adapters
+
+    def needs_initial(self, choices: Iterable[tuple[int, int]]) -> bool:
+        """Whether `build_initial` would have something to do for these bits and ranks."""
+        return self.adapters.options.init != "default" and any(c not in self._initial for c in choices if c[1])
+
+    def build_initial(
+        self, choices: Iterable[tuple[int, int]], *, weightings: Mapping[str, Weighting] | None = None
+    ) -> None:
+        """Make first values of adapters for these (bits, rank), as `AdapterOptions.init` says; or map what a store has.
+
+        The bank must be built at these bits, and the full-precision reference be there. With one iteration they are
+        made for the largest of the ranks, and serve every smaller one; with more, each rank has its own, and its own
+        packed weights: as many banks as there are ranks. "lq_lora" needs the weightings of all projections.
+        """
+        wanted = sorted({choice for choice in choices if choice[1] and choice not in self._initial})
+        options = self.adapters.options
+        if not wanted or options.init == "default":
+            return
+        if options.init == "lq_lora" and weightings is None:
+            raise ConfigurationError("'lq_lora' needs the Fisher weights of calibration batches, and none were given")
+        if not all(bank.has_reference for bank in self._banks.values()):
+            raise QuantizationError(
+                f"the first values of adapters at (bits, rank) {wanted[0]} were not made before the full-precision "
+                "weights were released; load the model again"
+            )
+        store = self._store()
+        for bits, rank in self._initial_runs(wanted):
+            self._build_initial(bits, rank, weightings if options.init == "lq_lora" else None, store)
+        self._initial.update(wanted)
+
+    def _initial_runs(self, wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        if self.adapters.options.init_iterations > 1:
+            return list(wanted)
+        held = {bits: factors.rank for (_, bits, _), factors in self._factors.items()}
+        largest = dict(wanted)  # sorted: the last of each bit-width
+        return [(b, -(-r // BLOCK) * BLOCK) for b, r in largest.items() if r > held.get(b, 0)]
+
+    def _build_initial(
+        self, bits: int, rank: int, weightings: Mapping[str, Weighting] | None, store: BankStore | None
+    ) -> None:
+        weights = weightings or {}
+
+        def part(layer: TargetLayer, name: str) -> Part:
+            digest = weights[name].digest if name in weights else ""
+            chosen: Any = InitialPart(self._chosen(layer, name, bits), self.adapters.options, rank, digest)
+            return Part(name, self._banks[name].shape, chosen)
+
+        def is_quantized(bank: BankLinear) -> bool:
+            return not isinstance(bank.require(bits).quantizer, NoQuantizer)
+
+        layers = tuple(
+            (layer.name, tuple(part(layer, name) for name, bank in layer.modules if is_quantized(bank)))
+            for layer in self.layers
+        )
+        plan = Plan(bits, layers, next(iter(self._banks.values())).device.type)
+        for index, (_, parts) in enumerate(layers):
+            made = self._initial_tensors(plan, index, weights, store) if parts else {}
+            for each in parts:
+                self._take_initial(each, bits, rank, made[each.name])
+
+    def _initial_tensors(
+        self, plan: Plan, index: int, weights: Mapping[str, Weighting], store: BankStore | None
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        def build() -> dict[str, dict[str, torch.Tensor]]:
+            parts: list[Any] = [(part.name, part.chosen) for part in plan.layers[index][1]]
+            with torch.no_grad():
+                return {n: chosen.build(self._banks[n], plan.bits, weights.get(n)) for n, chosen in parts}
+
+        return build() if store is None else store.fetch(plan, index, build)
+
+    def _take_initial(self, part: Part, bits: int, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        packed, factors = divided(dict(tensors))
+        bank = self._banks[part.name]
+        self._factors[part.name, bits, rank if packed else None] = factors
+        if packed:
+            placed = {key: tensor.to(bank.device) for key, tensor in packed.items()}
+            bank.add_variant(bits, Variant(part.chosen.quantizer, part.chosen.bits, placed), rank=rank)
+
+    def initial_factors(self, name: str, bits: int, rank: int) -> Factors | None:
+        """First values of a projection's adapter, before scaling; None where it begins as by default.
+
+        Raises `QuantizationError` where `build_initial` was not asked for them.
+        """
+        bank = self._banks[name]
+        if not rank or self.adapters.options.init == "default" or isinstance(bank.require(bits).quantizer, NoQuantizer):
+            return None
+        factors = self._factors.get((name, bits, rank)) or self._factors.get((name, bits, None))
+        if factors is None:
+            raise QuantizationError(
+                f"the first values of adapters at {bits} bits and rank {rank} are not made; call "
+                f"`backbone.build_initial([({bits}, {rank})])` after `build_bank` and before the reference is released"
+            )
+        return factors
+
     def _hold_reference(self) -> None:
         # 16 bits work from the start, for importance estimators and for reference runs, but are no copy of the model.
         for layer in self.layers:
@@ -331,21 +432,22 @@ class Backbone:
         self._require_length(configuration)
         self._dense.next_generation()
         choices = list(zip(self.layers, configuration.layers, strict=True))
+        factors: dict[str, Factors | None] = {}
         for layer, choice in choices:  # all or nothing: look before the first switch
-            for _, bank in layer.modules:
+            for name, bank in layer.modules:
                 bank.require(choice.bits)
+                factors[name] = self.initial_factors(name, choice.bits, choice.rank)
         for layer, choice in choices:
             for name, bank in layer.modules:
-                bank.activate(choice.bits)
-                self.adapters.reset(name, choice.rank, seed=seed)
+                bank.activate(choice.bits, choice.rank)
+                self.adapters.reset(name, choice.rank, seed=seed, factors=factors[name])
         self.configuration = configuration
 
     def keep_active(self) -> None:
         """Drop the packed weights that the active configuration does not use, and the reference."""
         self.release_reference()
         for bank in self._banks.values():
-            for bits in set(bank.variants) - {bank.active}:
-                bank.drop_variant(bits)
+            bank.keep_active()
         self._built.clear()
 
     def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
@@ -354,7 +456,8 @@ class Backbone:
         for configuration in configurations:
             self._require_length(configuration)
         self._dense.next_generation()
-        return Cohort(self.model, self.layers, self.adapters.options, configurations, seed=seed)
+        options = self.adapters.options
+        return Cohort(self.model, self.layers, options, configurations, seed=seed, factors=self.initial_factors)
 
     def _require_length(self, configuration: Configuration) -> None:
         if len(configuration) != len(self.layers):
@@ -430,6 +533,7 @@ class Backbone:
             self.shapes,
             self.table,
             facts,
+            input_group=self.adapters.options.input_group,
             training=training_peaks(self, space, **options, dense_cache=dense, device=device) if trace else None,
             **options,
         )

@@ -16,6 +16,8 @@ from qratk.core.errors import QuantizationError
 from qratk.quantizers.base import Quantizer
 
 Packed = dict[str, torch.Tensor]
+VariantKey = int | tuple[int, int]
+"""Bits, or (bits, rank) of a weight that was packed for adapters of one rank."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ class BankLinear(nn.Linear):
         self._reference: torch.Tensor | None = weight.detach()
         self._bias = None if bias is None else bias.detach().contiguous()
         self._variants: dict[int, Variant] = {}
+        self._ranked: dict[tuple[int, int], Variant] = {}
         self._active = 16
+        self._active_rank: int | None = None
         self.hide_weight = False
 
     @property
@@ -183,54 +187,86 @@ class BankLinear(nn.Linear):
         """The bit-width in use."""
         return self._active
 
-    def activate(self, bits: int) -> None:
-        """Multiply by the variant of this bit-width from now on; raises `QuantizationError` when it is not there."""
+    @property
+    def active_rank(self) -> int | None:
+        """The rank that the weight in use may have been packed for."""
+        return self._active_rank
+
+    def activate(self, bits: int, rank: int | None = None) -> None:
+        """Multiply by the variant of this bit-width from now on, or by that packed for this rank where there is one.
+
+        Raises `QuantizationError` when it is not there.
+        """
         self.require(bits)
-        self._active = bits
+        self._active, self._active_rank = bits, rank
+
+    def key(self, bits: int, rank: int | None = None) -> VariantKey:
+        """What names the variant in use at these bits and rank: the bits alone unless one was packed for the rank."""
+        return (bits, rank) if rank is not None and (bits, rank) in self._ranked else bits
+
+    def find(self, key: VariantKey) -> Variant | None:
+        """The variant of a key, or None."""
+        return self._ranked.get(key) if isinstance(key, tuple) else self._variants.get(key)
 
     def holds(self, bits: int) -> bool:
         """Whether a bit-width is there in packed form, and so survives the release of the reference."""
         return bits in self._variants and not isinstance(self._variants[bits], ReferenceVariant)
 
-    def require(self, bits: int) -> Variant:
-        """The variant of a bit-width; raises `QuantizationError`, saying what to do, when it is not in the bank."""
+    def require(self, bits: int, rank: int | None = None) -> Variant:
+        """The variant of a bit-width, packed for this rank if there is such a one.
+
+        Raises `QuantizationError`, saying what to do, when the bits are not in the bank.
+        """
         if bits not in self._variants:
             cure = f"`backbone.build_bank([{bits}])`" if self.has_reference else "load the model again, then build it"
             raise QuantizationError(
                 f"the bank holds {sorted(self._variants)} bits for a {self.out_features} x {self.in_features} "
                 f"projection, not {bits}: {cure}"
             )
-        return self._variants[bits]
+        return self.find(self.key(bits, rank)) or self._variants[bits]
 
     def set_dense_cache(self, cache: bool | str | DenseCache) -> None:
         """Keep dequantised weights ("off", "on", "auto"), in a cache of its own or in one that is shared."""
         self._dense_cache.drop(self._token)
         self._dense_cache = cache if isinstance(cache, DenseCache) else DenseCache(dense_cache_mode(cache))
 
-    def add_variant(self, bits: int, variant: Variant) -> None:
-        """Put a packed weight into the bank."""
-        self._variants[bits] = variant
-        self._dense_cache.drop(self._token, bits)
+    def add_variant(self, bits: int, variant: Variant, *, rank: int | None = None) -> None:
+        """Put a packed weight into the bank, for any rank or for adapters of one rank alone."""
+        if rank is None:
+            self._variants[bits] = variant
+        else:
+            self._ranked[bits, rank] = variant
+        self._dense_cache.drop(self._token, bits if rank is None else (bits, rank))
+
+    def keep_active(self) -> None:
+        """Hold the variant in use, for any rank from now on, and no other."""
+        kept = self.require(self._active, self._active_rank)
+        self._variants, self._ranked, self._active_rank = {self._active: kept}, {}, None
+        self._dense_cache.drop(self._token)
 
     def install(self, bits: int, variant: Variant, bias: torch.Tensor | None) -> None:
         """Hold this packed weight and bias and nothing else."""
         self._reference, self._bias = None, bias
         self._variants, self._active = {bits: variant}, bits
+        self._ranked, self._active_rank = {}, None
         self._dense_cache.drop(self._token)
 
     def drop_variant(self, bits: int) -> None:
-        """Take a packed weight out of the bank; nothing happens when it is not there."""
+        """Take a packed weight out of the bank, those for single ranks too; nothing happens when it is not there."""
         self._variants.pop(bits, None)
         self._dense_cache.drop(self._token, bits)
+        for key in [key for key in self._ranked if key[0] == bits]:
+            del self._ranked[key]
+            self._dense_cache.drop(self._token, key)
 
     def release_reference(self) -> None:
         """Let go of the full-precision weight; the packed variants stay."""
         self._reference = None
 
-    def dequantized(self, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantized(self, bits: int, dtype: torch.dtype = torch.float32, *, rank: int | None = None) -> torch.Tensor:
         """Dense weight (d_out, d_in) that a variant stands for, as a new tensor."""
         with torch.no_grad():
-            return self.require(bits).dequantize(self.shape, dtype)
+            return self.require(bits, rank).dequantize(self.shape, dtype)
 
     def dense_weight(self, bits: int, dtype: torch.dtype) -> torch.Tensor:
         """Dense weight (d_out, d_in) of a variant to multiply by, from the dense cache or made anew.
@@ -240,7 +276,12 @@ class BankLinear(nn.Linear):
         """
         return self._dense_weight(self.require(bits), bits, dtype)
 
-    def _dense_weight(self, variant: Variant, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    def keyed_weight(self, key: VariantKey, dtype: torch.dtype) -> torch.Tensor:
+        """As `dense_weight`, of the variant that a key names."""
+        bits, rank = key if isinstance(key, tuple) else (key, None)
+        return self._dense_weight(self.require(bits, rank), self.key(bits, rank), dtype)
+
+    def _dense_weight(self, variant: Variant, key: VariantKey, dtype: torch.dtype) -> torch.Tensor:
         shape = self.shape
 
         def owned(dense: torch.Tensor) -> bool:
@@ -251,16 +292,16 @@ class BankLinear(nn.Linear):
             with torch.no_grad():
                 return variant.dequantize(shape, dtype)
 
-        if self._variants.get(bits) is not variant:  # taken out of the bank since it was used
+        if self.find(key) is not variant:  # taken out of the bank since it was used
             return make()
-        return self._dense_cache.get((self._token, bits, dtype), make, owned=owned)
+        return self._dense_cache.get((self._token, key, dtype), make, owned=owned)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """Dense copy of the active weight, read-only, made anew at each access; prefer `dequantized`."""
         if self.hide_weight or self._active not in self._variants:
             return torch.empty(self.shape, device="meta")
-        dense = self.dequantized(self._active, self._cache_dtype)
+        dense = self.dequantized(self._active, self._cache_dtype, rank=self._active_rank)
         return torch.Tensor._make_subclass(FrozenWeight, dense)
 
     @property
@@ -272,15 +313,15 @@ class BankLinear(nn.Linear):
         """Product (..., d_out) of x (..., d_in) with the active weight, plus the bias, in the dtype of x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        variant = self.require(self._active)
+        variant, key = self.require(self._active, self._active_rank), self.key(self._active, self._active_rank)
         bias = None if self._bias is None else self._bias.to(x.dtype)
         after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
         # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
-        dense = partial(self._dense_weight, variant, self._active, x.dtype)
+        dense = partial(self._dense_weight, variant, key, x.dtype)
         if self._dense_cache.mode == "off":
             return dequantized_matmul(x, dense, bias, after=after)
         weight = dense()
-        if not self._dense_cache.holds((self._token, self._active, x.dtype)):
+        if not self._dense_cache.holds((self._token, key, x.dtype)):
             return dequantized_matmul(x, _first(weight, dense), bias, after=after)
         # Autograd keeps what the cache keeps anyway.
         return (
@@ -318,6 +359,7 @@ class BankLinear(nn.Linear):
         if self._bias is not None:
             self._bias = move(self._bias)
         self._variants = {bits: variant.moved(move) for bits, variant in self._variants.items()}
+        self._ranked = {key: variant.moved(move) for key, variant in self._ranked.items()}
         self._dense_cache.drop(self._token)
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from qratk.backbone.adapters import AdapterOptions, initial_a
+from qratk.backbone.adapters import AdapterOptions, initial_weights, pooled
+from qratk.backbone.bank import VariantKey
+from qratk.backbone.initial import Factors, expanded
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from qratk.backbone.bank import BankLinear
     from qratk.backbone.layers import TargetLayer
 
-Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-"""Bit-widths in use at a projection, each with the runs [first, last) of candidates that use it."""
+Runs = tuple[tuple[VariantKey, tuple[tuple[int, int], ...]], ...]
+"""Packed weights in use at a projection, each with the runs [first, last) of candidates that use it."""
+FactorsOf = Callable[[str, int, int], Factors | None]
+"""First values of the adapter of a projection at some bits and rank; None for those by default."""
 
 
 class CohortMatmul(torch.autograd.Function):
@@ -35,9 +39,12 @@ class CohortMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, layer: CohortLinear) -> Tensor:
-        """Product (K, N, d_out) of x (K, N, d_in) with a (K, R, d_in), b (K, d_out, R) and mask (1, N, d_in)."""
+        """Product (K, N, d_out) of x (K, N, d_in) with a (K, R, d_in), b (K, d_out, R) and mask (1, N, d_in).
+
+        Where inputs are pooled, a is (K, R, d_in / group).
+        """
         out = layer.frozen_product(x)
-        dropped = x if mask is None else x * mask
+        dropped = pooled(x if mask is None else x * mask, layer.group)
         low = torch.bmm(dropped.to(a.dtype), a.transpose(1, 2))  # (K, N, R)
         scaled = low if layer.scaling_tensor is None else low * layer.scaling_tensor
         if out.dtype == a.dtype:
@@ -56,7 +63,7 @@ class CohortMatmul(torch.autograd.Function):
         x, a, b, low, *masks = ctx.saved_tensors
         layer: CohortLinear = ctx.layer
         grad = grad.contiguous()
-        dropped = x * masks[0] if masks else x
+        dropped = pooled(x * masks[0] if masks else x, layer.group)
         outer = grad.to(a.dtype)
         grad_b = torch.bmm(outer.transpose(1, 2), low)  # (K, d_out, R)
         grad_low = torch.bmm(outer, b)  # (K, N, R)
@@ -68,6 +75,7 @@ class CohortMatmul(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None
         grad_x = layer.frozen_gradient(grad)
+        a = expanded(a, layer.group)
         if masks:
             grad_x = grad_x + torch.bmm(grad_low, a).to(grad_x.dtype).mul_(masks[0])
         elif grad_x.dtype == a.dtype:
@@ -105,6 +113,7 @@ class CohortLinear(nn.Module):
         bits, ranks: of the K candidates.
         options: how adapters are scaled, and their dropout.
         seed: of the adapters, as when a candidate is trained alone.
+        factors: first values of the adapter at some bits and rank, where they are not those by default.
     """
 
     def __init__(
@@ -116,11 +125,13 @@ class CohortLinear(nn.Module):
         options: AdapterOptions,
         *,
         seed: int,
+        factors: FactorsOf = lambda name, bits, rank: None,
     ) -> None:
         super().__init__()
         self._bank = (bank,)  # not a submodule: the bank belongs to the backbone
         self.ranks, self.dropout = tuple(ranks), options.dropout
-        self.runs = _runs(bits)
+        self.group = options.input_group
+        self.runs = _runs([bank.key(b, r) for b, r in zip(bits, ranks, strict=True)])
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
         scalings = {options.scaling(r) for r in ranks if r}
@@ -132,11 +143,13 @@ class CohortLinear(nn.Module):
         rank = max(ranks)
         if rank == 0:
             return
-        a = initial_a(name, rank, bank.in_features, seed=seed).expand(len(ranks), -1, -1).clone()
-        for index, own in enumerate(ranks):
-            a[index, own:] = 0.0
-        self.lora_a = nn.Parameter(a.to(bank.device))
-        self.lora_b = nn.Parameter(torch.zeros(len(ranks), bank.out_features, rank, device=bank.device))
+        a = torch.zeros(len(ranks), rank, bank.in_features // self.group)
+        b = torch.zeros(len(ranks), bank.out_features, rank)
+        for index, (width, own) in enumerate(zip(bits, ranks, strict=True)):
+            if own:
+                first = initial_weights(name, bank.shape, own, options, seed=seed, factors=factors(name, width, own))
+                a[index, :own], b[index, :, :own] = first
+        self.lora_a, self.lora_b = nn.Parameter(a.to(bank.device)), nn.Parameter(b.to(bank.device))
 
     @property
     def bank(self) -> BankLinear:
@@ -178,8 +191,8 @@ class CohortLinear(nn.Module):
         """W_k x plus bias, (K, N, d_out), of x (K, N, d_in)."""
         bank = self.bank
         out = x.new_empty(*x.shape[:2], bank.out_features)
-        for bits, runs in self.runs:
-            weight = bank.dense_weight(bits, x.dtype).t()
+        for key, runs in self.runs:
+            weight = bank.keyed_weight(key, x.dtype).t()
             for first, last in runs:
                 torch.mm(x[first:last].flatten(0, 1), weight, out=out[first:last].flatten(0, 1))
         return out if bank.bias is None else out.add_(bank.bias.to(x.dtype))
@@ -188,19 +201,19 @@ class CohortLinear(nn.Module):
         """Gradient of x (K, N, d_in) through W_k alone, from that of the product, (K, N, d_out)."""
         bank = self.bank
         out = grad.new_empty(*grad.shape[:2], bank.in_features)
-        for bits, runs in self.runs:
-            weight = bank.dense_weight(bits, grad.dtype)
+        for key, runs in self.runs:
+            weight = bank.keyed_weight(key, grad.dtype)
             for first, last in runs:
                 torch.mm(grad[first:last].flatten(0, 1), weight, out=out[first:last].flatten(0, 1))
         return out
 
 
-def _runs(bits: Sequence[int]) -> Runs:
-    found: dict[int, list[tuple[int, int]]] = {}
-    for width, members in groupby(range(len(bits)), key=lambda k: bits[k]):
+def _runs(keys: Sequence[VariantKey]) -> Runs:
+    found: dict[VariantKey, list[tuple[int, int]]] = {}
+    for key, members in groupby(range(len(keys)), key=lambda k: keys[k]):
         run = list(members)
-        found.setdefault(width, []).append((run[0], run[-1] + 1))
-    return tuple((width, tuple(found[width])) for width in sorted(found))
+        found.setdefault(key, []).append((run[0], run[-1] + 1))
+    return tuple((key, tuple(found[key])) for key in sorted(found, key=lambda k: k if isinstance(k, tuple) else (k, 0)))
 
 
 class Cohort:
@@ -216,6 +229,7 @@ class Cohort:
         options: how adapters are scaled and stored.
         configurations: of the K candidates.
         seed: of the adapters.
+        factors: first values of an adapter, where they are not those by default.
     """
 
     def __init__(
@@ -226,6 +240,7 @@ class Cohort:
         configurations: Sequence[Configuration],
         *,
         seed: int,
+        factors: FactorsOf = lambda name, bits, rank: None,
     ) -> None:
         if not configurations:
             raise ConfigurationError("a cohort needs at least one configuration")
@@ -238,7 +253,7 @@ class Cohort:
             for name, bank in layer.modules:
                 for width in set(bits):
                     bank.require(width)
-                self._linears[name] = CohortLinear(name, bank, bits, ranks, options, seed=seed)
+                self._linears[name] = CohortLinear(name, bank, bits, ranks, options, seed=seed, factors=factors)
 
     def __len__(self) -> int:
         return len(self.configurations)

@@ -11,7 +11,7 @@ import torch
 from qratk.core.errors import ConfigurationError
 
 Mode = Literal["off", "on", "auto"]
-Key = tuple[object, int, torch.dtype]  # a projection's token, bits, compute dtype
+Key = tuple[object, int | tuple[int, int], torch.dtype]  # a projection's token, bits (and rank), compute dtype
 
 _SHARE = 0.25  # of the available memory: the rest is for activations, other runs and the page cache
 
@@ -87,7 +87,7 @@ class DenseCache:
         self._entries.clear()
         self.used = 0
 
-    def drop(self, token: object, bits: int | None = None) -> None:
+    def drop(self, token: object, bits: int | tuple[int, int] | None = None) -> None:
         """Forget the weights of a projection, of one bit-width or all."""
         for key in [k for k in self._entries if k[0] is token and bits in (None, k[1])]:
             self._remove(key)

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qratk.backbone.backbone import AdapterOptions, Backbone
+from qratk.backbone.initial import fisher_weightings
 from qratk.backbone.logits import (
     labelled_logits,
     model_inputs,
@@ -69,6 +70,11 @@ class FineTuneModule(LightningModule):
         rslora: scale by alpha / sqrt(rank) instead.
         lora_dropout: dropout before the adapters.
         adapter_dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+        init: how adapters begin: "default" (no change of the output), "loftq" or "lq_lora" (they make up for the
+            quantisation error, by its largest singular values, the latter weighted with Fisher information).
+        init_iterations: of quantising and approximating in turn; more than 1 packs the weights anew for each rank.
+        init_batches, init_batch_size: training batches for the Fisher information of "lq_lora".
+        input_groups: size of the groups of inputs that are summed before an adapter (QA-LoRA); null is none.
         learning_rate, weight_decay, betas: of AdamW.
         warmup_steps: optimiser steps of linear warm-up.
         schedule: what follows the warm-up, down to 0 at `schedule_steps`.
@@ -95,6 +101,11 @@ class FineTuneModule(LightningModule):
         rslora: bool = False,
         lora_dropout: float = 0.0,
         adapter_dtype: Literal["bfloat16", "float16"] = "bfloat16",
+        init: Literal["default", "loftq", "lq_lora"] = "default",
+        init_iterations: int = 1,
+        init_batches: int = 8,
+        init_batch_size: int = 8,
+        input_groups: int | None = None,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -110,6 +121,10 @@ class FineTuneModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if init_batches < 1 or init_batch_size < 1:
+            raise ConfigurationError(
+                f"init_batches and init_batch_size must be at least 1, got {init_batches} and {init_batch_size}"
+            )
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold adapters only
         self.configuration: Configuration | None = None
@@ -160,6 +175,9 @@ class FineTuneModule(LightningModule):
             rslora=options.rslora,
             dropout=options.lora_dropout,
             dtype=options.adapter_dtype,
+            init=options.init,
+            init_iterations=options.init_iterations,
+            input_groups=options.input_groups,
         )
         return Backbone.load(
             _model_path(options.model),
@@ -173,6 +191,21 @@ class FineTuneModule(LightningModule):
             weights=weights,
             bank_dir=options.bank_dir,
         )
+
+    def build_initial(self, choices: Sequence[tuple[int, int]], data: Any) -> None:
+        """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
+
+        `data` are the `qratk.data.TaskData` that Fisher information is measured on, at 16 bits and without adapters.
+        """
+        backbone, options = self.backbone, self.options
+        if not backbone.needs_initial(choices):
+            return
+        weightings = None
+        if options.init == "lq_lora":
+            backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
+            batches = data.calibration_batches(options.init_batches, options.init_batch_size)
+            weightings = fisher_weightings(backbone.model, backbone.banks, batches)
+        backbone.build_initial(choices, weightings=weightings)
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
@@ -196,7 +229,11 @@ class FineTuneModule(LightningModule):
             )
         backbone = self.backbone
         configuration = spread(Configuration.from_text(text), len(backbone.layers))
+        choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
+        if self._trainer is not None and backbone.needs_initial(choices):
+            backbone.model.to(self.trainer.strategy.root_device)  # where a search makes them
         backbone.build_bank(sorted(set(configuration.bits)))
+        self.build_initial(choices, self._data() if self.options.init == "lq_lora" else None)
         backbone.release_reference()
         self.activate(configuration)
         backbone.keep_active()

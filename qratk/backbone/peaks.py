@@ -147,8 +147,9 @@ def _tables(
 ) -> PeakBytes:
     shapes = backbone.shapes
     fixed = sum(tensor.nbytes for tensor in backbone.fixed_tensors().values())
-    stored = np.array([[2 * shape.adapter_parameters(rank) for rank in space.ranks] for shape in shapes])
-    weights = np.array([sum(d_in + d_out for _, d_in, d_out in shape.projections) for shape in shapes], dtype=float)
+    group = backbone.adapters.options.input_group
+    stored = np.array([[2 * shape.adapter_parameters(rank, group) for rank in space.ranks] for shape in shapes])
+    weights = np.array([shape.adapter_parameters(1, group) for shape in shapes], dtype=float)
     # Beyond what is stored; a higher rank never takes less, whatever the phase.
     excess = np.maximum.accumulate(np.array(totals, dtype=float)) - fixed - stored.sum(axis=0)
     more = np.ceil(np.outer(weights / weights.sum(), np.maximum.accumulate(excess - excess[0]))).astype(int)

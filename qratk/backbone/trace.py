@@ -422,7 +422,8 @@ def _set_rank(twin: Backbone, name: str, rank: int) -> None:
         wrapper: Any = twin.base.get_submodule(name)
         twin.adapters.reset(name, 1, seed=0)
         bank = twin.banks[name]
-        wrapper.lora_A["default"].weight = nn.Parameter(torch.empty(rank, bank.in_features, device="meta"))
+        pooled_inputs = bank.in_features // twin.adapters.options.input_group
+        wrapper.lora_A["default"].weight = nn.Parameter(torch.empty(rank, pooled_inputs, device="meta"))
         wrapper.lora_B["default"].weight = nn.Parameter(torch.empty(bank.out_features, rank, device="meta"))
 
 

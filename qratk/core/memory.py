@@ -65,9 +65,9 @@ class LayerShape:
         """Number of weights that the bit-width applies to, N(W)."""
         return sum(d_in * d_out for _, d_in, d_out in self.projections)
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Number of adapter weights at a rank (Eq. 23)."""
-        return sum(rank * (d_in + d_out) for _, d_in, d_out in self.projections)
+    def adapter_parameters(self, rank: int, input_group: int = 1) -> int:
+        """Number of adapter weights at a rank (Eq. 23), `input_group` inputs being pooled into one."""
+        return sum(rank * (d_in // input_group + d_out) for _, d_in, d_out in self.projections)
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,10 @@ class FineTuneEvaluator(Evaluator):
     def _build_bank(self) -> None:
         backbone = self.module.backbone
         backbone.say = self.context.say
-        backbone.build_bank(sorted({*self.space.bits, *self.context.reference_bits}))
+        bits = sorted({*self.space.bits, *self.context.reference_bits})
+        backbone.build_bank(bits)
+        ranks = sorted({*self.space.ranks, *getattr(self.context, "reference_ranks", ())})
+        self.module.build_initial([(b, r) for b in bits for r in ranks], self.data)
         groups: dict[tuple[int, str, str], list[Any]] = {}
         for fallback in backbone.fallbacks:
             groups.setdefault((fallback.bits, fallback.wanted, fallback.used), []).append(fallback)

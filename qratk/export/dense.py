@@ -29,7 +29,7 @@ def merged_model(backbone: Backbone, *, dtype: torch.dtype | None = None) -> Pre
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in backbone.fixed_tensors().items()}
     with backbone.stored_precision(), torch.no_grad():
         for name, bank in backbone.banks.items():
-            weight = bank.dequantized(bank.active) + backbone.adapters.delta(name)
+            weight = bank.dequantized(bank.active, rank=bank.active_rank) + backbone.adapters.delta(name)
             module = model.get_submodule(name)
             tensors[f"{name}.weight"] = (weight.t() if is_conv1d(module) else weight).to(dtype).contiguous()
             if bank.bias is not None:

@@ -50,7 +50,9 @@ def native_model(
     fill(model, backbone.fixed_tensors())
     for layer, choice in zip(backbone.layers, configuration.layers, strict=True):
         for name, bank in layer.modules:
-            module = _native_layer(name, bank, choice.bits, backbone.compute_dtype, int8_activations)
+            module = _native_layer(
+                name, bank, bank.require(choice.bits, choice.rank), backbone.compute_dtype, int8_activations
+            )
             replace_module(model, name, module)
     # PEFT dispatches hand-built bitsandbytes layers as such only on a model that is marked so.
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
@@ -73,8 +75,9 @@ class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return dequantized_matmul(x, lambda: Int8Quantizer().dequantize(packed, shape, 8, dtype), bias)
 
 
-def _native_layer(name: str, bank: BankLinear, bits: int, dtype: torch.dtype, int8_activations: bool) -> nn.Module:
-    variant = bank.require(bits)
+def _native_layer(
+    name: str, bank: BankLinear, variant: Variant, dtype: torch.dtype, int8_activations: bool
+) -> nn.Module:
     makers: dict[type, Callable[[], Any]] = {
         NoQuantizer: lambda: _plain(bank, variant, dtype),
         Int8Quantizer: lambda: _int8(bank, variant, dtype, int8_activations),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +36,10 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    bits = _bits(backbone, configuration)
+    choices = _choices(backbone, configuration)
     tensors: dict[str, torch.Tensor] = {}
     for name, bank in backbone.banks.items():
-        parts = dict(bank.variants[bits[name]].packed)
+        parts = dict(bank.require(*choices[name]).packed)
         if bank.bias is not None:
             parts["bias"] = bank.bias
         tensors |= {f"{name}/{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
@@ -48,7 +48,7 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
     backbone.config.save_pretrained(directory)
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(directory)
-    text = json.dumps(_description(backbone, configuration, bits), indent=2)
+    text = json.dumps(_description(backbone, configuration, choices), indent=2)
     (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return directory
 
@@ -106,22 +106,25 @@ def stored_bytes(directory: str | Path) -> int:
         return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
 
 
-def _bits(backbone: Backbone, configuration: Configuration) -> dict[str, int]:
+def _choices(backbone: Backbone, configuration: Configuration) -> dict[str, tuple[int, int]]:
+    # Bits and rank of each projection: a weight may have been packed for a rank.
     if len(configuration) != len(backbone.layers):
         raise ConfigurationError(
             f"the model has {len(backbone.layers)} layers, but the configuration has {len(configuration)}"
         )
-    bits = {
-        name: choice.bits
+    choices = {
+        name: (choice.bits, choice.rank)
         for layer, choice in zip(backbone.layers, configuration.layers, strict=True)
         for name, _ in layer.modules
     }
     for name, bank in backbone.banks.items():
-        bank.require(bits[name])
-    return bits
+        bank.require(*choices[name])
+    return choices
 
 
-def _description(backbone: Backbone, configuration: Configuration, bits: Mapping[str, int]) -> dict[str, Any]:
+def _description(
+    backbone: Backbone, configuration: Configuration, choices: Mapping[str, tuple[int, int]]
+) -> dict[str, Any]:
     target = backbone.target_modules
     return {
         "format": FORMAT,
@@ -130,15 +133,16 @@ def _description(backbone: Backbone, configuration: Configuration, bits: Mapping
         "granularity": backbone.granularity,
         "target_modules": target if isinstance(target, str) else list(target),
         "compute_dtype": str(backbone.compute_dtype).removeprefix("torch."),
-        "adapter": asdict(backbone.adapters.options),
+        # What adapters began with was made of weights that are not here: fresh ones begin as by default.
+        "adapter": asdict(replace(backbone.adapters.options, init="default", init_iterations=1)),
         "digest": backbone.digest(),
         "quantizers": {b: _specification(quantizer) for b, quantizer in backbone.table.quantizers.items()},
-        "projections": {name: _projection(bank, bits[name]) for name, bank in backbone.banks.items()},
+        "projections": {name: _projection(bank, *choices[name]) for name, bank in backbone.banks.items()},
     }
 
 
-def _projection(bank: BankLinear, bits: int) -> dict[str, Any]:
-    variant = bank.variants[bits]
+def _projection(bank: BankLinear, bits: int, rank: int) -> dict[str, Any]:
+    variant = bank.require(bits, rank)
     return {
         "bits": bits,
         "packed_bits": variant.bits,
