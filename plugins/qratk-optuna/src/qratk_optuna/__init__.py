@@ -1,0 +1,174 @@
+"""Optuna's samplers as a global searcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
+from qratk.core.problem import Problem
+from qratk.mutations._proposer import Proposer
+from qratk.searchers._warm_start import random_candidates
+from qratk.searchers.base import GlobalSearcher
+
+if TYPE_CHECKING:
+    from qratk_optuna._study import Board
+
+__all__ = ["OptunaSearch"]
+
+Sampler = Literal["tpe", "cmaes", "random", "nsga2", "gp"]
+Encoding = Literal["ordinal", "categorical"]
+Objectives = Literal["auto", "score", "score_and_bytes"]
+
+TRIES = 4  # samples for one place of a generation, before a neighbour of the last one takes it
+
+
+class OptunaSearch(GlobalSearcher):
+    """Asks an Optuna sampler: one parameter for each knob of each layer, the index on its ladder.
+
+    What a sampler suggests is repaired, and the sampler is told of the repaired configuration. It is told one figure a
+    configuration, whatever rung that reached: its place in rung-major order, as a normal score (see `standings`).
+    Uniform configurations that the loop measured count as trials too.
+
+    The study is built anew from the history at each `ask`, with a sampler seeded from the loop's generator: nothing of
+    Optuna's is ever saved, and a resumed search goes on identically.
+
+    Args:
+        sampler: tpe (Bergstra et al. 2011; Watanabe 2023), cmaes (Hansen and Ostermeier 2001), random, nsga2 (Deb et
+            al. 2002) or gp (a Gaussian process).
+        offspring: candidates a generation.
+        encoding: ladder indices as integers, or as categories without an order; cmaes takes integers only.
+        objectives: score alone, or score and bytes; auto is both for nsga2 and the score for all others.
+        sampler_options: further options of Optuna's class for the sampler, by their names there.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler = "tpe",
+        offspring: int = 25,
+        encoding: Encoding = "ordinal",
+        objectives: Objectives = "auto",
+        sampler_options: dict[str, Any] | None = None,
+    ) -> None:
+        if offspring < 1:
+            raise ConfigurationError(f"optuna: offspring must be at least 1, got {offspring}")
+        if sampler == "cmaes" and (encoding != "ordinal" or objectives == "score_and_bytes"):
+            raise ConfigurationError(
+                "optuna: cmaes takes encoding 'ordinal' and the score as its one objective, got "
+                f"{encoding!r} and {objectives!r}"
+            )
+        self.sampler: Sampler = sampler
+        self.offspring = offspring
+        self.encoding: Encoding = encoding
+        self.objectives: Objectives = objectives
+        self.sampler_options = dict(sampler_options or {})
+        self._check_sampler()
+        self._proposer: Proposer | None = None
+        self._notes: dict[str, dict[str, Any]] = {}
+        self._generation = 0
+        self._exhausted = False
+
+    def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
+        """Forget everything."""
+        self._proposer = proposer
+        self._notes, self._generation, self._exhausted = {}, 0, False
+
+    def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
+        """What the sampler suggests, repaired; a neighbour of it where that is known; at random what is missing."""
+        from qratk_optuna._study import Board
+
+        known = {evaluation.configuration for evaluation in history}
+        found: dict[Configuration, Candidate] = {}
+        with Board(self, self._begun.problem, history, self._notes, seed=int(rng.integers(2**31 - 1))) as board:
+            while len(found) < self.offspring:
+                candidate = self._candidate(board, {*known, *found}, rng)
+                if candidate is None:
+                    break
+                found[candidate.configuration] = candidate
+            self._notes.update(board.notes)
+        missing = self.offspring - len(found)
+        rest = random_candidates(
+            self._begun.problem, rng, size=missing, generation=self._generation, known={*known, *found}
+        )
+        self._exhausted = not found and not rest
+        return (*found.values(), *rest)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """The next `ask` finds the results in the history."""
+        self._generation += 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing new could be proposed."""
+        return self._exhausted
+
+    @property
+    def generation_size(self) -> int:
+        """`offspring`."""
+        return self.offspring
+
+    @property
+    def two_objectives(self) -> bool:
+        """Whether bytes are an objective beside the score."""
+        return self.objectives == "score_and_bytes" or (self.objectives == "auto" and self.sampler == "nsga2")
+
+    def state(self) -> dict[str, Any]:
+        """The generation, and what the sampler noted of its own suggestions: plain numbers, by configuration."""
+        return {"generation": self._generation, "exhausted": self._exhausted, "notes": self._notes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._generation = int(state["generation"])
+        self._exhausted = bool(state["exhausted"])
+        self._notes = {text: dict(notes) for text, notes in state["notes"].items()}
+
+    @property
+    def _begun(self) -> Proposer:
+        assert self._proposer is not None, "begin comes first"
+        return self._proposer
+
+    def _candidate(self, board: Board, taken: set[Configuration], rng: np.random.Generator) -> Candidate | None:
+        """New feasible candidate; None when the sampler and its neighbourhood have nothing new."""
+        repaired = None
+        for _ in range(TRIES):
+            suggested = board.suggest()
+            repaired = self._begun.repaired(suggested)
+            if repaired is not None and repaired not in taken:
+                board.run(repaired)
+                return Candidate(repaired, f"optuna:{self.sampler}", generation=self._generation)
+        if repaired is None:
+            return None
+        near = self._begun.propose(repaired, rng, known=taken, generation=self._generation)
+        if near is not None:
+            board.run(near.configuration)
+        return near
+
+    def _check_sampler(self) -> None:
+        from qratk_optuna._study import make_sampler
+
+        if "seed" in self.sampler_options:
+            raise ConfigurationError("optuna: the search's own seed decides, leave 'seed' out of sampler_options")
+        make_sampler(self.sampler, self.sampler_options, offspring=self.offspring, seed=0)
+
+
+def standings(problem: Problem, history: History) -> dict[Configuration, float]:
+    """Normal score of each configuration's place in rung-major order; larger is better.
+
+    Scores at different rungs do not compare: what reached a higher rung stands above what did not, within a rung the
+    score decides, and failures stand below all. Equal ones share a place. Samplers that look at the order alone (TPE,
+    CMA-ES, NSGA-II) lose nothing by the transform, and a Gaussian process gets well-behaved values (Salinas, Shen and
+    Perrone 2020, section 3).
+    """
+    from scipy.special import ndtri
+
+    reached: dict[Configuration, tuple[bool, int, float]] = {}
+    for e in history:
+        key = (e.ok, e.steps, e.score if e.ok else 0.0)
+        reached[e.configuration] = max(reached.get(e.configuration, (False, 0, 0.0)), key)
+    keys = sorted(reached.values())
+    places = {key: (keys.index(key) + len(keys) - 1 - keys[::-1].index(key)) / 2 for key in set(keys)}
+    return {c: float(ndtri((places[key] + 0.5) / len(keys))) for c, key in reached.items()}
