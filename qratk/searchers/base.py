@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,14 +12,20 @@ from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.mutations._proposer import Proposer
 from qratk.registry import Registry
 
+if TYPE_CHECKING:
+    from qratk.evaluators.base import EvaluationContext
+
 
 class GlobalSearcher(ABC):
     """Proposes a generation of candidates at a time.
 
-    The loop calls `begin` once, then again and again `ask`, fine-tunes and promotes the candidates, and calls `tell`
+    The loop calls `attach` and `begin` once, then again and again `ask`, fine-tunes and promotes the candidates, and calls `tell`
     with all that was measured of them. After each `tell` it saves `state`; a resumed search calls `begin` and then
     `restore` instead of starting anew. All randomness comes from the `rng` argument, whose state the loop saves.
     """
+
+    def attach(self, context: EvaluationContext) -> None:  # noqa: B027  # most searchers need no model
+        """Take what the evaluator was opened with, its model among it; called once, before `begin`."""
 
     @abstractmethod
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
