@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class GlobalSearcher(ABC):
     """Proposes a generation of candidates at a time.
 
-    The loop calls `attach` and `begin` once, then again and again `ask`, fine-tunes and promotes the candidates, and calls `tell`
-    with all that was measured of them. After each `tell` it saves `state`; a resumed search calls `begin` and then
-    `restore` instead of starting anew. All randomness comes from the `rng` argument, whose state the loop saves.
+    The loop calls `attach` and `begin` once, then again and again `ask`, fine-tunes and promotes the candidates, and
+    calls `tell` with all that was measured of them. After each `tell` it saves `state`; a resumed search calls `begin`
+    and then `restore` instead of starting anew. All randomness comes from the `rng` argument, whose state the loop
+    saves.
     """
 
     def attach(self, context: EvaluationContext) -> None:  # noqa: B027  # most searchers need no model
