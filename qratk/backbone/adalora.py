@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qratk.backbone.bank import BankLinear
+    from qratk.backbone.initial import Factors
     from qratk.core.memory import MemoryModel
 
 _ADAPTER = "default"
@@ -139,6 +140,11 @@ class AdaLoraAdapters(Adapters):
         *,
         adalora: AdaLoraOptions,
     ) -> None:
+        if options.init != "default" or options.input_group > 1:
+            raise ConfigurationError(
+                f"adalora begins with P and Q of its own, on all inputs: leave out init={options.init!r} and "
+                f"input_groups={options.input_groups}, or train plain LoRA"
+            )
         super().__init__(model, banks, options)
         self.adalora = adalora
         self._linears = {name: (SingularLinear(), b) for name, (_, b) in self._linears.items()}
@@ -152,10 +158,8 @@ class AdaLoraAdapters(Adapters):
         """Directions that a projection has left; 0 when there is no adapter."""
         return int(self._kept[name].sum()) if name in self._kept else 0
 
-    def reset(self, name: str, rank: int, *, seed: int, **options: Any) -> None:
-        """Give a projection fresh directions: P and Q drawn, seeded and nested in rank, Lambda zero."""
-        if any(value is not None for value in options.values()):
-            raise ConfigurationError("adalora begins with P and Q of its own; leave out other initialisations")
+    def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
+        """Give a projection fresh directions: P and Q drawn, seeded and nested in rank, Lambda zero; no factors."""
         self._kept.pop(name, None)
         if rank == 0:
             super().reset(name, 0, seed=seed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from qratk.backbone.adalora import AdaLoraAdapters, AdaLoraOptions, with_importance
 from qratk.backbone.adapters import AdapterOptions, Adapters
 from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
 from qratk.backbone.cohort import Cohort
@@ -63,6 +64,7 @@ class Backbone:
         granularity: Granularity = "block",
         target_modules: str | Sequence[str] = "all",
         adapter: AdapterOptions | None = None,
+        adalora: AdaLoraOptions | None = None,
         compute_dtype: str | torch.dtype = "auto",
         bank_dir: str | Path | None = "auto",
     ) -> None:
@@ -86,7 +88,13 @@ class Backbone:
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
         self._fixed_names = _distinct(model)
         self.dense_cache("off")
-        self.adapters = Adapters(model, self._banks, adapter or AdapterOptions())
+        options = adapter or AdapterOptions()
+        self.adalora = adalora
+        self.adapters = (
+            Adapters(model, self._banks, options)
+            if adalora is None
+            else AdaLoraAdapters(model, self._banks, options, adalora=adalora)
+        )
         self.model: PeftModel = self.adapters.peft_model
         self._start()
 
@@ -99,6 +107,7 @@ class Backbone:
         granularity: Granularity = "block",
         target_modules: str | Sequence[str] = "all",
         adapter: AdapterOptions | None = None,
+        adalora: AdaLoraOptions | None = None,
         compute_dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
@@ -120,6 +129,7 @@ class Backbone:
             granularity=granularity,
             target_modules=target_modules,
             adapter=adapter,
+            adalora=adalora,
             compute_dtype=compute_dtype,
             bank_dir=bank_dir,
         )
@@ -452,6 +462,8 @@ class Backbone:
 
     def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
         """Candidates to train side by side, with fresh adapters seeded as `activate` does; raises as it does."""
+        if self.adalora is not None:
+            raise ConfigurationError("the ranks of AdaLoRA change while it trains: candidates are trained one by one")
         self._require_weights()
         for configuration in configurations:
             self._require_length(configuration)
@@ -528,7 +540,7 @@ class Backbone:
         facts = ModelFacts.of(
             self.config, num_blocks=self._num_blocks, item_size=self.compute_dtype.itemsize, fixed_bytes=fixed
         )
-        return memory_model(
+        memory = memory_model(
             space,
             self.shapes,
             self.table,
@@ -537,6 +549,7 @@ class Backbone:
             training=training_peaks(self, space, **options, dense_cache=dense, device=device) if trace else None,
             **options,
         )
+        return memory if self.adalora is None else with_importance(memory, self.adalora)
 
 
 def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:

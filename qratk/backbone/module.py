@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from qratk.backbone.adalora import AdaLoraAdapters, AdaLoraOptions, RankAllocator
 from qratk.backbone.backbone import AdapterOptions, Backbone
 from qratk.backbone.initial import fisher_weightings
 from qratk.backbone.logits import (
@@ -66,6 +67,9 @@ class FineTuneModule(LightningModule):
         quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
         granularity: what shares one choice: a transformer block, attention and MLP apart, or each projection.
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
+        adapter: "lora", or "adalora", which prunes singular directions in training until as many are left as the ranks
+            sum to, wherever they matter most.
+        adalora: options of the latter by name: see `AdaLoraOptions`.
         alpha_over_rank: LoRA's scaling; constant, so that rank alone differs between layers.
         rslora: scale by alpha / sqrt(rank) instead.
         lora_dropout: dropout before the adapters.
@@ -97,6 +101,8 @@ class FineTuneModule(LightningModule):
         quantizers: dict[int, Any] | None = None,
         granularity: Literal["block", "sublayer", "linear"] = "block",
         target_modules: str | list[str] = "all",
+        adapter: Literal["lora", "adalora"] = "lora",
+        adalora: dict[str, Any] | None = None,
         alpha_over_rank: float = 2.0,
         rslora: bool = False,
         lora_dropout: float = 0.0,
@@ -125,6 +131,11 @@ class FineTuneModule(LightningModule):
             raise ConfigurationError(
                 f"init_batches and init_batch_size must be at least 1, got {init_batches} and {init_batch_size}"
             )
+        if adapter not in ("lora", "adalora") or (adalora and adapter != "adalora"):
+            raise ConfigurationError(
+                f"adapter must be 'lora' or 'adalora', and only the latter has the options adalora; got {adapter!r} "
+                f"with {adalora}"
+            )
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold adapters only
         self.configuration: Configuration | None = None
@@ -136,6 +147,8 @@ class FineTuneModule(LightningModule):
         self._scoring = ExitStack()
         self._shared_length: int | None = None
         self._loaded_random: tuple[Tensor, Tensor | None] | None = None
+        self._allocator: RankAllocator | None = None
+        self._loaded_allocation: Mapping[str, Tensor] = {}
 
     @property
     def options(self) -> Any:
@@ -185,6 +198,7 @@ class FineTuneModule(LightningModule):
             granularity=options.granularity,
             target_modules=options.target_modules,
             adapter=adapter,
+            adalora=AdaLoraOptions.of(options.adalora) if options.adapter == "adalora" else None,
             compute_dtype=options.compute_dtype,
             trust_remote_code=options.trust_remote_code,
             tokenizer=options.tokenizer,
@@ -210,7 +224,7 @@ class FineTuneModule(LightningModule):
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
         self.backbone.activate(configuration, seed=self.options.seed)
-        self.configuration = configuration
+        self.configuration, self._allocator = configuration, None
 
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
@@ -241,6 +255,8 @@ class FineTuneModule(LightningModule):
     def configure_model(self) -> None:
         """Shard the adapters where the strategy asks for it."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
+            if self.options.adapter == "adalora":
+                raise ConfigurationError("adalora compares whole adapters: leave --trainer.strategy out, or give ddp")
             shard(self.backbone, self.trainer.strategy)
 
     # Training
@@ -268,7 +284,8 @@ class FineTuneModule(LightningModule):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(not_finite(float(loss.item()), self.first_step + self.global_step))
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        adapters = self.backbone.adapters
+        return loss + adapters.penalty() if isinstance(adapters, AdaLoraAdapters) else loss
 
     @property
     def first_step(self) -> int:
@@ -297,7 +314,23 @@ class FineTuneModule(LightningModule):
         if self.resume_state is not None:
             _restore_moments(optimizer, named, self.resume_state.optimizer)
             place_steps(optimizer)
+        self._allocate_after(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer, self.trainer, self.first_step)}
+
+    def _allocate_after(self, optimizer: AdamW) -> None:
+        adapters = self.backbone.adapters
+        if not isinstance(adapters, AdaLoraAdapters):
+            return
+        if str(self.trainer.precision) == "16-mixed":
+            raise ConfigurationError("adalora needs gradients that are not scaled: leave --trainer.precision out")
+        allocator = self._allocator = RankAllocator(adapters, self._total_steps(self.trainer))
+        allocator.load(self.resume_state.optimizer if self.resume_state is not None else self._loaded_allocation)
+        self._loaded_allocation = {}
+        # After the optimiser's step, when the gradients are still there; Lightning has not counted the step yet.
+        optimizer.register_step_post_hook(lambda *_: allocator.step(self.first_step + self.global_step + 1))
+
+    def _total_steps(self, trainer: Any) -> int:
+        return self.schedule_steps or int(trainer.estimated_stepping_batches)
 
     def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
         """AdamW with the options given, in one fused kernel except where Lightning has to unscale gradients."""
@@ -313,7 +346,7 @@ class FineTuneModule(LightningModule):
     def make_schedule(self, optimizer: Optimizer, trainer: Any, start: int) -> Any:
         """Learning rate schedule, as Lightning takes it, of a training that begins after `start` steps."""
         options = self.options
-        total = self.schedule_steps or int(trainer.estimated_stepping_batches)
+        total = self._total_steps(trainer)
         scheduler = LambdaLR(
             optimizer, lambda step: learning_rate_factor(start + step, total, options.warmup_steps, options.schedule)
         )
@@ -326,6 +359,7 @@ class FineTuneModule(LightningModule):
         for name, parameter in self.backbone.trainable_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 moments[f"{name}/{key}"] = value.detach().cpu().clone()
+        moments |= self._allocator.state() if self._allocator is not None else {}
         adapter = {name: value.detach().cpu().clone() for name, value in self.backbone.adapter_state().items()}
         steps = self.first_step + self.global_step
         return TrainingState(steps, adapter, moments, torch.get_rng_state(), device_random_state(self.device))
@@ -335,6 +369,7 @@ class FineTuneModule(LightningModule):
         adapter = self.backbone.adapter_state()
         checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
         checkpoint["configuration"] = str(self.configuration)
+        checkpoint["allocation"] = self._allocator.state() if self._allocator is not None else {}
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["device_random"] = device_random_state(self.device)
 
@@ -350,6 +385,7 @@ class FineTuneModule(LightningModule):
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.backbone.load_adapter_state(state)
         checkpoint["state_dict"] = {}
+        self._loaded_allocation = checkpoint.get("allocation", {})
         if (random := checkpoint.get("random")) is not None:
             self._loaded_random = random, checkpoint.get("device_random")
         if self._trainer is not None and self._trainer.training and self._trainer.max_steps != -1:

@@ -105,6 +105,7 @@ class FineTuneEvaluator(Evaluator):
         self._fastest: int | None = None
         self._fitting = sys.maxsize  # candidates side by side, once more of them did not fit into memory
         self._tried_sharing = False
+        self._explained = False
 
     def _place(self) -> None:
         from qratk.backbone.module import require_precision
@@ -218,6 +219,9 @@ class FineTuneEvaluator(Evaluator):
         alone = self._precision == "16-mixed" or (
             self.module.options.lora_dropout > 0 and any(0 in c.ranks for c in configurations)
         )
+        if self.module.options.adapter == "adalora":
+            self._explain_alone()
+            return 1
         if alone or len(configurations) == 1:
             return 1
         if self.cohort != "auto":
@@ -225,6 +229,11 @@ class FineTuneEvaluator(Evaluator):
         if self._fastest is None:
             self._fastest = int(self.context.decided("cohort", lambda: self._fastest_cohort(configurations)))
         return min(self._fastest, self._fitting)
+
+    def _explain_alone(self) -> None:
+        if self.cohort != 1 and not self._explained:
+            self.context.say("Candidates are trained one by one: the ranks of AdaLoRA change while it trains.")
+        self._explained = True
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
         from qratk.backbone.cohort_speed import fastest_cohort

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qratk.backbone.adalora import AdaLoraAdapters, AdaLoraOptions, RankAllocator, select
+from qratk.backbone.adapters import AdapterOptions
 from qratk.core import Configuration, ConfigurationError, SearchSpace
 
 STEPS = 20
@@ -333,3 +334,6 @@ def test_a_cohort_and_other_beginnings_are_refused(tiny_backbone: Callable[..., 
     backbone = made(tiny_backbone)
     with pytest.raises(ConfigurationError, match="one by one"):
         backbone.cohort([Configuration.uniform(4, 4, 2)] * 2, seed=0)
+    for options in (AdapterOptions(init="loftq"), AdapterOptions(input_groups=32)):
+        with pytest.raises(ConfigurationError, match="of its own"):
+            tiny_backbone("llama", layers=2, adapter=options, adalora=AdaLoraOptions())

@@ -1,0 +1,216 @@
+"""Searches and fits with AdaLoRA: ranks move within the bytes, rungs continue to the bit, the file is plain LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from finetune_runs import MIXED, evaluated, opened
+from lightning import Trainer
+from safetensors.torch import load_file
+
+from qratk.backbone.adalora import AdaLoraAdapters
+from qratk.backbone.module import FineTuneModule
+from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+
+ADALORA: dict[str, Any] = {"adapter": "adalora", "adalora": {"delta_t": 1, "tinit": 0.2, "tfinal": 0.2}}
+
+
+def adapters_of(evaluator: FineTuneEvaluator) -> AdaLoraAdapters:
+    adapters = evaluator.module.backbone.adapters
+    assert isinstance(adapters, AdaLoraAdapters)
+    return adapters
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_files: dict[str, str]
+) -> tuple[FineTuneEvaluator, Evaluation]:
+    evaluator = opened(tmp_path_factory.mktemp("straight"), model_dir, data_files, **ADALORA)
+    return evaluator, evaluated(evaluator, MIXED, 6)
+
+
+def test_ranks_end_uneven_at_the_total_of_the_configuration(
+    straight: tuple[FineTuneEvaluator, Evaluation],
+) -> None:
+    evaluator, measured = straight
+    evaluator._train(MIXED, 6)
+    adapters = adapters_of(evaluator)
+    left = [adapters.rank(name) for name in adapters.banks]
+    layers = zip(evaluator.module.backbone.layers, MIXED.layers, strict=True)
+    configured = [choice.rank for layer, choice in layers for _ in layer.modules]
+    assert measured.ok
+    assert sum(left) == sum(configured)
+    assert left != configured
+    assert len(set(left)) > 2
+    assert adapters.stored_bytes() <= measured.footprint.adapters
+
+
+def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    whole, expected = straight
+    evaluator = opened(tmp_path, model_dir, data_files, **ADALORA)
+    evaluated(evaluator, MIXED, 2)
+    evaluated(evaluator, Configuration.uniform(4, 4, 3), 2)  # another candidate in between
+    later = opened(tmp_path, model_dir, data_files, **ADALORA)  # another process
+    torch.manual_seed(12345)
+    evaluated(later, MIXED, 4)
+    assert evaluated(later, MIXED, 6).outcomes == expected.outcomes
+    assert expected.checkpoint is not None
+    stored = Path(expected.checkpoint) / "adapter.safetensors"
+    left, right = load_file(tmp_path / stored), load_file(whole.context.run_dir / stored)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_allocators_state_is_what_makes_it_so(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    from safetensors.torch import save_file
+
+    evaluator = opened(tmp_path, model_dir, data_files, **ADALORA)
+    stored = tmp_path / str(evaluated(evaluator, MIXED, 2).checkpoint) / "optimizer.safetensors"
+    tensors = load_file(stored)
+    own = [name for name in tensors if name.startswith("adalora/")]
+    assert {name.split("/")[1] for name in own} == {"sensitivity", "uncertainty"}
+    save_file({name: value for name, value in tensors.items() if name not in own}, stored)
+    assert evaluated(evaluator, MIXED, 6).outcomes != straight[1].outcomes
+
+
+def test_a_fit_of_as_many_steps_has_the_score_of_the_search_and_so_has_the_file_in_plain_peft(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    from peft import PeftModel
+
+    from qratk.export.native import native_model
+
+    module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2, **ADALORA)
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    with quiet_lightning():
+        trainer = Trainer(
+            max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+        )
+        trainer.fit(module, datamodule=data)
+        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    assert metrics["validation/score"] == pytest.approx(straight[1].score, abs=0)
+    module.save_adapter(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    adapters = module.backbone.adapters
+    assert isinstance(adapters, AdaLoraAdapters)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == adapters.stored_bytes()
+    assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {adapters.rank(n) for n in adapters.banks} - {0}
+    plain = PeftModel.from_pretrained(native_model(module.backbone, MIXED), str(tmp_path / "adapter")).eval()
+    batch = {"input_ids": torch.arange(3, 20)[None], "attention_mask": torch.ones(1, 17, dtype=torch.int64)}
+    module.eval()
+    with torch.no_grad(), module.backbone.stored_precision():
+        torch.testing.assert_close(plain(**batch).logits, module(batch), rtol=0, atol=0)
+    with torch.no_grad():
+        assert not torch.equal(plain(**batch).logits, module(batch))  # the masters are no such thing
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_weights_are_those_of_the_stored_adapters(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], rslora: bool
+) -> None:
+    from peft import PeftModel
+
+    from qratk.export.dense import merged_model
+    from qratk.export.native import native_model
+
+    evaluator = opened(tmp_path, model_dir, data_files, rslora=rslora, **ADALORA)
+    evaluated(evaluator, MIXED, 6)
+    backbone = evaluator.module.backbone
+    backbone.save_adapter(tmp_path / "adapter", MIXED)
+    plain = PeftModel.from_pretrained(native_model(backbone, MIXED), str(tmp_path / "adapter")).eval()
+    merged = merged_model(backbone, dtype=torch.float32).eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+) -> None:
+    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
+        options = {"learning_rate": 1e-2, "lora_dropout": 0.2, "schedule_steps": 6, **ADALORA}
+        module = FineTuneModule(str(model_dir), str(MIXED), **options)
+        data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+        trainer = Trainer(
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer, module, data
+
+    with quiet_lightning():
+        fit(3)[0].save_checkpoint(tmp_path / "half.ckpt")
+        torch.manual_seed(99)
+        trainer, module, data = fit(6, tmp_path / "half.ckpt")
+        trainer.validate(module, datamodule=data, verbose=False)
+    assert module.last_outcomes == straight[1].outcomes
+
+
+def test_the_allocator_sees_every_step_once(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qratk.backbone.adalora import RankAllocator
+
+    seen: list[int] = []
+    monkeypatch.setattr(RankAllocator, "step", lambda self, step: seen.append(step))
+    evaluator = opened(tmp_path, model_dir, data_files, **ADALORA)
+    make = evaluator.make_trainer
+    evaluator.make_trainer = lambda **options: make(**{"accumulate_grad_batches": 2, **options})
+    for steps in (2, 4, 6):
+        evaluated(evaluator, MIXED, steps)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_candidates_are_trained_one_by_one_and_the_reason_is_said_once(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=4, **ADALORA)
+    said: list[str] = []
+    evaluator.context = replace(evaluator.context, say=said.append)
+    asked = [Request(Candidate(Configuration.uniform(b, 2, 3), "test"), 2) for b in (2, 4, 8)]
+    assert [len(group) for group in evaluator.groups(asked)] == [1, 1, 1]
+    list(evaluator.groups(asked))
+    assert [text for text in said if "AdaLoRA" in text] == said
+    assert len(said) == 1
+
+
+def test_layers_without_an_adapter_stay_without_one(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files, **{**ADALORA, "lora_dropout": 0.0})
+    mixed = Configuration.from_text("4:0 4:2 4:4")
+    measured = evaluated(evaluator, mixed, 6)
+    adapters = adapters_of(evaluator)
+    assert measured.ok
+    assert all(adapters.rank(name) == 0 for name in adapters.banks if ".layers.0." in name)
+    assert sum(adapters.rank(name) for name in adapters.banks) == 7 * (2 + 4)
+    bare = evaluated(evaluator, Configuration.uniform(4, 0, 3), 2)
+    assert bare.ok
+
+
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match="adalora"):
+        FineTuneModule(str(model_dir), adalora={"tinit": 0.1})
+    with pytest.raises(ConfigurationError, match="'t_init'"):
+        opened(tmp_path, model_dir, data_files, adapter="adalora", adalora={"t_init": 0.1})
+    module = opened(tmp_path, model_dir, data_files, **ADALORA).module
+    monkeypatch.setattr(FineTuneModule, "trainer", SimpleNamespace(precision="16-mixed"))
+    with pytest.raises(ConfigurationError, match="precision"):
+        module._allocate_after(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
