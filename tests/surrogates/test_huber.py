@@ -9,8 +9,9 @@ from scipy.stats import rankdata, spearmanr
 
 from qratk.core import Evaluation, History, Problem
 from qratk.core.errors import ConfigurationError
+from qratk.surrogates._regression import rows
 from qratk.surrogates._statistics import pearson, ranks, spearman
-from qratk.surrogates.huber import HuberRegression, features, fit_huber
+from qratk.surrogates.huber import HuberRegression, fit_huber
 from qratk.testing import toy_problem
 
 
@@ -64,7 +65,7 @@ def test_one_wild_outlier_hardly_moves_the_prediction():
 def test_features_are_score_log_bytes_and_embedding():
     problem = toy_problem(3)
     configuration = problem.space.uniform(4, 8)
-    row = features(problem, [Evaluation(configuration, 100, 0.25, problem.footprint(configuration))])[0]
+    row = rows(problem, [Evaluation(configuration, 100, 0.25, problem.footprint(configuration))])[0]
     assert row.shape == (2 + 2 * 3,)
     assert row[0] == 0.25
     assert row[1] == math.log(problem.bytes(configuration))
