@@ -74,12 +74,14 @@ class Part:
 class Plan:
     """What packs every projection at one bit-width, layer by layer, and on which kind of device.
 
-    The device counts because sums may be rounded otherwise there.
+    The device counts because sums may be rounded otherwise there; `calibration` is a digest of what decides the
+    moments that quantizers are given, and empty when none wants any.
     """
 
     bits: int
     layers: tuple[tuple[str, tuple[Part, ...]], ...]
     device: str = "cpu"
+    calibration: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -91,7 +93,9 @@ class Plan:
         """All that decides the packed bytes besides the weights, as text."""
         chosen = {part.name: part.chosen for _, parts in self.layers for part in parts}
         code = {type(c.quantizer).__qualname__: _source_digest(type(c.quantizer)) for c in chosen.values()}
+        calibration = {"calibration": self.calibration} if self.calibration else {}
         return {
+            **calibration,
             "format": FORMAT,
             "bits": str(self.bits),
             "device": self.device,
@@ -154,6 +158,7 @@ class BankStore:
             "bits": str(plan.bits),
             "layer": layer,
             "quantizers": json.dumps({part.name: str(part.chosen) for part in parts}),
+            **({"calibration": plan.calibration} if plan.calibration else {}),
         }
 
     def _read(self, path: Path, plan: Plan, index: int, expected: Mapping[str, str]) -> dict[str, Packed] | None:

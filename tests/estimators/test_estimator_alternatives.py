@@ -163,8 +163,7 @@ def explicit_hessian(models: toys.Models, batch: dict[str, torch.Tensor], names:
     size = sum(models.plain.get_submodule(name).weight.numel() for name in names)
     point = torch.zeros(size, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss_of_deltas(models, batch, names, point), point, create_graph=True)
-    rows = [torch.autograd.grad(g, point, retain_graph=True)[0] for g in gradient]
-    return torch.stack(rows)
+    return torch.autograd.grad(gradient, point, torch.eye(size), is_grads_batched=True)[0]
 
 
 def test_one_sample_is_the_product_with_the_explicit_hessian() -> None:
@@ -199,12 +198,12 @@ def test_hessian_trace_converges_to_the_explicit_trace_times_the_mean_squared_re
         expected += float(diagonal[at : at + n].sum() / n * residual(bank).square().sum())
         at += n
     found = [
-        estimators.create("hessian_trace", samples=32, seed=seed).estimate(module, [batch], lowest_bits=toys.LOWEST)[0]
+        estimators.create("hessian_trace", samples=16, seed=seed).estimate(module, [batch], lowest_bits=toys.LOWEST)[0]
         for seed in range(8)
     ]
     assert expected > 0
     spread = np.std(found, ddof=1) / np.sqrt(len(found))
-    assert spread < 0.1 * expected
+    assert spread < 0.15 * expected
     assert abs(np.mean(found) - expected) < 4 * spread
 
 
@@ -215,7 +214,7 @@ def test_a_negative_trace_counts_as_zero() -> None:
     assert float(explicit_hessian(models, batch, list(banks)).trace()) < 0
     layer = SimpleNamespace(name="part", modules=tuple(banks.items()))
     module = SimpleNamespace(backbone=SimpleNamespace(model=models.module.backbone.model, layers=(layer,)))
-    scores = estimators.create("hessian_trace", samples=64).estimate(module, [batch], lowest_bits=toys.LOWEST)
+    scores = estimators.create("hessian_trace", samples=16).estimate(module, [batch], lowest_bits=toys.LOWEST)
     np.testing.assert_array_equal(scores, [0.0])
 
 
