@@ -192,7 +192,9 @@ class AdaLoraAdapters(Adapters):
         The mean over all matrices of ||Q Q' - 1|| and ||P' P - 1||: as the authors' code and PEFT have it; the
         paper has squares, and no mean.
         """
-        grams = [gram for t in self.triplets() for gram in (t.q @ t.q.t(), t.p.t() @ t.p)]
+        triplets = self.triplets()
+        with torch.autocast(triplets[0].q.device.type, enabled=False):  # a Gram matrix near 1 has no digits in 16 bits
+            grams = [gram for t in triplets for gram in (t.q @ t.q.t(), t.p.t() @ t.p)]
         norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
         return self.adalora.orth_reg_weight * torch.stack(norms).mean()
 
@@ -230,7 +232,11 @@ class AdaLoraAdapters(Adapters):
 
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
-        """Within it there are the adapters that are stored: plain LoRA of the directions kept, in 16 bits."""
+        """Within it there are the adapters that are stored: plain LoRA of the directions kept, in 16 bits.
+
+        Before the schedule's last pruning these are more than the configured ranks, so that a score of a low rung is
+        that of larger adapters.
+        """
         masters, kept = {}, self._kept
         for triplets in self.triplets():
             a, b = self._pair(triplets.name)
@@ -326,11 +332,13 @@ class RankAllocator:
 
     def importance(self) -> list[Tensor]:
         """Importance of the directions of each projection, (r,)."""
-        found = []
-        for triplets in self.triplets:
-            p, values, q = (self._sensitivity[n] * self._uncertainty[n] for n, _ in triplets.parts())
-            found.append(values + p.mean(0) + q.mean(1))
-        return found
+        return [self._importance(triplets) for triplets in self.triplets]
+
+    def _importance(self, triplets: Triplets) -> Tensor:
+        if f"{triplets.name}.values" not in self._sensitivity:  # no token has come this way yet
+            return torch.zeros_like(triplets.values)
+        p, values, q = (self._sensitivity[name] * self._uncertainty[name] for name, _ in triplets.parts())
+        return values + p.mean(0) + q.mean(1)
 
     def _observe(self) -> None:
         beta1, beta2 = self.options.beta1, self.options.beta2

@@ -292,6 +292,17 @@ def test_the_shortest_schedules_reach_the_budget(tiny_backbone: Callable[..., An
     assert allocator.state() == {}
 
 
+def test_projections_without_a_gradient_matter_least(tiny_backbone: Callable[..., Any]) -> None:
+    backbone = made(tiny_backbone)
+    allocator = RankAllocator(backbone.adapters, 4)
+    unused, *used = allocator.triplets
+    for step in (1, 2):
+        disturbed([part for t in used for _, part in t.parts()], torch.Generator().manual_seed(step))
+        allocator.step(step)
+    assert int(unused.kept.sum()) == 0
+    assert sum(int(t.kept.sum()) for t in used) == 14 * 4
+
+
 def test_masters_of_plain_lora_are_refused(tiny_backbone: Callable[..., Any]) -> None:
     plain = tiny_backbone("llama", layers=2, bits=(4,))
     plain.activate(Configuration.uniform(4, 4, 2), seed=3)
