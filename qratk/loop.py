@@ -330,6 +330,7 @@ class _Search:
     def _explore(self) -> None:
         settings, searcher = self.settings, self.settings.searcher
         rng = np.random.default_rng([settings.seed, 1])
+        searcher.attach(self.context)
         searcher.begin(self.proposer, self.ladder)
         self.phase = "global"
         for number in range(1, settings.generations + 1):
@@ -622,11 +623,16 @@ class _Search:
         if saved is None:
             with self._timed("strategy"):
                 requests = tuple(ask(rng))
-            state = {"strategy": strategy.state(), "rng": rng.bit_generator.state}
+            state = {
+                "strategy": strategy.state(),
+                "rng": rng.bit_generator.state,
+                "proposals": self.proposer.counts.state(),
+            }
             self.journal.decide(key, {"requests": [_plain(r) for r in requests], **state})
             return requests
         strategy.restore(saved["strategy"])
         rng.bit_generator.state = saved["rng"]
+        self.proposer.counts.restore(saved["proposals"])
         return tuple(_request(data) for data in saved["requests"])
 
     def _prune(self) -> None:

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qratk.core import Configuration, ConfigurationError, FidelityLadder, History
+from qratk.searchers.fixed import FixedConfigurations
+from qratk.testing import toy_problem
+from qratk.testing.contracts import default_proposer
+
+LADDER = FidelityLadder((100, 300, 900))
+
+
+def begun(**options):
+    searcher = FixedConfigurations(**options)
+    searcher.begin(default_proposer(toy_problem(4, like=(4, 16))), LADDER)
+    return searcher
+
+
+def test_written_configurations_are_proposed_once_at_the_highest_rung():
+    searcher = begun(configurations=["4:8*4", "4:16 2:4*3", "4:8*4"])
+    candidates = searcher.ask(History(), np.random.default_rng(0))
+    assert [str(c.configuration) for c in candidates] == ["4:8*4", "4:16 2:4*3"]
+    assert searcher.schedule(LADDER, 2, 3) == ((900, 2),)
+    assert searcher.finished
+    assert searcher.ask(History(), np.random.default_rng(0)) == ()
+
+
+def test_first_pattern_that_matches_a_layer_decides():
+    searcher = begun(patterns={r"layers\.[01]$": [4, 16], ".": [2, 4]})
+    (candidate,) = searcher.ask(History(), np.random.default_rng(0))
+    assert candidate.configuration == Configuration.from_text("4:16*2 2:4*2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give configurations"),
+        ({"configurations": ["8:16*4"]}, "over the budget"),
+        ({"configurations": ["3:16*4"]}, "bits must be one of"),
+        ({"configurations": ["4:16*3"]}, "configuration of 4 layers is needed"),
+        ({"patterns": {"layers": [4, 8], "head": [8, 8]}}, "'head' matches no layer"),
+        ({"patterns": {"layers.0": [4, 8]}}, "no pattern matches the layer 'layers.1'"),
+    ],
+)
+def test_what_cannot_be_proposed_is_named(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        begun(**options)
