@@ -15,7 +15,7 @@ SPREAD = 1.5
 
 @dataclass(frozen=True)
 class Process:
-    """Zero-mean process with the kernel a x_0 x_0' + b Matern-5/2(|z - z'| / length) + noise, z = (x_1, x_2, ...).
+    """Zero-mean process with the kernel a x.x' + b Matern-5/2(|x - x'| / length) + noise.
 
     `logs`: the logarithms of a, b, length and noise; `weights`: K^-1 y, (n,).
     """
@@ -34,7 +34,8 @@ def fit_process(x: Array, y: Array) -> Process:
     """Process whose parameters have the largest marginal likelihood times prior, for standardised x (n, d), y (n,)."""
     from scipy.optimize import minimize
 
-    start = np.log([0.5, 0.3, np.sqrt(max(2 * (x.shape[1] - 1), 1)), 0.1])
+    columns = x.shape[1]
+    start = np.log([1.0 / columns, 0.3, np.sqrt(2 * columns), 0.3])  # the length: a typical distance of two rows
 
     def objective(logs: Array) -> tuple[float, Array]:
         value, gradient = log_marginal_likelihood(x, y, logs)
@@ -66,7 +67,7 @@ def _covariance(x: Array, logs: Array) -> Array:
 def _kernels(a: Array, b: Array, logs: Array) -> tuple[Array, Array, Array]:
     """Linear and Matern-5/2 part, and the latter's derivative by the logarithm of the length-scale, each (n, m)."""
     scale_linear, scale_matern, length = np.exp(logs[:3])
-    squared = (a[:, 1:] ** 2).sum(axis=1)[:, None] + (b[:, 1:] ** 2).sum(axis=1) - 2 * a[:, 1:] @ b[:, 1:].T
+    squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
     r = np.sqrt(5 * np.maximum(squared, 0.0)) / length
     decay = scale_matern * np.exp(-r)
-    return scale_linear * np.outer(a[:, 0], b[:, 0]), decay * (1 + r + r**2 / 3), decay * r**2 * (1 + r) / 3
+    return scale_linear * (a @ b.T), decay * (1 + r + r**2 / 3), decay * r**2 * (1 + r) / 3

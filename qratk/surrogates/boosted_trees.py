@@ -33,7 +33,7 @@ class BoostedTrees(RegressionSurrogate):
         rate: float = 0.1,
         leaf: int = 3,
         features: Features = "weighted",
-        residual: bool = True,
+        residual: bool = False,
         min_pairs: int = 8,
         folds: int = 5,
     ) -> None:

@@ -31,7 +31,7 @@ class SmallNetwork(RegressionSurrogate):
         l2: float = 1.0,
         starts: int = 3,
         features: Features = "weighted",
-        residual: bool = True,
+        residual: bool = False,
         min_pairs: int = 8,
         folds: int = 5,
     ) -> None:
