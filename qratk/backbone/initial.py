@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qratk.backbone.bank import Packed
 from qratk.backbone.table import Chosen
+from qratk.core.errors import ConfigurationError
 from qratk.quantizers.base import PackedBytes, Quantizer
 
 if TYPE_CHECKING:
@@ -216,12 +217,16 @@ _A, _B = "initial_a", "initial_b"
 
 @dataclass(frozen=True)
 class InitialPart:
-    """In the place of a `Chosen`: the factors of a projection and, where that is quantised anew, its packed weight."""
+    """In the place of a `Chosen`: the factors of a projection and, where that is quantised anew, its packed weight.
+
+    `weighting` is the digest of its weighting, `packed` that of a packed weight that calibration decides too.
+    """
 
     chosen: Chosen
     options: AdapterOptions
     rank: int
     weighting: str = ""
+    packed: str = ""
 
     @property
     def quantizer(self) -> Quantizer:
@@ -233,6 +238,14 @@ class InitialPart:
         """What it packs at."""
         return self.chosen.bits
 
+    def check(self) -> None:
+        """Raise `ConfigurationError` where the weight would have to be packed anew by what calibration fits."""
+        if self.repacked and getattr(self.quantizer, "calibrated", False):
+            raise ConfigurationError(
+                f"init_iterations={self.options.init_iterations} would pack weights anew without calibration, which "
+                f"{type(self.quantizer).__name__} needs; give init_iterations=1 or another quantizer"
+            )
+
     @property
     def repacked(self) -> bool:
         """Whether the weight is quantised anew for this rank."""
@@ -242,7 +255,7 @@ class InitialPart:
         options = self.options
         times, group = options.init_iterations, options.input_group
         about = f"initial 1: {options.init}, rank {self.rank}, iterations {times}, groups of {group}"
-        return f"{self.chosen}; {about}, weights {self.weighting or 'equal'}"
+        return f"{self.chosen}; {about}, weights {self.weighting or 'equal'}{', of ' * bool(self.packed)}{self.packed}"
 
     def packed_bytes(self, shape: tuple[int, int]) -> PackedBytes:
         """Bytes of the factors, as metadata, and of the packed weight."""

@@ -28,7 +28,7 @@ def _just_decide(key: str, decide: Callable[[], Any]) -> Any:
 class EvaluationContext:
     """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
 
-    `reference_bits` are bit-widths off the ladder that uniform references will be measured at after the search;
+    `reference_bits` and `reference_ranks` are those of uniform references that will be measured after the search;
     `say` tells a person something, such as a fallback. `decided` returns what was decided under a key, as plain data:
     in a new run directory what its second argument returns, in a resumed one what was recorded.
     """
@@ -42,6 +42,7 @@ class EvaluationContext:
     reference_bits: tuple[int, ...] = ()
     say: Callable[[str], None] = print
     decided: Callable[[str, Callable[[], Any]], Any] = _just_decide
+    reference_ranks: tuple[int, ...] = ()
 
 
 class Evaluator(ABC):

@@ -112,6 +112,30 @@ def test_rank_stabilised_scaling_is_each_candidates_own(tiny_backbone: Callable[
     check(tiny_backbone("llama", bits=(2, 4, 8), adapter=options), MIX)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "loftq", "rslora": True},
+        {"init": "loftq", "init_iterations": 2},
+        {"input_groups": 8},
+        {"init": "loftq", "input_groups": 16, "dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_other_beginnings_and_pooled_inputs_are_those_of_being_trained_alone(
+    options: dict[str, Any], tiny_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = tiny_backbone("llama", bits=(2, 4, 8), adapter=AdapterOptions(**options), bank_dir=None)
+    backbone.build_initial([(bits, rank) for bits in (2, 4, 8) for rank in (2, 4, 8, 16)])
+    cohort = backbone.cohort(MIX, seed=7)
+    for member, configuration in enumerate(MIX):
+        backbone.activate(configuration, seed=7)
+        ours, expected = cohort.state(member), backbone.adapter_state()
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    check(backbone, MIX)
+
+
 def test_dropout_is_drawn_as_for_a_candidate_alone(tiny_backbone: Callable[..., Backbone]) -> None:
     check(tiny_backbone("llama", bits=(2, 4, 8), adapter=AdapterOptions(dropout=0.3)), MIX)
 
