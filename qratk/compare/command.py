@@ -12,8 +12,19 @@ from pathlib import Path
 from qratk.compare.grid import Grid
 from qratk.compare.read import Comparison, read_comparison
 from qratk.compare.run import run_grid
-from qratk.compare.table import HEADS, Row, budget_title, by_budget, known_columns, legend, reference_name, rows
-from qratk.compare.table import text_row, write_tables
+from qratk.compare.table import (
+    HEADS,
+    Row,
+    budget_title,
+    by_budget,
+    failure_lines,
+    known_columns,
+    legend,
+    reference_name,
+    rows,
+    text_row,
+    write_tables,
+)
 
 _DESCRIPTION = """\
 Run a search for every recipe, budget and seed, and tell them apart in one table and the paper's figures.
@@ -51,6 +62,8 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True) 
     against = reference_name(comparison, reference)
     made = rows(comparison, against)
     print_table(made)
+    for line in failure_lines(comparison.failed):
+        print(f"no result: {line}")
     paths = write_tables(comparison, made, folder)
     print(f"tables: {', '.join(str(path) for path in paths)}")
     if figures and comparison.outcomes:

@@ -111,15 +111,24 @@ class Outcome:
         """Evaluations at T_S, failed ones too."""
         return sum(row.steps == self.top for row in self.searched)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the lowest rung trains nothing: it measures the divergence of the frozen model."""
+        evaluator = (self.config.get("search") or {}).get("evaluator") or {}
+        return "frozen_divergence" in str(evaluator.get("class_path", ""))
+
     @cached_property
     def costs(self) -> Array:
         """Steps trained up to and with each searched evaluation, in units of T_S; continued training counts once."""
+        steps = self.result["problem"]["steps"]
+        free = steps[0] if self.frozen and len(steps) > 1 else 0
         trained: dict[Any, int] = {}
         spent = 0
         costs = []
         for row in self.searched:
-            spent += max(0, row.steps - trained.get(row.key, 0))
-            trained[row.key] = max(row.steps, trained.get(row.key, 0))
+            if row.steps != free:
+                spent += max(0, row.steps - trained.get(row.key, 0))
+                trained[row.key] = max(row.steps, trained.get(row.key, 0))
             costs.append(spent / self.top)
         return np.array(costs)
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,8 +100,6 @@ def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
 
 
 def _marked(row: Row, top: float) -> Row:
-    from dataclasses import replace
-
     return replace(row, best=bool(row.seeds) and not row.over and row.score == top)
 
 
@@ -242,7 +240,7 @@ def write_tables(comparison: Comparison, made: Sequence[Row], folder: Path) -> l
     texts = {
         "table.csv": to_csv(list(CSV_COLUMNS), [[get(row) for get in CSV_COLUMNS.values()] for row in made]),
         "cells.csv": cells_csv(comparison),
-        "table.md": table_markdown(made),
+        "table.md": table_markdown(comparison, made),
         "tables.md": paper_tables(comparison, made),
     }
     for name, text in texts.items():
@@ -284,7 +282,7 @@ def text_row(row: Row) -> tuple[str, ...]:
     """A row as text, as `HEADS`."""
     name = row.recipe + (" (reference)" if row.reference else "") + (" †" if row.over else "")
     if not row.seeds:
-        return (name, f"0 of {row.failed}", f"failed: {clean(row.reason)}", *[""] * (len(HEADS) - 3))
+        return (name, f"0 of {row.failed}", "failed", *[""] * (len(HEADS) - 3))
     d = row.difference
     return (
         name,
@@ -342,7 +340,7 @@ def by_budget(made: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def table_markdown(made: Sequence[Row]) -> str:
+def table_markdown(comparison: Comparison, made: Sequence[Row]) -> str:
     """`table.md`: one table a budget, the best in bold."""
     parts = []
     for budget, group in by_budget(made).items():
@@ -353,7 +351,8 @@ def table_markdown(made: Sequence[Row]) -> str:
             for row, line in zip(group, lines, strict=True)
         ]
         parts.append(f"## {budget_title(budget)}\n\n{markdown([HEADS[i] for i in columns], shown)}")
-    return "\n".join(parts) + "\n" + legend(made)
+    failed = "".join(f"- {line}\n" for line in failure_lines(comparison.failed))
+    return "\n".join([*parts, legend(made)]) + (f"\nWithout a result (budget/seed):\n\n{failed}" if failed else "")
 
 
 def budget_title(budget: str) -> str:
@@ -376,6 +375,8 @@ def legend(made: Sequence[Row]) -> str:
             f"difference: test score minus that of {name}, paired by seed, with a bootstrap 95 % interval over seeds; "
             "validation: the same for the validation score, over seeds and items. w/t/l: seeds won, tied, lost."
         )
+    if 0 < max((row.difference.seeds for row in made), default=0) < 5:
+        lines.append("With fewer than 5 seeds an interval over seeds is narrower than it says.")
     if any(row.over for row in made):
         lines.append("†: takes more than the reference's budget.")
     return "\n".join(lines) + "\n"
@@ -435,6 +436,9 @@ def _ranked(group: Sequence[Row], values: Sequence[float]) -> list[str]:
     return shown
 
 
-def failures(comparison: Comparison) -> list[Failed]:
-    """Cells without a result."""
-    return list(comparison.failed)
+def failure_lines(failed: Sequence[Failed]) -> list[str]:
+    """Cells without a result, those of a recipe with the same reason on one line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for cell in failed:
+        groups.setdefault((cell.recipe, clean(cell.reason)), []).append(f"{cell.budget}/{cell.seed}")
+    return [f"{recipe} ({', '.join(cells)}): {reason}" for (recipe, reason), cells in groups.items()]

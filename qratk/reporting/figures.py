@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette: told apart with any common colour vision, and by lightness in grey print.
-BLUE, ORANGE, RED, SKY, BLACK, GREY = (
-    "#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#000000", "#8A8A8A",
+BLUE, ORANGE, RED, SKY, BLACK, GREY, GREEN, PURPLE = (
+    "#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#000000", "#8A8A8A", "#009E73", "#CC79A7",
 )  # fmt: skip
 MIB = 2**20
 DPI = 150
@@ -78,7 +78,7 @@ def front_figure(source: SearchResult | FrontParts) -> Figure:
         _name(axes, label(evaluation.configuration), _mib(parts, evaluation), evaluation.score)
     for evaluation in far:
         _level_line(axes, parts, evaluation)
-    _legend(axes, inside=corner is not None)
+    legend(axes, inside=corner is not None)
     if crowd is not None and corner is not None:
         _enlarge(axes, corner, parts, near, crowd)
     return figure
@@ -87,8 +87,8 @@ def front_figure(source: SearchResult | FrontParts) -> Figure:
 def _front_axes(*, zoom: bool) -> tuple[Figure, Axes, Axes | None]:
     """The figure, its axes, and narrower ones beside them if wanted."""
     if not zoom:
-        return (*_new(7.0, 4.4), None)
-    figure, (axes, corner) = _new(9.0, 4.4, columns=2)
+        return (*new_figure(7.0, 4.4), None)
+    figure, (axes, corner) = new_figure(9.0, 4.4, columns=2)
     axes.get_subplotspec().get_gridspec().set_width_ratios((1.9, 1.0))
     return figure, axes, corner
 
@@ -196,7 +196,8 @@ def _level_line(axes: Axes, parts: FrontParts, evaluation: Evaluation) -> None:
     _name(axes, text, axes.get_xlim()[0], evaluation.score, offset=(3, -2))
 
 
-def _legend(axes: Axes, *, inside: bool = False) -> None:
+def legend(axes: Axes, *, inside: bool = False) -> None:
+    """A legend beside the axes, or in their emptiest corner; none when nothing has a label."""
     if not axes.get_legend_handles_labels()[0]:
         return
     if inside:  # dominated points lie there: the emptiest corner
@@ -219,13 +220,13 @@ def allocation_figure(
     """
     if len(layer_names) != len(configuration):
         raise ValueError(f"{len(configuration)} layer names are needed, got {len(layer_names)}")
-    figure, (top, bottom) = _new(min(14.0, max(7.0, 2.0 + 0.1 * len(configuration))), 4.4, rows=2)
+    figure, (top, bottom) = new_figure(min(14.0, max(7.0, 2.0 + 0.1 * len(configuration))), 4.4, rows=2)
     bits, ranks = np.array(configuration.bits), np.array(configuration.ranks)
     ladders = ((), ()) if space is None else (space.bits, space.ranks)
     scores = (None, None) if importance is None else (importance.normalised("bits"), importance.normalised("rank"))
     _bars(top, bits, ladders[0], color=BLUE, name="bits", scores=scores[0])
     _bars(bottom, ranks, ladders[1], color=ORANGE, name="adapter rank", scores=scores[1])
-    _layer_ticks(bottom, short_names(layer_names))
+    layer_ticks(bottom, short_names(layer_names))
     figure.suptitle(f"Bits and ranks by layer: {_correlation(bits, ranks)}", fontsize=10)
     return figure
 
@@ -267,7 +268,8 @@ def _bars(
         twin.spines["top"].set_visible(False)
 
 
-def _layer_ticks(axes: Axes, names: Sequence[str]) -> None:
+def layer_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Name the layers below a row that has one position for each, thinned out where they are many."""
     positions, labels = _ticks(names)
     longest = max(map(len, labels))
     axes.set_xticks(positions, labels, rotation=0 if longest <= 3 else 90, fontsize=8)
@@ -295,7 +297,7 @@ def _correlation(bits: NDArray[np.int64], ranks: NDArray[np.int64]) -> str:
 
 def progress_figure(records: Sequence[Record], steps: int, *, baseline: Evaluation | None = None) -> Figure:
     """Scores of all rungs and the best so far at `steps` (T_S), against the number of evaluations."""
-    figure, axes = _new(7.0, 4.0)
+    figure, axes = new_figure(7.0, 4.0)
     done = [r for r in records if r.evaluation.ok]
     references = [r for r in done if r.candidate.phase == "reference"]
     rungs = sorted({r.evaluation.steps for r in done})
@@ -317,7 +319,7 @@ def progress_figure(records: Sequence[Record], steps: int, *, baseline: Evaluati
     _phases(axes, records)
     axes.set_xlabel("evaluations")
     axes.set_ylabel("validation score")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -354,15 +356,18 @@ def _best_so_far(records: Sequence[Record], steps: int) -> tuple[list[int], list
     return x, y
 
 
-def _new(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(
+    width: float, height: float, *, rows: int = 1, columns: int = 1, share_x: bool | None = None
+) -> tuple[Figure, Any]:
+    """A figure of a size in inches with its axes; rows share their x axis unless told otherwise."""
     # Figure and canvas without pyplot, whose figures live in a global list and leak.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharex=rows > 1)
-    for one in np.atleast_1d(axes):
+    axes = figure.subplots(rows, columns, sharex=rows > 1 if share_x is None else share_x)
+    for one in np.ravel(axes):
         one.spines[["top", "right"]].set_visible(False)
         one.grid(color="#DDDDDD", linewidth=0.6)
         one.set_axisbelow(True)

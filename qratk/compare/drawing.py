@@ -1,0 +1,196 @@
+"""What the figures of a comparison share: pictures with their data, correlations, labels that do not collide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.compare.read import Comparison, Outcome
+from qratk.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+COLORS: Final = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+PALE: Final = "#C4C4C4"
+
+
+class NoDataError(Exception):
+    """The data of a figure are not there; says what is missing."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and the figures in it, as a table."""
+
+    figure: Figure
+    heads: tuple[str, ...]
+    lines: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a figure is drawn of: the cells under one budget, and which recipe stands in the middle."""
+
+    cells: Comparison
+    reference: str
+    target: float | None = None
+
+    @property
+    def own(self) -> tuple[Outcome, ...]:
+        """Cells of the reference; raises `NoDataError` when there are none."""
+        found = self.cells.of(self.reference)
+        if not found:
+            raise NoDataError(f"no finished search of {self.reference}")
+        return found
+
+    @property
+    def random(self) -> tuple[Outcome, ...]:
+        """Cells of the random recipe, if there is one."""
+        name = next((name for name in self.cells.names if is_random(self.cells.of(name)[0])), "")
+        return self.cells.of(name)
+
+    @property
+    def pool(self) -> tuple[Outcome, ...]:
+        """All cells of the reference's space and budget, whose measurements may be pooled."""
+        first = self.own[0]
+        return tuple(o for o in self.cells.outcomes if o.limit == first.limit and o.layers == first.layers)
+
+
+Drawing = Callable[[View], Picture]
+
+
+def is_random(outcome: Outcome) -> bool:
+    """Whether a search proposed at random and refined nothing."""
+    search = outcome.config.get("search") or {}
+    names = [str((search.get(slot) or {}).get("class_path", "")) for slot in ("searcher", "refiner")]
+    return names[0].endswith("RandomSearch") and (names[1].endswith("NoRefiner") or not names[1])
+
+
+def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
+    """Rank correlation, ties at their mean rank; NaN where one side is constant or there are fewer than 3 pairs."""
+    return pearson(ranks(np.asarray(x, dtype=np.float64)), ranks(np.asarray(y, dtype=np.float64)))
+
+
+def pearson(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
+    """Linear correlation; NaN where one side is constant or there are fewer than 3 pairs."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def ranks(values: Array) -> Array:
+    """Ranks from 0, ties at their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts + 1) / 2)[inverse], dtype=np.float64)
+
+
+def over_seeds(values: Sequence[float], digits: int = 2) -> str:
+    """Mean of signed figures with their range: '+0.46 (+0.31 to +0.58 over 5 seeds)'."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "not defined"
+    mean = f"{np.mean(known):+.{digits}f}"
+    if len(known) == 1:
+        return mean
+    return f"{mean} ({min(known):+.{digits}f} to {max(known):+.{digits}f} over {len(known)} seeds)"
+
+
+def halo() -> list[Any]:
+    """Path effects that keep text readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.5, foreground="white")]
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, size: float = 8.0) -> None:
+    """Names at the right ends (x, y, text, colour) of lines, moved apart where they would lie on each other."""
+    if not ends:
+        return
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    height = size * 1.25 * axes.figure.dpi / 72
+    order = sorted(ends, key=lambda end: end[1])
+    wanted = [float(axes.transData.transform((x, y))[1]) for x, y, _, _ in order]
+    placed = _apart(wanted, height)
+    right = axes.get_xlim()[1]
+    for (x, y, text, color), at in zip(order, placed, strict=True):
+        level = float(axes.transData.inverted().transform((0, at))[1])
+        axes.annotate(
+            text, (x, y), xytext=(right, level), textcoords="data", va="center", ha="left", fontsize=size, color=color,
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions at least a gap apart, each as near to the wanted one as its group allows."""
+    groups: list[tuple[list[float], float]] = []  # wanted positions of a group, and where its first one lies
+    for position in wanted:
+        members, start = [position], position
+        while groups and groups[-1][1] + len(groups[-1][0]) * gap > start:
+            members = groups.pop()[0] + members
+            start = float(np.mean([value - gap * number for number, value in enumerate(members)]))
+        groups.append((members, start))
+    return [start + gap * number for members, start in groups for number in range(len(members))]
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]], *, size: float = 8.0) -> None:
+    """Names beside points (x, y, text, colour), each at the first of some places where it hits nothing."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # type: ignore[union-attr]
+    scale = figure.dpi / 72
+    at = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    taken = [_box(px, py, 8 * scale, 8 * scale) for px, py in at]
+    frame = axes.get_window_extent()
+    for (x, y, text, color), (px, py) in sorted(zip(points, at, strict=True), key=lambda item: -item[1][1]):
+        width, height = 0.56 * size * len(text) * scale, 1.2 * size * scale
+        dx, dy = _free_place(px, py, width, height, scale, taken, frame)
+        taken.append(_box(px + dx + width / 2, py + dy, width, height))
+        line = {"arrowstyle": "-", "color": PALE, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            text, (x, y), xytext=(dx / scale, dy / scale), textcoords="offset points", va="center", ha="left",
+            fontsize=size, color=color, path_effects=halo(), zorder=7,
+            arrowprops=line if abs(dy) > 12 * scale else None,
+        )  # fmt: skip
+
+
+def _free_place(
+    px: float, py: float, width: float, height: float, scale: float, taken: Sequence[Any], frame: Any
+) -> tuple[float, float]:
+    right, left = 6 * scale, -6 * scale - width
+    for distance in (0, 10, -10, 18, -18, 27, -27, 36, -36, 48, -48, 60, -60, 75, -75):
+        for dx in (right, left):
+            dy = distance * scale
+            box = _box(px + dx + width / 2, py + dy, width, height)
+            inside = box[0] >= frame.x0 and box[1] <= frame.x1 and box[2] >= frame.y0 and box[3] <= frame.y1
+            if inside and not any(_meet(box, other) for other in taken):
+                return dx, dy
+    return right, 0.0
+
+
+def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x - width / 2, x + width / 2, y - height / 2, y + height / 2
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+def point_style(color: str) -> dict[str, Any]:
+    """Scatter options of a plain point."""
+    return {"color": color, "s": 26, "alpha": 0.75, "linewidths": 0, "zorder": 3}
+
+
+def seed_colors(seeds: Sequence[int]) -> dict[int, str]:
+    """A colour a seed while they can be told apart, else one for all."""
+    if len(seeds) > len(COLORS):
+        return dict.fromkeys(seeds, BLUE)
+    return dict(zip(seeds, COLORS, strict=False))

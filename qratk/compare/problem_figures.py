@@ -1,0 +1,272 @@
+"""Figures of the problem: spread, proxies, allocations, importance, repair (Fig. 1, 3, 7 and 8 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qratk.compare.drawing import (
+    Array,
+    NoDataError,
+    Picture,
+    View,
+    over_seeds,
+    pearson,
+    point_style,
+    seed_colors,
+    spearman,
+)
+from qratk.compare.read import Measured, Outcome
+from qratk.reporting._text import short_names
+from qratk.reporting.figures import BLACK, BLUE, GREY, ORANGE, RED, SKY, layer_ticks, legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NEAR = 0.95
+
+
+def spread(view: View) -> Picture:
+    """Scores at T_S of configurations that take nearly all of the budget, seed by seed (Fig. 1a)."""
+    groups = {seed: _equal_bytes(view, seed) for seed in view.cells.seeds}
+    groups = {seed: rows for seed, rows in groups.items() if len(rows) >= 3}
+    if not groups:
+        raise NoDataError(
+            f"fewer than 3 configurations with {_NEAR:.0%} of the budget were measured at T_S in every seed"
+        )
+    figure, axes = new_figure(min(12.0, 4.0 + 0.75 * len(groups)), 4.2)
+    lines = []
+    for number, (seed, rows) in enumerate(groups.items()):
+        scores = np.array([row.score for row in rows])
+        jitter = np.random.default_rng(0).uniform(-0.22, 0.22, size=len(rows))
+        mixed = np.array([len(set(zip(*row.key, strict=True))) > 1 for row in rows])
+        axes.vlines(number, scores.min(), scores.max(), color=GREY, linewidth=1, zorder=2)
+        axes.scatter(number + jitter[mixed], scores[mixed], label=None if number else "mixed", **point_style(SKY))
+        axes.scatter(
+            number + jitter[~mixed], scores[~mixed], marker="s", s=36, facecolors="white", edgecolors=BLACK, zorder=4,
+            label=None if number else "uniform",
+        )  # fmt: skip
+        axes.annotate(
+            f"{np.ptp(scores):.3g}", (number, scores.max()), xytext=(0, 5), textcoords="offset points", ha="center",
+            fontsize=8,
+        )  # fmt: skip
+        lines += [(seed, row.storage_bytes, row.score, _text(row)) for row in rows]
+    _label_again(axes, ("mixed", "uniform"))
+    axes.set_xticks(range(len(groups)), [str(seed) for seed in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.margins(y=0.1)
+    axes.set_xlabel("seed (above the points: range of the scores)")
+    axes.set_ylabel("validation score")
+    axes.set_title(f"{len(lines)} configurations that take {_NEAR:.0%} to 100% of the budget", fontsize=10)
+    legend(axes)
+    return Picture(figure, ("seed", "storage_bytes", "score", "configuration"), tuple(lines))
+
+
+def _label_again(axes: Axes, names: Sequence[str]) -> None:
+    """Nothing was drawn under a name whose first group is empty: its legend entry goes."""
+    for artist in axes.collections:
+        if artist.get_label() in names and len(artist.get_offsets()) == 0:
+            artist.set_label("_" + str(artist.get_label()))
+
+
+def _equal_bytes(view: View, seed: int) -> list[Measured]:
+    found: dict[Any, Measured] = {}
+    for outcome in view.pool:
+        if outcome.seed == seed:
+            for row in outcome.high:
+                if _NEAR * outcome.limit <= row.storage_bytes <= outcome.limit:
+                    found.setdefault(row.key, row)
+    return list(found.values())
+
+
+def _text(row: Measured) -> str:
+    return " ".join(f"{bits}:{rank}" for bits, rank in zip(*row.key, strict=True))
+
+
+def proxies(view: View) -> Picture:
+    """What can be had without fine-tuning, or after little of it, against the score after it (Fig. 1b)."""
+    panels = {name: found for name, read in _PROXIES.items() if (found := _pairs(view, read))}
+    if not panels:
+        raise NoDataError("fewer than 5 configurations were measured both by a proxy and at T_S")
+    figure, every = new_figure(1.2 + 3.9 * len(panels), 4.0, columns=len(panels))
+    lines = []
+    for axes, (name, pairs) in zip(np.ravel(every), panels.items(), strict=True):
+        _proxy_panel(axes, name, pairs)
+        lines += [(name, seed, x, y) for seed, found in pairs.items() for x, y in found]
+    np.ravel(every)[0].set_ylabel(_centred("score at $T_S$", len({line[1] for line in lines})))
+    return Picture(figure, ("proxy", "seed", "value", "score"), tuple(lines))
+
+
+def _centred(text: str, seeds: int) -> str:
+    return f"{text} minus the seed's mean" if seeds > 1 else text
+
+
+def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float]]]) -> None:
+    colors = seed_colors(list(pairs))
+    correlations = []
+    for seed, found in pairs.items():
+        x, y = np.array(found).T
+        correlations.append(spearman(x, y))
+        level = y.mean() if len(pairs) > 1 else 0.0
+        axes.scatter(x, y - level, **point_style(colors[seed]))
+    if "error" in name:
+        axes.set_xscale("log")
+    axes.set_xlabel(name)
+    axes.set_title(f"rank correlation {over_seeds(correlations)}".replace(" (", "\n("), fontsize=9)
+
+
+def _pairs(
+    view: View, read: Callable[[Outcome], list[tuple[Any, float, float]]]
+) -> dict[int, list[tuple[float, float]]]:
+    """(proxy, score) of configurations by seed, where there are at least 5.
+
+    Those of the random recipe where there is one: a guided search leaves out what its proxies say is bad.
+    """
+    for cells in (view.random, view.own, view.pool):
+        by_seed: dict[int, dict[Any, tuple[float, float]]] = {}
+        for outcome in cells:
+            for key, x, y in read(outcome):
+                by_seed.setdefault(outcome.seed, {})[key] = (x, y)
+        enough = {seed: list(found.values()) for seed, found in sorted(by_seed.items()) if len(found) >= 5}
+        if enough:
+            return enough
+    return {}
+
+
+def _by_error(outcome: Outcome) -> list[tuple[Any, float, float]]:
+    """Importance-weighted error of rounding: I_q at the lowest bits, a quarter of it a bit more (Eq. 24)."""
+    importance = outcome.importance("bits")
+    lowest = min(outcome.result["problem"]["bits"])
+    if not importance.any():
+        return []
+    return [
+        (row.key, float((importance * 4.0 ** (lowest - np.array(row.bits))).sum()), row.score)
+        for row in outcome.high
+        if row.phase != "baseline"  # uniform ones span more than any choice would
+    ]
+
+
+def _by_short_run(outcome: Outcome) -> list[tuple[Any, float, float]]:
+    return [] if outcome.frozen else _low_and_high(outcome)
+
+
+def _by_divergence(outcome: Outcome) -> list[tuple[Any, float, float]]:
+    return _low_and_high(outcome) if outcome.frozen else []
+
+
+def _low_and_high(outcome: Outcome) -> list[tuple[Any, float, float]]:
+    steps = outcome.result["problem"]["steps"]
+    if len(steps) < 2:
+        return []
+    low = {row.key: row.score for row in outcome.searched if row.steps == steps[0] and row.ok}
+    return [(row.key, low[row.key], row.score) for row in outcome.high if row.key in low and row.phase != "baseline"]
+
+
+_PROXIES = {
+    "weighted quantisation error (log)": _by_error,
+    "score at $T_1$": _by_short_run,
+    "minus the divergence of the frozen model": _by_divergence,
+}
+
+
+def allocation(view: View) -> Picture:
+    """Bits and ranks by layer of the reference's answers: mean and range over seeds (Fig. 3)."""
+    cells = view.own
+    bits, ranks = (np.array([cell.best_choice[i] for cell in cells], dtype=np.float64) for i in (0, 1))
+    correlations = [pearson(b, r) for b, r in zip(bits, ranks, strict=True)]
+    figure, (top, bottom) = new_figure(_width(bits.shape[1]), 4.6, rows=2)
+    problem = cells[0].result["problem"]
+    _range_bars(top, bits, BLUE, "bits", ticks=problem["bits"])
+    _range_bars(bottom, ranks, ORANGE, "adapter rank", ticks=problem["ranks"])
+    layer_ticks(bottom, short_names(cells[0].layers))
+    figure.suptitle(f"Best of {view.reference}: correlation of bits and ranks {over_seeds(correlations)}", fontsize=10)
+    heads = ("layer", "bits", "bits_low", "bits_high", "rank", "rank_low", "rank_high")
+    columns = [f(values, axis=0) for values in (bits, ranks) for f in (np.mean, np.min, np.max)]
+    return Picture(figure, heads, tuple(zip(cells[0].layers, *(c.tolist() for c in columns), strict=True)))
+
+
+def _width(layers: int) -> float:
+    return min(14.0, max(7.0, 2.0 + 0.22 * layers))
+
+
+def _range_bars(axes: Axes, values: Array, color: str, name: str, *, ticks: Sequence[int] | None = None) -> None:
+    """Bars of the mean over rows, with the range as a line."""
+    positions = np.arange(values.shape[1])
+    mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    axes.bar(positions, mean, width=0.8, color=color, alpha=0.85)
+    if len(values) > 1:
+        axes.vlines(positions, low, high, color=BLACK, linewidth=1.1, zorder=4)
+    axes.set_ylabel(name)
+    if ticks is not None:
+        axes.set_yticks(sorted({0, *ticks}))
+    axes.set_ylim(0, 1.06 * max(high.max(), *(ticks or (0.0, 0.0))))
+    axes.grid(axis="x", visible=False)
+
+
+def importance(view: View) -> Picture:
+    """Normalised importance of every layer for bits and for rank (Fig. 7)."""
+    cells = view.own
+    bits, rank = (np.array([_normalised(cell.importance(knob)) for cell in cells]) for knob in ("bits", "rank"))
+    if not bits.any() and not rank.any():
+        raise NoDataError(f"{view.reference} gives all layers the same importance")
+    figure, (top, bottom) = new_figure(_width(bits.shape[1]), 4.6, rows=2)
+    _range_bars(top, bits, BLUE, "importance\nfor bits", ticks=None)
+    _range_bars(bottom, rank, ORANGE, "importance\nfor rank", ticks=None)
+    layer_ticks(bottom, short_names(cells[0].layers))
+    correlations = [spearman(b, r) for b, r in zip(bits, rank, strict=True)]
+    figure.suptitle(f"Importance of layers: rank correlation {over_seeds(correlations)}", fontsize=10)
+    heads = ("layer", "bits_importance", "rank_importance")
+    lines = zip(cells[0].layers, bits.mean(axis=0).tolist(), rank.mean(axis=0).tolist(), strict=True)
+    return Picture(figure, heads, tuple(lines))
+
+
+def _normalised(scores: Array) -> Array:
+    width = float(np.ptp(scores))
+    return np.zeros_like(scores) if width == 0 else (scores - scores.min()) / width
+
+
+def repair(view: View) -> Picture:
+    """How often repair lowers a layer, against how important that layer is (Fig. 8)."""
+    panels = []
+    for knob, name in (("bits", "bits"), ("rank", "ranks")):
+        found = [(cell, _intensity(cell, knob)) for cell in view.own]
+        found = [(cell, counts) for cell, counts in found if counts.sum() > 0]
+        if found:
+            panels.append((knob, name, found))
+    if not panels:
+        raise NoDataError("no result says which layers repair lowered")
+    figure, every = new_figure(1.6 + 3.9 * len(panels), 4.0, columns=len(panels))
+    lines: list[tuple[Any, ...]] = []
+    points = None
+    for axes, (knob, name, found) in zip(np.ravel(every), panels, strict=True):
+        x = np.array([_normalised(cell.importance(knob)) for cell, _ in found])
+        y = np.array([counts / counts.sum() for _, counts in found])
+        layers = np.tile(np.arange(x.shape[1]), len(found))
+        points = axes.scatter(x.ravel(), y.ravel(), c=layers, cmap="cividis", s=30, linewidths=0, alpha=0.9, zorder=3)
+        _fit_line(axes, x.ravel(), y.ravel())
+        axes.set_xlabel(f"importance of the layer for {name}")
+        correlations = [pearson(a, b) for a, b in zip(x, y, strict=True)]
+        axes.set_title(f"{name}: correlation {over_seeds(correlations)}".replace(" (", "\n("), fontsize=9)
+        lines += [
+            (knob, cell.seed, layer, a, b)
+            for (cell, _), xs, ys in zip(found, x, y, strict=True)
+            for layer, a, b in zip(cell.layers, xs.tolist(), ys.tolist(), strict=True)
+        ]
+    np.ravel(every)[0].set_ylabel("share of the repair's downgrades")
+    if points is not None:
+        figure.colorbar(points, ax=every, label="layer", shrink=0.8)
+    return Picture(figure, ("knob", "seed", "layer", "importance", "share_of_downgrades"), tuple(lines))
+
+
+def _intensity(cell: Outcome, knob: str) -> Array:
+    counts = cell.result.get("proposals", {}).get(f"repaired_{knob}")
+    return np.array(counts if isinstance(counts, list) else [0.0], dtype=np.float64)
+
+
+def _fit_line(axes: Axes, x: Array, y: Array) -> None:
+    if len(x) > 2 and np.ptp(x) > 0:
+        slope, level = np.polyfit(x, y, 1)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, level + slope * ends, color=RED, linestyle="--", linewidth=1.4, zorder=4)

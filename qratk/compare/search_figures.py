@@ -1,0 +1,508 @@
+"""Figures of searches: surrogate, efficiency, ablation, sweeps (Fig. 4, 5, 6, 9 and 10 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from qratk.compare.drawing import COLORS, PALE, Array, NoDataError, Picture, View, label_ends, label_points, point_style
+from qratk.compare.read import Measured, Outcome
+from qratk.compare.table import difference
+from qratk.journal import flatten
+from qratk.reporting.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SWEEP: Final = "sweep-"
+_NAMED: Final = 6
+_AXES: Final = {"numbers": "evaluations at $T_S$", "costs": "cost in full runs"}
+
+
+# Surrogate (Fig. 4)
+
+
+def surrogate(view: View) -> Picture:
+    """Correlation of predicted and measured scores as pairs grow, and the share of the top three found (Fig. 4)."""
+    cells = view.own
+    names = ("spearman", "pearson", "low_fidelity_spearman")
+    qualities = [(cell.seed, q) for cell in cells for g in cell.result["generations"] if (q := g["surrogate"])]
+    lines = [(seed, q["pairs"], *(_figure(q[name]) for name in names)) for seed, q in qualities]
+    rates = [(cell.seed, cell.result.get("top3_hit_rates") or {}) for cell in cells]
+    rates = [(seed, rate) for seed, rate in rates if rate]
+    if not any(not math.isnan(value) for line in lines for value in line[2:]) and not rates:
+        raise NoDataError(f"{view.reference} has no surrogate, or too few pairs to judge it")
+    figure, (left, right) = new_figure(9.0, 4.0, columns=2)
+    left.get_subplotspec().get_gridspec().set_width_ratios((1.7, 1.0))
+    ends = []
+    shown = (("surrogate, Spearman", BLUE, 2), ("surrogate, Pearson", SKY, 3), ("short run, Spearman", ORANGE, 4))
+    for name, color, column in shown:
+        x, mean, low, high = _by_pairs(lines, column)
+        if len(x):
+            left.plot(x, mean, color=color, marker="o", markersize=4, linewidth=1.8, zorder=4)
+            left.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            ends.append((x[-1], mean[-1], name, color))
+    left.set_xlabel("pairs of a short and a full run")
+    left.set_ylabel("correlation with the score at $T_S$")
+    label_ends(left, ends)
+    _hit_rates(right, rates)
+    heads = ("seed", "pairs", *names, "top3_hit_rate_surrogate", "top3_hit_rate_low_fidelity")
+    table = [(*line, "", "") for line in lines]
+    table += [(seed, rate["pairs"], "", "", "", rate["surrogate"], rate["low_fidelity"]) for seed, rate in rates]
+    return Picture(figure, heads, tuple(table))
+
+
+def _figure(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _by_pairs(lines: Sequence[tuple[Any, ...]], column: int) -> tuple[Array, Array, Array, Array]:
+    """Numbers of pairs, ascending, with mean, lowest and highest over seeds; seeds differ a little in how many."""
+    known = [(line[1], line[column]) for line in lines if not math.isnan(line[column])]
+    if not known:
+        return (np.empty(0),) * 4
+    pairs, values = np.array(known, dtype=np.float64).T
+    seeds = len({line[0] for line in lines})
+    order = np.argsort(pairs, kind="stable")
+    groups = np.array_split(order, max(1, round(len(order) / seeds)))
+    found = [(pairs[g].mean(), values[g].mean(), values[g].min(), values[g].max()) for g in groups]
+    x, mean, low, high = np.array(found).T
+    return x, mean, low, high
+
+
+def _hit_rates(axes: Axes, rates: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    if not rates:
+        axes.set_visible(False)
+        return
+    values = np.array([(rate["low_fidelity"], rate["surrogate"]) for _, rate in rates])
+    for row in values:
+        axes.plot((0, 1), row, color=PALE, linewidth=1, zorder=2)
+    for position, color in ((0, ORANGE), (1, BLUE)):
+        axes.scatter(np.full(len(values), position), values[:, position], **point_style(color))
+        mean = values[:, position].mean()
+        axes.hlines(mean, position - 0.2, position + 0.2, color=BLACK, linewidth=2, zorder=5)
+        side, align = ((-8, "right"), (8, "left"))[position]
+        axes.annotate(
+            f"{mean:.0%}", (position + (-0.2, 0.2)[position], mean), xytext=(side / 2, 0), textcoords="offset points",
+            ha=align, va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_xticks((0, 1), ("by short run", "by surrogate"))
+    axes.set_xlim(-0.6, 1.6)
+    axes.set_ylim(0, 1.03)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("top-3 hit rate")
+
+
+# Efficiency (Fig. 5)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Best so far of a search after each full evaluation: their number, cost in full runs, score."""
+
+    outcome: Outcome
+    numbers: Array
+    costs: Array
+    scores: Array
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Curve:
+        """Curve of a finished cell."""
+        found = [
+            (cost, row.score)
+            for row, cost in zip(outcome.searched, outcome.costs, strict=True)
+            if row.steps == outcome.top and row.ok and _fits(outcome, row)
+        ]
+        costs, scores = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        return cls(outcome, np.arange(1, len(costs) + 1, dtype=np.float64), costs, np.maximum.accumulate(scores))
+
+    def at(self, grid: Array, axis: str) -> Array:
+        """Scores at points of the axis "numbers" or "costs"; NaN before the first, the last one after the end."""
+        places = np.searchsorted(getattr(self, axis), grid, side="right") - 1
+        return np.where(places < 0, np.nan, self.scores[np.maximum(places, 0)])
+
+    def reached(self, target: float) -> int | None:
+        """Position of the first evaluation that reaches a score."""
+        above = np.flatnonzero(self.scores >= target - 1e-12)
+        return int(above[0]) if len(above) else None
+
+
+def _fits(outcome: Outcome, row: Measured) -> bool:
+    return outcome.result["problem"]["scope"] != "storage" or row.storage_bytes <= outcome.limit
+
+
+def _curves(view: View) -> dict[str, list[Curve]]:
+    """Curves by recipe, of those with at least 3 full evaluations in some seed."""
+    limit = view.own[0].limit
+    found = {name: [Curve.of(o) for o in view.cells.of(name) if o.limit <= limit] for name in _without_sweeps(view)}
+    return {
+        name: [curve for curve in curves if len(curve.scores)]
+        for name, curves in found.items()
+        if any(len(curve.scores) >= 3 for curve in curves)
+    }
+
+
+def _without_sweeps(view: View) -> list[str]:
+    return [name for name in view.cells.names if not name.startswith(SWEEP)]
+
+
+def efficiency(view: View) -> Picture:
+    """Best score so far against evaluations at T_S and against cost, by recipe (Fig. 5, left)."""
+    curves = _curves(view)
+    if not curves:
+        raise NoDataError("no search has 3 evaluations at T_S")
+    shift = _alignment(view)
+    named = _named(view, curves)
+    figure, panels = new_figure(11.0, 4.4, columns=2)
+    lines: list[tuple[Any, ...]] = []
+    for axes, axis, name in zip(
+        panels, ("numbers", "costs"), ("evaluations at $T_S$", "cost in full runs"), strict=True
+    ):
+        ends = []
+        for recipe, group in curves.items():
+            grid = _grid(group, axis)
+            values = np.array([c.at(grid, axis) + shift.get(c.outcome.seed, 0.0) for c in group])
+            known = ~np.isnan(values).any(axis=0)
+            x, y = grid[known], values[:, known]
+            color = named.get(recipe, PALE)
+            strong = recipe in (view.reference, *(o.recipe for o in view.random))
+            axes.step(x, y.mean(axis=0), where="post", color=color, linewidth=2.0 if strong else 1.3,
+                      zorder=5 if strong else 3)  # fmt: skip
+            if strong and len(y) > 1:
+                axes.fill_between(x, y.min(axis=0), y.max(axis=0), step="post", color=color, alpha=0.13, linewidth=0)
+            if recipe in named:
+                ends.append((x[-1], float(y[:, -1].mean()), recipe, color))
+            lines += [(recipe, name, a, b, c, d) for a, b, c, d in
+                      zip(x.tolist(), y.mean(axis=0).tolist(), y.min(axis=0).tolist(), y.max(axis=0).tolist(),
+                          strict=True)]  # fmt: skip
+        axes.set_xlabel(name)
+        _zoom(axes, curves, shift)
+        if axis == "costs":
+            label_ends(axes, ends)
+    panels[0].set_ylabel(
+        "best validation score so far" + (f"\n(seeds aligned at {view.reference}'s end)" if shift else "")
+    )
+    others = len(curves) - len(named)
+    if others > 0:
+        figure.suptitle(f"bands: range over seeds; grey: {others} other recipe{'s' * (others > 1)}", fontsize=9)
+    elif shift:
+        figure.suptitle("bands: range over seeds", fontsize=9)
+    heads = ("recipe", "axis", "x", "mean", "low", "high")
+    return Picture(figure, heads, tuple(lines))
+
+
+def _alignment(view: View) -> dict[int, float]:
+    """What to add to the scores of a seed, so that the reference ends at its mean in each: problems differ by seed."""
+    ends = {outcome.seed: outcome.validation for outcome in view.own}
+    if len(ends) < 2:
+        return {}
+    mean = float(np.mean(list(ends.values())))
+    return {seed: mean - end for seed, end in ends.items()}
+
+
+def _named(view: View, curves: Mapping[str, Sequence[Curve]]) -> dict[str, str]:
+    """Colours of the recipes that are told apart: reference, random, and those that end highest."""
+    ends = {name: float(np.mean([c.scores[-1] for c in group])) for name, group in curves.items()}
+    first = [name for name in (view.reference, *dict.fromkeys(o.recipe for o in view.random)) if name in curves]
+    rest = sorted((name for name in curves if name not in first), key=lambda name: -ends[name])
+    return dict(zip([*first, *rest][:_NAMED], COLORS, strict=False))
+
+
+def _grid(group: Sequence[Curve], axis: str) -> Array:
+    return np.unique(np.concatenate([getattr(curve, axis) for curve in group]))
+
+
+def _zoom(axes: Axes, curves: Mapping[str, Sequence[Curve]], shift: Mapping[int, float]) -> None:
+    """Cut off the first, bad configurations, which would squeeze what matters."""
+    every = [c.scores + shift.get(c.outcome.seed, 0.0) for group in curves.values() for c in group]
+    ends = [scores[-1] for scores in every]
+    starts = [scores[0] for scores in every]
+    top, low = max(ends), min(ends)
+    span = max(top - low, 0.05 * (top - min(starts)), 1e-9)
+    axes.set_ylim(max(min(starts), low - 1.0 * span) - 0.05 * span, top + 0.12 * span)
+
+
+def target(view: View) -> Picture:
+    """Evaluations at T_S and cost until a score is reached, by recipe and seed (Fig. 5, right)."""
+    curves = _curves(view)
+    targets, name = _targets(view, curves)
+    figure, panels = new_figure(10.0, 1.4 + 0.34 * len(curves), columns=2)
+    lines: list[tuple[Any, ...]] = []
+    order = sorted(curves, key=lambda recipe: -_median_cost(curves[recipe], targets))
+    for level, recipe in enumerate(order):
+        for curve in (c for c in curves[recipe] if c.outcome.seed in targets):
+            place = curve.reached(targets[curve.outcome.seed])
+            at = -1 if place is None else place
+            both = (float(curve.numbers[at]), float(curve.costs[at]))
+            lines.append((recipe, curve.outcome.seed, targets[curve.outcome.seed], int(place is not None), *both))
+        _target_row(panels, level, [line for line in lines if line[0] == recipe])
+    for axes, label in zip(panels, _AXES.values(), strict=True):
+        axes.set_xlabel(f"{label} until {name}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        axes.set_yticks(range(len(order)), order if axes is panels[0] else [""] * len(order))
+    figure.suptitle("dots: seeds; bars: medians; crosses: ended without reaching it", fontsize=9)
+    heads = ("recipe", "seed", "target", "reached", "evaluations_at_T_S", "full_runs")
+    return Picture(figure, heads, tuple(lines))
+
+
+def _target_row(panels: Sequence[Axes], level: int, lines: Sequence[tuple[Any, ...]]) -> None:
+    for axes, column in zip(panels, (4, 5), strict=True):
+        done = [line[column] for line in lines if line[3]]
+        missed = [line[column] for line in lines if not line[3]]
+        axes.scatter(done, [level] * len(done), **point_style(BLUE))
+        axes.scatter(missed, [level] * len(missed), marker="x", color=RED, s=24, linewidths=1.2, zorder=4)
+        if len(done) > len(missed):
+            middle = float(np.median([*done, *[math.inf] * len(missed)]))
+            if math.isfinite(middle):
+                axes.vlines(middle, level - 0.28, level + 0.28, color=BLACK, linewidth=2, zorder=5)
+
+
+def _median_cost(curves: Sequence[Curve], targets: Mapping[int, float]) -> float:
+    costs = []
+    for curve in (c for c in curves if c.outcome.seed in targets):
+        place = curve.reached(targets[curve.outcome.seed])
+        costs.append(1e9 if place is None else float(curve.costs[place]))
+    return float(np.mean(np.minimum(costs, 1e6))) if costs else 1e9
+
+
+def _targets(view: View, curves: Mapping[str, Sequence[Curve]]) -> tuple[dict[int, float], str]:
+    """The score to reach in each seed: what the random recipe ends with, or a quantile of all that was measured."""
+    random = {name for name in curves for o in view.random if o.recipe == name}
+    if view.target is None and random:
+        ends = {c.outcome.seed: float(c.scores[-1]) for name in random for c in curves[name]}
+        return ends, f"{next(iter(random))}'s best is reached"
+    if not curves:
+        raise NoDataError("no search has 3 evaluations at T_S")
+    quantile = 0.9 if view.target is None else view.target
+    pooled: dict[int, list[float]] = {}
+    for group in curves.values():
+        for curve in group:
+            pooled.setdefault(curve.outcome.seed, []).extend(row.score for row in curve.outcome.high)
+    return {
+        seed: float(np.quantile(scores, quantile)) for seed, scores in pooled.items()
+    }, f"the {quantile:.0%} quantile is reached"
+
+
+# Ablation (Fig. 6)
+
+
+def ablation(view: View) -> Picture:
+    """Score against average bits and bytes, a point a recipe (Fig. 6)."""
+    names = _without_sweeps(view)
+    if len(names) < 2:
+        raise NoDataError("there is one recipe only")
+    against = {outcome.seed: outcome for outcome in view.own}
+    base = float(np.mean([outcome.score for outcome in view.own]))
+    limit = view.own[0].limit
+    lines = []
+    for name in names:
+        cells = view.cells.of(name)
+        gap = difference(cells, against)
+        bits, size = (float(np.mean([cell.best[key] for cell in cells])) for key in ("average_bits", "bytes"))
+        score = base + gap.mean if gap.seeds else float(np.mean([cell.score for cell in cells]))
+        over = any(cell.best["bytes"] > limit for cell in cells)
+        lines.append((name, bits, size, score, base + gap.low, base + gap.high, int(over)))
+    figure, panels = new_figure(11.5, 5.0, columns=2)
+    for axes, column, scale in zip(panels, (1, 2), (1.0, MIB), strict=True):
+        _ablation_panel(axes, view.reference, lines, column, scale)
+    panels[0].set_xlabel("average bits")
+    panels[1].set_xlabel(f"{view.own[0].result['problem']['scope']} bytes (MiB)")
+    panels[0].set_ylabel(f"test score (bars: 95% interval of the\ndifference to {view.reference}, paired by seed)")
+    heads = ("recipe", "average_bits", "bytes", "score", "low", "high", "over_budget")
+    return Picture(figure, heads, tuple(lines))
+
+
+def _ablation_panel(axes: Axes, reference: str, lines: Sequence[tuple[Any, ...]], column: int, scale: float) -> None:
+    inside = [line for line in lines if not line[6]]
+    labels = []
+    for line in inside:
+        main = line[0] == reference
+        x, y = line[column] / scale, line[3]
+        if not math.isnan(line[4]) and not main:
+            axes.vlines(x, line[4], line[5], color=PALE, linewidth=1.2, zorder=2)
+        color = RED if main else BLUE
+        axes.scatter([x], [y], marker="*" if main else "o", s=150 if main else 34, color=color, edgecolors="white",
+                     linewidths=0.6, zorder=6 if main else 4)  # fmt: skip
+        labels.append((x, y, line[0], color if main else BLACK))
+    axes.margins(x=0.16, y=0.1)
+    for line in (line for line in lines if line[6]):
+        _over_line(axes, line, f"{line[column] / scale:.4g}")
+    label_points(axes, labels, size=7.5)
+
+
+def _over_line(axes: Axes, line: tuple[Any, ...], size: str) -> None:
+    """A recipe over the budget as a level line, or as a note at the edge where the line would squeeze the rest."""
+    low, high = axes.get_ylim()
+    text, level = f"{line[0]}: {line[3]:.4f} at {size}, over the budget", line[3]
+    style: dict[str, Any] = {"fontsize": 7.5, "color": "#404040", "textcoords": "offset points"}
+    if low - 0.3 * (high - low) < level < high + 0.3 * (high - low):
+        axes.axhline(level, color=GREY, linestyle="-.", linewidth=1, zorder=1)
+        axes.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), xytext=(0, 1), va="bottom", **style)
+        return
+    above = level > high
+    axes.annotate(
+        ("↑ " if above else "↓ ") + text, (0.01, 1.0 if above else 0.0), xycoords="axes fraction", va="bottom",
+        xytext=(0, 3), **style,
+    )  # fmt: skip
+
+
+# Sweeps (Fig. 9, 10)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One setting's values in order, with cells of each; `default` is the base's, which is among them."""
+
+    setting: str
+    values: tuple[str, ...]
+    cells: tuple[tuple[Outcome, ...], ...]
+    default: str | None
+
+    def positions(self) -> Array:
+        """Where the values lie on an axis: themselves if they are numbers, else 0, 1, 2, ..."""
+        try:
+            return np.array([float(value) for value in self.values])
+        except ValueError:
+            return np.arange(len(self.values), dtype=np.float64)
+
+    @property
+    def numeric(self) -> bool:
+        """Whether all values are numbers."""
+        return all(_number(value) is not None for value in self.values)
+
+
+def sweeps(view: View) -> list[Sweep]:
+    """The one-factor sweeps: recipes called sweep-SETTING-VALUE; raises `NoDataError` when there are none."""
+    found: dict[str, dict[str, tuple[Outcome, ...]]] = {}
+    defaults: dict[str, str] = {}
+    for name in (name for name in view.cells.names if name.startswith(SWEEP)):
+        setting, _, value = name.removeprefix(SWEEP).partition("-")
+        cells = view.cells.of(name)
+        found.setdefault(setting, {})[value] = cells
+        if (default := _default(cells[0], view.own[0], setting, value)) is not None:
+            defaults.setdefault(setting, default)
+    if not found:
+        raise NoDataError("no recipe is called sweep-SETTING-VALUE")
+    return [_sweep(setting, by_value, defaults.get(setting), view.own) for setting, by_value in found.items()]
+
+
+def _sweep(
+    setting: str, by_value: Mapping[str, tuple[Outcome, ...]], default: str | None, own: tuple[Outcome, ...]
+) -> Sweep:
+    cells = dict(by_value)
+    if default is not None and not any(_same(default, value) for value in cells):
+        cells[default] = own
+    numeric = all(_number(value) is not None for value in cells)
+    values = sorted(cells, key=lambda value: _number(value) or 0.0) if numeric else list(cells)
+    return Sweep(setting, tuple(values), tuple(cells[value] for value in values), default)
+
+
+def _default(cell: Outcome, base: Outcome, setting: str, value: str) -> str | None:
+    """What the base says where the swept recipe says `value`: of the setting of that name, or of the only other one."""
+    ours, theirs = (flatten(outcome.config.get("search") or {}) for outcome in (cell, base))
+    differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key != "name"]
+    chosen = [key for key in differing if key.rpartition(".")[2] == setting] or [
+        key for key in differing if _same(_told(ours[key]), value)
+    ]
+    if len(chosen) != 1 and len(differing) != 1:
+        return None
+    return _told(theirs[(chosen or differing)[0]])
+
+
+def _told(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _same(a: str, b: str) -> bool:
+    x, y = _number(a), _number(b)
+    return a == b if x is None or y is None else math.isclose(x, y)
+
+
+def _gains(sweep: Sweep, view: View) -> list[tuple[float, float, float]]:
+    """Mean and interval of the score minus the reference's, paired by seed, for each value."""
+    against = {outcome.seed: outcome for outcome in view.own}
+    found = [difference(cells, against) for cells in sweep.cells]
+    return [(gap.mean, gap.low, gap.high) for gap in found]
+
+
+def sensitivity(view: View) -> Picture:
+    """Range of the mean score over each sweep, largest first: S(h) of Eq. 29 (Fig. 9)."""
+    made = [(sweep, [gain for gain, _, _ in _gains(sweep, view)]) for sweep in sweeps(view)]
+    made = [(sweep, [g for g in gains if not math.isnan(g)]) for sweep, gains in made]
+    ranking = sorted(((max(g) - min(g), s.setting, len(g)) for s, g in made if len(g) > 1), key=lambda row: row[0])
+    if not ranking:
+        raise NoDataError("no sweep has two values")
+    figure, axes = new_figure(7.0, 1.2 + 0.34 * len(ranking))
+    axes.barh(range(len(ranking)), [row[0] for row in ranking], color=BLUE, alpha=0.85, height=0.65)
+    for level, (width, _, count) in enumerate(ranking):
+        axes.annotate(
+            f"{width:.3g}  ({count} values)", (width, level), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(ranking)), [row[1] for row in ranking])
+    axes.set_xlim(0, 1.25 * max(ranking[-1][0], 1e-9))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("range of the mean test score over the sweep")
+    return Picture(figure, ("setting", "range", "values"), tuple((name, width, n) for width, name, n in ranking[::-1]))
+
+
+def sweep_curves(view: View) -> Picture:
+    """Score minus the reference's over the values of each setting (Fig. 10)."""
+    made = sweeps(view)
+    columns = min(4, len(made))
+    rows = -(-len(made) // columns)
+    figure, every = new_figure(0.8 + 2.8 * columns, 0.6 + 2.5 * rows, rows=rows, columns=columns, share_x=False)
+    flat = np.ravel(every)
+    lines: list[tuple[Any, ...]] = []
+    for axes, sweep in zip(flat, made, strict=False):
+        gains = _gains(sweep, view)
+        _sweep_panel(axes, sweep, gains)
+        lines += [
+            (sweep.setting, v, *gain, int(v == sweep.default)) for v, gain in zip(sweep.values, gains, strict=True)
+        ]
+    for axes in flat[len(made) :]:
+        axes.set_visible(False)
+    low, high = (f(axes.get_ylim()[i] for axes in flat[: len(made)]) for i, f in ((0, min), (1, max)))
+    for axes in flat[: len(made)]:
+        axes.set_ylim(low, high)
+    line = "\n" if rows == 1 else " "
+    figure.supylabel(f"test score minus {view.reference}'s,{line}paired by seed", fontsize=9)
+    figure.suptitle("bands: 95% interval over seeds; dashed: the default", fontsize=9)
+    return Picture(figure, ("setting", "value", "difference", "low", "high", "default"), tuple(lines))
+
+
+def _sweep_panel(axes: Axes, sweep: Sweep, gains: Sequence[tuple[float, float, float]]) -> None:
+    mean, low, high = np.array(gains).T
+    x, wide = sweep.positions(), False
+    if sweep.numeric:
+        wide = x.min() > 0 and x.max() / x.min() > 20
+    x = np.log10(x) if wide else x
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    axes.plot(x, mean, color=BLUE, marker="o", markersize=4, linewidth=1.6, zorder=4)
+    axes.fill_between(x, np.where(np.isnan(low), mean, low), np.where(np.isnan(high), mean, high), color=BLUE,
+                      alpha=0.18, linewidth=0)  # fmt: skip
+    places = [
+        place for place, value in zip(x, sweep.values, strict=True) if sweep.default and _same(value, sweep.default)
+    ]
+    for place in places:
+        axes.axvline(place, color=RED, linestyle="--", linewidth=1.1, zorder=2)
+    axes.set_xticks(x, [_short(value) for value in sweep.values], fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(x=0.12)
+    axes.set_title(sweep.setting, fontsize=9)
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 8 else value[:7] + "…"
