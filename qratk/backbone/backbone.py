@@ -15,18 +15,20 @@ from torch import nn
 from qratk.backbone.adalora import AdaLoraAdapters, AdaLoraOptions, with_importance
 from qratk.backbone.adapters import AdapterOptions, Adapters
 from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
+from qratk.backbone.calibration import Calibration
 from qratk.backbone.cohort import Cohort
 from qratk.backbone.dense import DenseCache, dense_cache_mode
 from qratk.backbone.initial import BLOCK, Factors, InitialPart, Weighting, divided
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
+from qratk.backbone.logits import without_adapters
 from qratk.backbone.memory import ModelFacts, memory_model
-from qratk.backbone.store import BankStore, Part, Plan, bank_directory, log, return_freed_memory
+from qratk.backbone.store import BankStore, Part, Plan, bank_directory, checksum, log, return_freed_memory
 from qratk.backbone.table import Chosen, Fallback, QuantizerTable, describe
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
-from qratk.quantizers.base import Quantizer
+from qratk.quantizers.base import Moments, Quantizer
 from qratk.quantizers.none import NoQuantizer
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Backbone:
         self.compute_dtype = resolve_dtype(compute_dtype)
         self.configuration: Configuration | None = None
         self._built: set[int] = set()
+        self._calibration: Calibration | None = None
         self._factors: dict[tuple[str, int, int | None], Factors] = {}  # by projection, bits and, if it counts, rank
         self._initial: set[tuple[int, int]] = set()  # bits and ranks that `build_initial` was asked for
         self._digest: str | None = None
@@ -198,6 +201,8 @@ class Backbone:
         begin = self.adapters.options
         if begin.init != "default" or begin.input_group > 1:
             text += repr((begin.init, begin.init_iterations, begin.input_group))
+        if self._calibration is not None:
+            text += self._calibration.digest
         return _sha256([text, *(f"{name}:{digest}" for name, digest in self._tensor_digests().items())])
 
     def _tensor_digests(self) -> dict[str, str]:
@@ -217,6 +222,47 @@ class Backbone:
 
     # The bank
 
+    def calibrate(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Take the sequences that quantisers such as GPTQ are fitted to; nothing where the table has no such quantiser.
+
+        The bank and the digest depend on them. The model runs over them, at full precision and without adapters, when
+        `build_bank` packs a weight that no store holds. Raises `QuantizationError` when the bank was built with others.
+        """
+        if not self.table.calibrated:
+            return
+        layers = [dict(layer.modules) for layer in self.layers]
+        calibration = Calibration(self.model, layers, batches)
+        if self._calibration is not None and self._calibration.digest == calibration.digest:
+            return
+        if any(self.table.quantizers[bits].calibrated for bits in self._built):
+            raise QuantizationError("the bank was built with other calibration sequences; load the model again")
+        self._calibration, self._digest = calibration, None
+
+    def _calibration_digest(self, chosen: Iterable[Chosen]) -> str:
+        wanting = next((each for each in chosen if each.quantizer.calibrated), None)
+        if wanting is None:
+            return ""
+        if self._calibration is None:
+            raise QuantizationError(
+                f"{wanting} is fitted to the inputs of projections: call `backbone.calibrate(batches)` before the bank "
+                "is built, or take a quantizer that needs no data, such as 'hqq'"
+            )
+        # Inputs depend on every weight below, embeddings and norms among them.
+        tensors = (f"{name}:{digest}" for name, digest in self._tensor_digests().items())
+        return _sha256([self._calibration.digest, str(self.compute_dtype), *tensors])
+
+    def _moments(self, name: str) -> Moments:
+        assert self._calibration is not None  # `_plan` has looked
+        active = {bank: (bank.active, bank.active_rank) for bank in self._banks.values()}
+        for bank in active:
+            bank.activate(16)
+        try:
+            with without_adapters(self.model):
+                return self._calibration.moments(name)
+        finally:
+            for bank, (bits, rank) in active.items():
+                bank.activate(bits, rank)
+
     def build_bank(self, bits: Sequence[int]) -> None:
         """Quantise every projection at each bit-width that is not in the bank yet, or map what a store has of it.
 
@@ -232,12 +278,15 @@ class Backbone:
             for index in range(len(self.layers)):
                 for plan in plans:
                     self._bank_layer(index, plan, store)
+            if self._calibration is not None:
+                self._calibration.release()
         self._built.update(wanted)
 
     def _plan(self, bits: int) -> Plan:
         # Chosen for every layer before the first is packed: what cannot be taken is known at once.
         layers = tuple((layer.name, self._parts(layer, bits)) for layer in self.layers)
-        return Plan(bits, layers, next(iter(self._banks.values())).device.type)
+        calibration = self._calibration_digest(part.chosen for _, parts in layers for part in parts)
+        return Plan(bits, layers, next(iter(self._banks.values())).device.type, calibration)
 
     def _parts(self, layer: TargetLayer, bits: int) -> tuple[Part, ...]:
         # What must be packed; a weight of 16 bits, in memory or mapped from the checkpoint, is its own packed form.
@@ -281,8 +330,12 @@ class Backbone:
 
     def _packed(self, name: str, chosen: Chosen) -> dict[str, torch.Tensor]:
         reference = self._banks[name].reference
+        weight = reference.contiguous()
         with torch.no_grad():
-            packed = chosen.quantizer.quantize(reference.contiguous(), chosen.bits)
+            if chosen.quantizer.calibrated:
+                packed = chosen.quantizer.quantize_calibrated(weight, chosen.bits, self._moments(name))
+            else:
+                packed = chosen.quantizer.quantize(weight, chosen.bits)
         if reference.nbytes > _LARGE:
             return_freed_memory()
         return packed
@@ -331,9 +384,13 @@ class Backbone:
         weights = weightings or {}
 
         def part(layer: TargetLayer, name: str) -> Part:
+            bank, own = self._banks[name], self._chosen(layer, name, bits)
             digest = weights[name].digest if name in weights else ""
-            chosen: Any = InitialPart(self._chosen(layer, name, bits), self.adapters.options, rank, digest)
-            return Part(name, self._banks[name].shape, chosen)
+            calibrated = getattr(own.quantizer, "calibrated", False)
+            packed = checksum({k: t.cpu() for k, t in bank.require(bits).packed.items()}) if calibrated else ""
+            chosen: Any = InitialPart(own, self.adapters.options, rank, digest, packed)
+            chosen.check()
+            return Part(name, bank.shape, chosen)
 
         def is_quantized(bank: BankLinear) -> bool:
             return not isinstance(bank.require(bits).quantizer, NoQuantizer)

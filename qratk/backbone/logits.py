@@ -202,7 +202,7 @@ def shared_length(model: nn.Module) -> int:
     if longest < _TRUNK + sum(_BRANCHES):  # a position too far would leave a GPU in an unusable state
         return 0
     try:
-        with torch.no_grad(), _evaluating(model), _without_adapters(model):
+        with torch.no_grad(), _evaluating(model), without_adapters(model):
             shared, separate = (labelled_logits(model, batch).float() for batch in _trial(model))
     except (torch.OutOfMemoryError, QratkError):
         raise
@@ -262,7 +262,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Context in which the adapters of a PEFT model add nothing."""
     # PEFT's own context also switches `requires_grad` of the adapters off and on.
     switched = [module for module in model.modules() if getattr(module, "_disable_adapters", None) is False]
     for module in switched:

@@ -37,6 +37,8 @@ _logger = logging.getLogger(__name__)
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+_CALIBRATION_BATCH = 8
+
 DEFAULT_QUANTIZERS: Mapping[int, str] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
 
 
@@ -91,6 +93,7 @@ class FineTuneModule(LightningModule):
         gradient_checkpointing: trade time for activation memory.
         trust_remote_code: run code that comes with the model; only for sources you trust.
         tokenizer: name or directory of the tokenizer, by default the model's.
+        calibration_sequences: training sequences that quantisers such as GPTQ are fitted to, where one is chosen.
         seed: seed of adapter initialisation and dropout.
     """
 
@@ -124,6 +127,7 @@ class FineTuneModule(LightningModule):
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
+        calibration_sequences: int = 128,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -206,6 +210,18 @@ class FineTuneModule(LightningModule):
             bank_dir=options.bank_dir,
         )
 
+    def calibrate(self, data: Any) -> None:
+        """Fit quantisers such as GPTQ, where the options name one, to the training sequences of `qratk.data.TaskData`.
+
+        They depend on the data's options and on `calibration_sequences` alone: the same in a search and in a fit.
+        """
+        wanted = int(self.options.calibration_sequences)
+        if wanted < 1:
+            raise ConfigurationError(f"calibration_sequences must be at least 1, got {wanted}")
+        if self.backbone.table.calibrated:
+            size = min(wanted, _CALIBRATION_BATCH)
+            self.backbone.calibrate(data.calibration_batches(-(-wanted // size), size))
+
     def build_initial(self, choices: Sequence[tuple[int, int]], data: Any) -> None:
         """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
 
@@ -244,8 +260,10 @@ class FineTuneModule(LightningModule):
         backbone = self.backbone
         configuration = spread(Configuration.from_text(text), len(backbone.layers))
         choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
-        if self._trainer is not None and backbone.needs_initial(choices):
+        if self._trainer is not None and (backbone.needs_initial(choices) or backbone.table.calibrated):
             backbone.model.to(self.trainer.strategy.root_device)  # where a search makes them
+        if self._trainer is not None and backbone.table.calibrated:
+            self.calibrate(self._data())
         backbone.build_bank(sorted(set(configuration.bits)))
         self.build_initial(choices, self._data() if self.options.init == "lq_lora" else None)
         backbone.release_reference()

@@ -81,6 +81,11 @@ class QuantizerTable:
         return self._table
 
     @property
+    def calibrated(self) -> bool:
+        """Whether some quantizer of the table is fitted to the inputs of projections."""
+        return any(quantizer.calibrated for quantizer in self._table.values())
+
+    @property
     def fallbacks(self) -> tuple[Fallback, ...]:
         """Every fallback met so far, in the order they were met."""
         return tuple(self._fallbacks.values())

@@ -100,6 +100,7 @@ class FineTuneEvaluator(Evaluator):
         self._place()
         self.data.attach(self.module.tokenizer, context_length=self.module.context_length)
         self.data.setup("fit")
+        self.module.calibrate(self.data)
         self._footprints: dict[SearchSpace, MemoryModel] = {}
         self._announced: set[tuple[int, str, str]] = set()
         self._fastest: int | None = None
@@ -362,7 +363,7 @@ class FineTuneEvaluator(Evaluator):
         backbone.say = self.context.say
         bits = sorted({*self.space.bits, *self.context.reference_bits})
         backbone.build_bank(bits)
-        ranks = sorted({*self.space.ranks, *getattr(self.context, "reference_ranks", ())})
+        ranks = sorted({*self.space.ranks, *self.context.reference_ranks})
         self.module.build_initial([(b, r) for b in bits for r in ranks], self.data)
         groups: dict[tuple[int, str, str], list[Any]] = {}
         for fallback in backbone.fallbacks:
