@@ -11,7 +11,7 @@ import torch
 
 from qratk.core.errors import QuantizationError
 from qratk.estimators.base import ImportanceEstimator
-from qratk.quantizers.base import Quantizer
+from qratk.quantizers.base import Moments, Quantizer
 
 VOCABULARY = 32
 
@@ -164,6 +164,23 @@ class QuantizerContract:
                 quantizer.dequantize(packed, shape, bits, torch.float32),
             )
 
+    def test_packing_with_moments_gives_the_same_tensors_in_other_values(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            weight, moments = _weight(shape), _moments(shape[1])
+            packed, again = (quantizer.quantize_calibrated(weight, bits, moments) for _ in range(2))
+            plain = quantizer.quantize(weight, bits)
+            assert {n: (t.shape, t.dtype) for n, t in packed.items()} == {
+                n: (t.shape, t.dtype) for n, t in plain.items()
+            }
+            assert all(torch.equal(packed[name], again[name]) for name in packed)
+            assert torch.equal(weight, _weight(shape))
+            assert torch.equal(moments.second, _moments(shape[1]).second)
+            if not quantizer.calibrated:
+                assert all(torch.equal(packed[name], plain[name]) for name in plain)
+            dense = quantizer.dequantize(packed, shape, bits, torch.float32)
+            assert float((dense - weight).norm() / weight.norm()) < 2 * self.bound[bits]
+
     def test_what_is_refused_is_refused_clearly(self, make: Callable[[], Quantizer]) -> None:
         quantizer = make()
         unsupported = next(bits for bits in (5, 6, 7) if bits not in quantizer.supported_bits)
@@ -185,6 +202,11 @@ class QuantizerContract:
                     continue
                 taken.append((shape, bits))
         return taken
+
+
+def _moments(d_in: int) -> Moments:
+    x = torch.randn(4 * d_in, d_in, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.5, 2, d_in)
+    return Moments(x.T @ x / len(x), x.abs().mean(dim=0), len(x))
 
 
 def _weight(shape: tuple[int, int]) -> torch.Tensor:
