@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,23 +14,17 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
 from qratk.core.utility import Utility
 from qratk.mutations._proposer import Proposer
-from qratk.refiners._gaussian_process import load
+from qratk.refiners._model_guided import ModelGuided, Pool
 from qratk.refiners._pool import embed, pool
 from qratk.refiners._regions import RadiusRule, Region, spread
-from qratk.refiners.base import LocalRefiner, refiners
-
-if TYPE_CHECKING:
-    from qratk.refiners._gaussian_process.model import Acquisition
-
-Pool = dict[Configuration, int]
-"""Configurations to choose from, each with the number of the region that it comes from."""
+from qratk.refiners.base import refiners
 
 INFORMATIVE_PAIRS = 4
 """From so many measurements at both rungs on, the process is informed by short runs."""
 
 
 @refiners.register("trust_region")
-class TrustRegion(LocalRefiner):
+class TrustRegion(ModelGuided):
     """One evaluation at a time at the highest rung: the pool member of largest expected improvement.
 
     Where the paper is silent: a radius that is not whole is rounded down when shrinking, up when growing; a tie goes
@@ -57,9 +51,13 @@ class TrustRegion(LocalRefiner):
         pool_size: configurations scored at most, over all regions; smaller balls are enumerated.
         min_expected_improvement: stop below it, epsilon_ei, in units of utility.
         ard: one length-scale a dimension instead of a single one (slower; no gain was found).
+        kernel: "matern" is Eq. 13; "cocabo" sets bits apart from ranks, see `cocabo`.
+        mix: share of the product of the two kernels against their sum, lambda; for "cocabo" only.
         low_fidelity: inform the choice by short runs.
         probes, probe_rounds: short runs a round, and rounds a step at most.
     """
+
+    origin: ClassVar[str] = "trust_region"
 
     def __init__(
         self,
@@ -79,6 +77,8 @@ class TrustRegion(LocalRefiner):
         low_fidelity: bool = False,
         probes: int = 8,
         probe_rounds: int = 2,
+        kernel: Literal["matern", "cocabo"] = "matern",
+        mix: float = 0.5,
     ) -> None:
         counts = {
             "regions": regions, "diversity": diversity, "max_region_evaluations": max_region_evaluations,
@@ -89,6 +89,11 @@ class TrustRegion(LocalRefiner):
                 raise ConfigurationError(f"trust_region: {name} must be at least 1, got {value}")
         if max_evaluations < 0 or min_expected_improvement < 0:
             raise ConfigurationError("trust_region: max_evaluations and min_expected_improvement must not be negative")
+        if kernel not in ("matern", "cocabo") or not 0 <= mix <= 1:
+            raise ConfigurationError(
+                f"trust_region: kernel must be 'matern' or 'cocabo' and mix lie in [0, 1], got {kernel!r} and {mix}"
+            )
+        super().__init__(ard=ard, mix=mix if kernel == "cocabo" else None)
         self.num_regions = regions
         self.diversity = diversity
         self.rule = RadiusRule(radius, min_radius, max_radius, expand, shrink)
@@ -97,24 +102,19 @@ class TrustRegion(LocalRefiner):
         self.replace_exhausted = replace_exhausted
         self.pool_size = pool_size
         self.log_threshold = math.log(min_expected_improvement) if min_expected_improvement > 0 else -math.inf
-        self.ard = ard
         self.low_fidelity = low_fidelity
         self.probes = probes
         self.probe_rounds = probe_rounds
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
         """Choose the centres: the best by utility, each `diversity` edits from the others."""
-        self._proposer, self._ladder, self._utility = proposer, ladder, utility
+        super().begin(proposer, ladder, utility, history)
         self._informed = self.low_fidelity and len(ladder.steps) > 1
-        self._evaluations = 0
-        self._best = 0.0  # y_t^+ when the last request was made
         self._asked: tuple[tuple[Request, int], ...] = ()  # requests not told yet, with their regions
         self._probed: Pool = {}  # pool members with a short run in this step
         self._round = 0
         self._promise: float | None = None  # largest log EI of the pool members without a short run
         self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
-        self._diagnostics: dict[str, float] = {}
-        self.fallbacks: list[str] = []
         ranked = self._ranked(history)
         centres = spread(ranked, proposer.problem.space, count=self.num_regions, distance=self.diversity)
         self._regions = [Region(centre, self.rule.start) for centre in centres]
@@ -158,11 +158,6 @@ class TrustRegion(LocalRefiner):
         return self._stop
 
     @property
-    def diagnostics(self) -> dict[str, float]:
-        """Of the last proposal: log expected improvement, pool size, region, its radius, length-scale, fallback."""
-        return dict(self._diagnostics)
-
-    @property
     def regions(self) -> tuple[Region, ...]:
         """The trust regions as they stand."""
         return tuple(self._regions)
@@ -196,7 +191,7 @@ class TrustRegion(LocalRefiner):
         self._regions = [Region(Configuration.from_text(text), *counts) for text, *counts in state["regions"]]
         self._evaluations = state["evaluations"]
         self._best = state["best"]
-        self._asked = tuple(_restored_request(entry) for entry in state["asked"])
+        self._asked = tuple(_restored_request(entry, self.origin) for entry in state["asked"])
         self._probed = {Configuration.from_text(text): number for text, number in state["probed"]}
         self._round = state["round"]
         self._promise = state["promise"]
@@ -205,24 +200,6 @@ class TrustRegion(LocalRefiner):
         self.fallbacks = list(state["fallbacks"])
 
     # -- the regions and their pool
-
-    def _ranked(self, history: History) -> list[Configuration]:
-        """Feasible configurations of the space measured at the highest rung: best first, ties by footprint."""
-        problem = self._proposer.problem
-        measured = [e for e in history.at(self._ladder.highest) if self._in_space(e.configuration)]
-        feasible = [e for e in measured if problem.feasible(e.configuration)]
-        feasible.sort(key=lambda e: (-self._utility.of(e), problem.bytes(e.configuration), e.configuration))
-        return [e.configuration for e in feasible]
-
-    def _in_space(self, configuration: Configuration) -> bool:
-        space = self._proposer.problem.space
-        on_ladders = all(c.bits in space.bits and c.rank in space.ranks for c in configuration.layers)
-        return on_ladders and len(configuration) == space.num_layers
-
-    def _utility_of(self, history: History, configuration: Configuration) -> float:
-        evaluation = history.get(configuration, self._ladder.highest)
-        assert evaluation is not None
-        return self._utility.of(evaluation)
 
     def _open(self) -> list[int]:
         return [n for n, region in enumerate(self._regions) if region.evaluations < self.max_region_evaluations]
@@ -239,7 +216,7 @@ class TrustRegion(LocalRefiner):
 
     def _pool(self, history: History, rng: np.random.Generator) -> Pool:
         """Union of the open regions' pools (Eq. 15), without what ran at the highest rung or failed at any."""
-        excluded = {e.configuration for e in history if not e.ok or e.steps == self._ladder.highest}
+        excluded = self._spent(history)
         while True:
             union: Pool = {}
             numbers = self._open()
@@ -277,73 +254,12 @@ class TrustRegion(LocalRefiner):
         self._promise = _next_promise(scores, order, self.probes * (self._round + 1))
         return self._probe(history, rng, best)
 
-    def _rank(
-        self, history: History, candidates: Pool, rng: np.random.Generator
-    ) -> tuple[list[int], NDArray[np.float64] | None]:
-        """Order of the pool, best first, and the log EI of its members; a random order and None without a fit."""
-        seed = int(rng.integers(2**31))
-        measured = self._measured(history)
-        members = list(candidates)
-        space = self._proposer.problem.space
-        utilities = np.array([value for _, value in measured])
-        points = embed(space, [configuration for configuration, _ in measured])
-        self._diagnostics = {"pool": float(len(members)), "best_utility": self._best, "fallback": 0.0}
-        scores = self._scores(points, utilities, embed(space, members), seed=seed, extra=0)
-        if scores is None:
-            return [int(n) for n in rng.permutation(len(members))], None
-        return self._ordered(members, scores), scores
-
-    def _scores(
-        self,
-        points: NDArray[np.float64],
-        utilities: NDArray[np.float64],
-        members: NDArray[np.float64],
-        *,
-        seed: int,
-        extra: int,
-    ) -> NDArray[np.float64] | None:
-        process = load()
-        try:
-            acquisition: Acquisition = process.fit(
-                points, utilities, best=self._best, seed=seed, ard=self.ard, extra=extra
-            )
-            scores = acquisition.log_ei(members)
-        except process.FitError as error:
-            self.fallbacks.append(f"evaluation {self._evaluations}: {error}")
-            self._diagnostics["fallback"] = 1.0
-            return None
-        best = float(scores.max())
-        self._diagnostics |= {
-            "length_scale": acquisition.length_scale,
-            "log_expected_improvement": max(best, -1e3),  # finite, for JSON and plots
-            "expected_improvement": math.exp(min(best, 700.0)),
-        }
-        return scores
-
-    def _ordered(self, members: Sequence[Configuration], scores: NDArray[np.float64]) -> list[int]:
-        """Numbers of the members by descending score; ties by footprint, then by configuration."""
-        problem = self._proposer.problem
-        # Only exact ties need the bytes: computing them for a whole pool would cost more than the fit.
-        order = sorted(range(len(members)), key=lambda n: -scores[n])
-        value, repeats = np.unique(scores, return_counts=True)
-        if not (repeats > 1).any():
-            return order
-        tied = set(value[repeats > 1].tolist())
-        bytes_of = {n: problem.bytes(members[n]) if scores[n] in tied else 0 for n in order}
-        return sorted(order, key=lambda n: (-scores[n], bytes_of[n], members[n]))
-
-    def _measured(self, history: History) -> list[tuple[Configuration, float]]:
-        """Utilities at the highest rung of all configurations on the ladders; a failure counts as the worst one."""
-        found = [e for e in history if e.steps == self._ladder.highest and self._in_space(e.configuration)]
-        worst = min(self._utility.of(e) for e in found if e.ok)
-        return [(e.configuration, self._utility.of(e) if e.ok else worst) for e in found]
-
     def _request(self, chosen: Sequence[tuple[Configuration, int]], steps: int) -> tuple[Request, ...]:
         requests = []
         for configuration, number in chosen:
             region = self._regions[number]
             candidate = Candidate(
-                configuration, "trust_region", (region.centre.digest,), generation=self._evaluations, phase="local"
+                configuration, self.origin, (region.centre.digest,), generation=self._evaluations, phase="local"
             )
             requests.append((Request(candidate, steps), number))
         if requests:
@@ -426,7 +342,7 @@ def _request_state(request: Request, number: int) -> list[Any]:
     return [str(candidate.configuration), list(candidate.parents), candidate.generation, request.steps, number]
 
 
-def _restored_request(entry: list[Any]) -> tuple[Request, int]:
+def _restored_request(entry: list[Any], origin: str) -> tuple[Request, int]:
     text, parents, generation, steps, number = entry
-    candidate = Candidate(Configuration.from_text(text), "trust_region", tuple(parents), generation, "local")
+    candidate = Candidate(Configuration.from_text(text), origin, tuple(parents), generation, "local")
     return Request(candidate, steps), number

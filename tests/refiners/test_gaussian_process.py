@@ -134,3 +134,39 @@ def test_same_arguments_give_the_same_bits() -> None:
 def test_what_cannot_be_fitted_is_one_error() -> None:
     with pytest.raises(process.FitError):
         process.fit(np.full((3, 2), np.nan), np.zeros(3), best=0.0, seed=0, ard=False)
+
+
+def test_posterior_of_the_mixed_kernel_is_that_of_the_textbook() -> None:
+    """(1 - w) (k_c + k_x) + w k_c k_x with k_c the share of equal bits (CoCaBO), solved by numpy."""
+    mix = 0.3
+    fitted = process.fit(POINTS, UTILITIES, best=0.0, seed=0, ard=False, mix=mix)
+    model = fitted.model
+    ordinal, categorical = model.covar_module.kernels
+    length, variance = fitted.length_scale, float(ordinal.outputscale.detach())
+    share, noise = float(categorical.outputscale.detach()), float(model.likelihood.noise.detach())
+    mean = float(model.mean_module.constant.detach())
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        r = np.linalg.norm(a[:, None, 3:] - b[None, :, 3:], axis=-1) / length
+        ranks = variance * (1 + math.sqrt(5) * r + 5 / 3 * r**2) * np.exp(-math.sqrt(5) * r)
+        bits = share * (a[:, None, :3] == b[None, :, :3]).mean(axis=-1)
+        return (1 - mix) * (bits + ranks) + mix * bits * ranks
+
+    y = (UTILITIES - fitted.location) / fitted.scale
+    gram = kernel(POINTS, POINTS) + noise * np.eye(len(POINTS))
+    cross = kernel(POOL, POINTS)
+    means = mean + cross @ np.linalg.solve(gram, y - mean)
+    variances = np.diag(kernel(POOL, POOL)) - np.einsum("ij,ji->i", cross, np.linalg.solve(gram, cross.T))
+    found = fitted.posterior(POOL)
+    np.testing.assert_allclose(found[0], means * fitted.scale + fitted.location, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], np.sqrt(variances) * fitted.scale, rtol=1e-4, atol=1e-6)
+
+
+def test_bits_have_no_order_under_the_mixed_kernel() -> None:
+    fitted = process.fit(POINTS, UTILITIES, best=0.0, seed=0, ard=False, mix=0.5)
+    renamed = POINTS.copy()
+    renamed[:, :3] = np.select([renamed[:, :3] == v for v in (-1.0, 0.0, 1.0)], [5.0, -3.0, 0.0])
+    other = process.fit(renamed, UTILITIES, best=0.0, seed=0, ard=False, mix=0.5)
+    pool = POOL.copy()
+    pool[:, :3] = np.select([pool[:, :3] == v for v in (-1.0, 0.0, 1.0)], [5.0, -3.0, 0.0])
+    np.testing.assert_allclose(other.log_ei(pool), fitted.log_ei(POOL), rtol=1e-6)

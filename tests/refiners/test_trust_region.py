@@ -26,7 +26,7 @@ from qratk.refiners._gaussian_process import load
 from qratk.refiners.base import refiners
 from qratk.refiners.none import NoRefiner
 from qratk.refiners.trust_region import TrustRegion
-from qratk.testing import RefinerContract
+from qratk.testing import RefinerContract, ToyEvaluator
 
 HIGH, LOW = LADDER.highest, LADDER.lowest
 
@@ -47,6 +47,14 @@ class TestInformedTrustRegionContract(RefinerContract):
         return lambda: refiners.create(
             "trust_region", pool_size=60, max_evaluations=2, low_fidelity=True, probes=3, probe_rounds=2
         )
+
+
+class TestCoCaBOContract(RefinerContract):
+    steps = 2
+
+    @pytest.fixture
+    def make(self) -> Callable[[], TrustRegion]:
+        return lambda: refiners.create("cocabo", pool_size=60, max_evaluations=3)
 
 
 class TestNoRefinerContract(RefinerContract):
@@ -102,6 +110,39 @@ def test_optimum_of_a_small_space_is_found_more_often_than_by_random_search() ->
 
 def _candidate(configuration: Configuration) -> Any:
     return Candidate(configuration, "random")
+
+
+@pytest.mark.parametrize("name", ["trust_region", "turbo", "cocabo"])
+def test_brute_force_optimum_of_a_landscape_is_found_with_enough_evaluations(name: str) -> None:
+    evaluator = ToyEvaluator(4, 1, noise=0.0)
+    problem = evaluator.problem(like=(4, 4))
+    optimum, _ = evaluator.optimum(problem.space, problem.budget)
+    bench = Bench(problem, lambda c: evaluator.landscape.true_score(c, 900))
+    budgets = {"max_evaluations": 40}
+    if name != "turbo":
+        budgets |= {"max_region_evaluations": 40, "min_expected_improvement": 0.0}
+    refiner = refiners.create(name, **budgets)
+    starts = [c for c in problem.space.uniforms() if problem.feasible(c)]
+    refiner.begin(toy_proposer(problem), bench.ladder, bench.start(starts), bench.history)
+    rng = np.random.default_rng(0)
+    while not refiner.finished and bench.history.get(optimum, HIGH) is None:
+        bench.step(refiner, rng)
+    assert optimum not in starts
+    assert bench.history.get(optimum, HIGH) is not None
+
+
+def test_cocabo_is_the_trust_region_with_its_kernel() -> None:
+    runs = []
+    for name, options in (("cocabo", {}), ("trust_region", {"kernel": "cocabo"}), ("trust_region", {})):
+        bench, _ = toy(4)
+        refiner = refiners.create(name, max_evaluations=2, pool_size=40, **options)
+        utility = Utility.over(bench.history.at(HIGH), alpha=1.0)
+        refiner.begin(toy_proposer(bench.problem), LADDER, utility, bench.history)
+        requests = bench.run(refiner, np.random.default_rng(0))
+        assert {request.candidate.origin for request in requests} == {name}
+        runs.append((refiner.diagnostics, [request.configuration for request in requests]))
+    assert runs[0] == runs[1]
+    assert runs[0][0]["log_expected_improvement"] != runs[2][0]["log_expected_improvement"]
 
 
 # Centres and regions
@@ -412,7 +453,7 @@ def test_budget_on_average_bits_is_respected() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"regions": 0}, {"diversity": 0}, {"pool_size": 0}, {"max_evaluations": -1}, {"probes": 0}, {"probe_rounds": 0},
-     {"min_expected_improvement": -1.0}, {"radius": 9}, {"max_region_evaluations": 0}],
+     {"kernel": "rbf"}, {"mix": 1.5}, {"min_expected_improvement": -1.0}, {"radius": 9}, {"max_region_evaluations": 0}],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):

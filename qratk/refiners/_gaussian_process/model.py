@@ -21,6 +21,7 @@ from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
+from linear_operator import to_dense
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from numpy.typing import NDArray
@@ -74,14 +75,22 @@ class Acquisition:
 
 
 def fit(
-    points: NDArray[np.float64], utilities: NDArray[np.float64], *, best: float, seed: int, ard: bool, extra: int = 0
+    points: NDArray[np.float64],
+    utilities: NDArray[np.float64],
+    *,
+    best: float,
+    seed: int,
+    ard: bool,
+    extra: int = 0,
+    mix: float | None = None,
 ) -> Acquisition:
     """Acquisition fitted to points (n, d) and utilities (n,) by maximum marginal likelihood; raises `FitError`.
 
     The kernel is Eq. 13, Matérn-5/2 with one length-scale (one a dimension with `ard`). Its prior is LogNormal(sqrt 2
     + ln(d)/2, sqrt 3): without one, two or three points give a constant posterior and the search stops at once. The
     last `extra` columns are other observations of the same points; they get a kernel of their own, added, since one
-    coordinate would hardly count in a distance over 2 L of them.
+    coordinate would hardly count in a distance over 2 L of them. With `mix`, the kernel is that of `MixedKernel`
+    instead: the first half of the embedding, the bits, is then categorical.
 
     Neither torch's random state nor its default type or thread count are changed for others; the same arguments give
     the same bits.
@@ -96,15 +105,44 @@ def fit(
             train_x,
             train_y,
             likelihood=get_gaussian_likelihood_with_lognormal_prior(),
-            covar_module=_kernel(points.shape[1], extra, ard),
+            covar_module=_kernel(points.shape[1], extra, ard, mix),
             outcome_transform=None,
         )
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
     return Acquisition(model.eval(), best, location, scale)
 
 
-def _kernel(dimensions: int, extra: int, ard: bool) -> Kernel:
-    embedding = _matern(range(dimensions - extra), ard)
+class OverlapKernel(Kernel):  # type: ignore[misc]
+    """Share of the coordinates in which two points agree (Ru et al. 2020, Eq. 2); no rung is nearer than another."""
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **params: object) -> torch.Tensor:
+        if diag:
+            return torch.ones(x1.shape[:-1], dtype=x1.dtype)
+        return 1.0 - torch.cdist(x1, x2, p=0.0) / x1.shape[-1]  # the "distance" of p = 0 counts what differs
+
+
+class MixedKernel(Kernel):  # type: ignore[misc]
+    """(1 - w) (k_c + k_x) + w k_c k_x of a categorical and an ordinal kernel (CoCaBO, Ru et al. 2020, Eq. 3)."""
+
+    def __init__(self, ordinal: Kernel, categorical: Kernel, mix: float) -> None:
+        super().__init__()
+        self.kernels = torch.nn.ModuleList([ordinal, categorical])
+        self.mix = mix
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **params: object) -> torch.Tensor:
+        ordinal, categorical = (to_dense(kernel(x1, x2, diag=diag, **params)) for kernel in self.kernels)
+        mixed: torch.Tensor = (1 - self.mix) * (ordinal + categorical) + self.mix * ordinal * categorical
+        return mixed
+
+
+def _mixed(layers: int, ard: bool, mix: float) -> MixedKernel:
+    overlap = ScaleKernel(OverlapKernel(active_dims=tuple(range(layers))), outputscale_prior=LogNormalPrior(0.0, 1.0))
+    return MixedKernel(_matern(range(layers, 2 * layers), ard), overlap, mix)
+
+
+def _kernel(dimensions: int, extra: int, ard: bool, mix: float | None) -> Kernel:
+    size = dimensions - extra
+    embedding = _matern(range(size), ard) if mix is None else _mixed(size // 2, ard, mix)
     if extra == 0:
         return embedding
     return embedding + _matern(range(dimensions - extra, dimensions), ard)

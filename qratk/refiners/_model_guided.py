@@ -1,0 +1,117 @@
+"""What refiners share that choose from a pool by the expected improvement under a Gaussian process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import FidelityLadder, History
+from qratk.core.utility import Utility
+from qratk.mutations._proposer import Proposer
+from qratk.refiners._gaussian_process import load
+from qratk.refiners._measured import ranked, utilities, utility_of
+from qratk.refiners._pool import embed
+from qratk.refiners.base import LocalRefiner
+
+if TYPE_CHECKING:
+    from qratk.refiners._gaussian_process.model import Acquisition
+
+Pool = dict[Configuration, int]
+"""Configurations to choose from, each with the number of the region that it comes from."""
+
+
+class ModelGuided(LocalRefiner):
+    """Ranks pools by expected improvement (Eq. 12, 13, 16) over the utilities measured at the highest rung.
+
+    A process that cannot be fitted is replaced by a random choice, and `fallbacks` says why.
+    """
+
+    def __init__(self, *, ard: bool, mix: float | None) -> None:
+        self.ard = ard
+        self.mix = mix  # of the kernel for bits and ranks apart; None for the one kernel of Eq. 13
+
+    def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
+        """Forget everything."""
+        self._proposer, self._ladder, self._utility = proposer, ladder, utility
+        self._evaluations = 0
+        self._best = 0.0  # what counts as an improvement when the last request was made
+        self._diagnostics: dict[str, float] = {}
+        self.fallbacks: list[str] = []
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Of the last proposal: log expected improvement, pool size, region, its radius, length-scale, fallback."""
+        return dict(self._diagnostics)
+
+    def _ranked(self, history: History) -> list[Configuration]:
+        return ranked(self._proposer.problem, self._utility, history, self._ladder.highest)
+
+    def _utility_of(self, history: History, configuration: Configuration) -> float:
+        return utility_of(self._utility, history, configuration, self._ladder.highest)
+
+    def _measured(self, history: History) -> list[tuple[Configuration, float]]:
+        return utilities(self._proposer.problem, self._utility, history, self._ladder.highest)
+
+    def _spent(self, history: History) -> set[Configuration]:
+        """What ran at the highest rung or failed at any."""
+        return {e.configuration for e in history if not e.ok or e.steps == self._ladder.highest}
+
+    def _rank(
+        self, history: History, candidates: Pool, rng: np.random.Generator
+    ) -> tuple[list[int], NDArray[np.float64] | None]:
+        """Order of the pool, best first, and the log EI of its members; a random order and None without a fit."""
+        seed = int(rng.integers(2**31))
+        measured = self._measured(history)
+        members = list(candidates)
+        space = self._proposer.problem.space
+        values = np.array([value for _, value in measured])
+        points = embed(space, [configuration for configuration, _ in measured])
+        self._diagnostics = {"pool": float(len(members)), "best_utility": self._best, "fallback": 0.0}
+        scores = self._scores(points, values, embed(space, members), seed=seed, extra=0)
+        if scores is None:
+            return [int(n) for n in rng.permutation(len(members))], None
+        return self._ordered(members, scores), scores
+
+    def _scores(
+        self,
+        points: NDArray[np.float64],
+        utilities: NDArray[np.float64],
+        members: NDArray[np.float64],
+        *,
+        seed: int,
+        extra: int,
+    ) -> NDArray[np.float64] | None:
+        process = load()
+        try:
+            acquisition: Acquisition = process.fit(
+                points, utilities, best=self._best, seed=seed, ard=self.ard, extra=extra, mix=self.mix
+            )
+            scores = acquisition.log_ei(members)
+        except process.FitError as error:
+            self.fallbacks.append(f"evaluation {self._evaluations}: {error}")
+            self._diagnostics["fallback"] = 1.0
+            return None
+        best = float(scores.max())
+        self._diagnostics |= {
+            "length_scale": acquisition.length_scale,
+            "log_expected_improvement": max(best, -1e3),  # finite, for JSON and plots
+            "expected_improvement": math.exp(min(best, 700.0)),
+        }
+        return scores
+
+    def _ordered(self, members: Sequence[Configuration], scores: NDArray[np.float64]) -> list[int]:
+        """Numbers of the members by descending score; ties by footprint, then by configuration."""
+        problem = self._proposer.problem
+        # Only exact ties need the bytes: computing them for a whole pool would cost more than the fit.
+        order = sorted(range(len(members)), key=lambda n: -scores[n])
+        value, repeats = np.unique(scores, return_counts=True)
+        if not (repeats > 1).any():
+            return order
+        tied = set(value[repeats > 1].tolist())
+        bytes_of = {n: problem.bytes(members[n]) if scores[n] in tied else 0 for n in order}
+        return sorted(order, key=lambda n: (-scores[n], bytes_of[n], members[n]))
