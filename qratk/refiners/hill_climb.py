@@ -1,0 +1,208 @@
+"""Greedy hill climb on atomic edits, in the order that importance suggests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.configuration import Configuration
+from qratk.core.edits import DEFAULT_EPSILON, Ledger, weights_of_layers
+from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
+from qratk.core.problem import Problem
+from qratk.core.utility import Utility
+from qratk.mutations._proposer import Proposer
+from qratk.refiners._measured import ranked, utility_of
+from qratk.refiners.base import LocalRefiner, refiners
+
+Move = tuple[float, int, tuple[tuple[int, int], ...]]
+"""Predicted gain, bytes added, and the steps: (2 layer + column, direction) each."""
+
+
+@refiners.register("hill_climb")
+class HillClimb(LocalRefiner):
+    """From the best measured configuration, the first neighbour that improves on it; stops where none does.
+
+    Neighbours are one atomic edit away, or two where a step up fits only together with a step down elsewhere: at a
+    tight budget no single step up fits. Where rungs differ in bytes (4 to 8 bits takes what two layers free from 4 to
+    2) there are also exchanges: one step with as many others as balance it. Neighbours are tried in the order of the
+    importance that they are predicted to gain, one at a time, at the highest rung; of equal ones the one with fewer
+    bytes is first.
+
+    Args:
+        max_evaluations: cap on evaluations at the highest rung.
+        epsilon: added to the normalised importance.
+    """
+
+    def __init__(self, max_evaluations: int = 15, epsilon: float = DEFAULT_EPSILON) -> None:
+        if max_evaluations < 0 or not epsilon > 0:
+            raise ConfigurationError(
+                "hill_climb: max_evaluations must not be negative and epsilon must be positive, "
+                f"got {max_evaluations} and {epsilon}"
+            )
+        self.max_evaluations = max_evaluations
+        self.epsilon = epsilon
+
+    def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
+        """Start anew from the best measured configuration."""
+        self._proposer, self._ladder, self._utility = proposer, ladder, utility
+        self._evaluations = 0
+        self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
+        self._diagnostics: dict[str, float] = {}
+        if not ranked(proposer.problem, utility, history, ladder.highest):
+            self._stop = "no feasible configuration was measured at the highest rung"
+
+    def ask(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
+        """The most promising neighbour that was not measured; none at a local optimum."""
+        if self.finished:
+            return ()
+        problem, steps = self._proposer.problem, self._ladder.highest
+        centre = ranked(problem, self._utility, history, steps)[0]
+        spent = {e.configuration for e in history if not e.ok or e.steps == steps}
+        found = next(((c, gain) for c, gain in neighbours(problem, centre, self.epsilon) if c not in spent), None)
+        if found is None:
+            self._stop = "no neighbour improves on the best: a local optimum"
+            return ()
+        configuration, gain = found
+        best = utility_of(self._utility, history, centre, steps)
+        self._diagnostics = {"predicted_gain": gain, "best_utility": best}
+        parents = (centre.digest,)
+        candidate = Candidate(configuration, "hill_climb", parents, generation=self._evaluations, phase="local")
+        return (Request(candidate, steps),)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """The next ask climbs from the best, which the history knows."""
+        self._evaluations += len(evaluations)
+        if not self._stop and self._evaluations >= self.max_evaluations:
+            self._stop = f"the cap of {self.max_evaluations} local evaluations was reached"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cap or a local optimum was reached."""
+        return bool(self._stop)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why it finished; empty before."""
+        return self._stop
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Of the last proposal: the predicted gain in importance, and the best utility so far."""
+        return dict(self._diagnostics)
+
+    def planned_evaluations(self, ladder: FidelityLadder) -> dict[int, int]:
+        """The cap, at the highest rung."""
+        return {ladder.highest: self.max_evaluations}
+
+    def state(self) -> dict[str, Any]:
+        """Counter, stop reason and diagnostics; where it stands is told by the history."""
+        return {"evaluations": self._evaluations, "stop": self._stop, "diagnostics": dict(self._diagnostics)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._evaluations = int(state["evaluations"])
+        self._stop = state["stop"]
+        self._diagnostics = dict(state["diagnostics"])
+
+
+def neighbours(problem: Problem, centre: Configuration, epsilon: float) -> Iterator[tuple[Configuration, float]]:
+    """Feasible neighbours of a configuration and their predicted gains, the largest first, without repeats.
+
+    A step up gains the importance of its layer and knob plus epsilon, a step down loses it (the numerators of Eq. 8 and
+    9); the kinds of neighbours are those of `HillClimb`.
+    """
+    ledger = Ledger(problem, centre)
+    found = [*_swaps(ledger, epsilon), *_exchanges(ledger, epsilon)]
+    seen = {centre}
+    for gain, _, steps in sorted(found, key=lambda move: (-move[0], move[1], move[2])):
+        indices = ledger.indices.copy()
+        for knob, direction in steps:
+            indices[divmod(knob, 2)] += direction
+        configuration = problem.space.from_indices(indices)
+        if configuration not in seen:
+            seen.add(configuration)
+            yield configuration, gain
+
+
+def _swaps(ledger: Ledger, epsilon: float) -> Iterator[Move]:
+    """Single steps that fit, and steps up with one step down that makes room for them."""
+    up, down = _Steps.of(ledger, 1, epsilon), _Steps.of(ledger, -1, epsilon)
+    added = up.bytes[:, None] + down.bytes
+    bits = up.weighted_bits[:, None] + down.weighted_bits
+    fits = added <= -ledger.excess_bytes
+    if ledger.problem.budget.max_average_bits is not None:
+        fits &= bits <= -ledger.excess_weighted_bits
+    fits &= up.knob[:, None] != down.knob  # neither both steps of one knob, nor no step at all
+    fits[fits[:, -1], :-1] = False  # what fits alone needs no room
+    for i, j in np.argwhere(fits).tolist():
+        steps = tuple((int(s.knob[n]), d) for s, n, d in ((up, i, 1), (down, j, -1)) if s.knob[n] >= 0)
+        yield float(up.weight[i] - down.weight[j]), int(added[i, j]), steps
+
+
+def _exchanges(ledger: Ledger, epsilon: float) -> Iterator[Move]:
+    """Each step up with the least important steps down that make room; each step down with the ups that fill it."""
+    weights = weights_of_layers(ledger.problem, epsilon)
+    for first in (1, -1):
+        for knob in np.flatnonzero(ledger.possible(first)).tolist():
+            trial = Ledger(ledger.problem, ledger.problem.space.from_indices(ledger.indices))
+            trial.step(*divmod(knob, 2), first)
+            steps = ((knob, first), *_balancing(trial, weights, knob, -first))
+            if len(steps) > 2 and trial.fits:
+                gain = sum(direction * float(weights[divmod(k, 2)]) for k, direction in steps)
+                yield gain, trial.bytes - ledger.bytes, tuple(sorted(steps))
+
+
+def _balancing(trial: Ledger, weights: NDArray[np.float64], knob: int, direction: int) -> Iterator[tuple[int, int]]:
+    """Steps taken of all other knobs until the configuration fits (down) or is full (up)."""
+    while direction > 0 or not trial.fits:
+        possible = trial.possible(direction)
+        possible[divmod(knob, 2)] = False
+        if direction > 0:
+            possible &= trial.growth(1) <= -trial.excess_bytes
+            worth = weights
+        else:
+            relief, excess = trial.relief()
+            worth = np.minimum(relief, excess) / weights
+            possible &= relief > 0
+        if not possible.any():
+            return
+        chosen = int(np.argmax(np.where(possible, worth, -np.inf)))
+        trial.step(*divmod(chosen, 2), direction)
+        if direction > 0 and not trial.fits:  # the cap on the average bits
+            trial.step(*divmod(chosen, 2), -1)
+            return
+        yield chosen, direction
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """All single steps in one direction and, last, none at all; each (n + 1,).
+
+    `knob` is 2 layer + column, -1 for no step; `bytes` and `weighted_bits` are what a step adds.
+    """
+
+    knob: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+    weighted_bits: NDArray[np.int64]
+    weight: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, ledger: Ledger, direction: int, epsilon: float) -> _Steps:
+        problem = ledger.problem
+        knob = np.flatnonzero(ledger.possible(direction))
+        bits = np.asarray(problem.space.bits, dtype=np.int64)
+        here = ledger.indices[:, 0]
+        there = np.clip(here + direction, 0, len(bits) - 1)
+        weighted = np.zeros(ledger.indices.shape, dtype=np.int64)
+        weighted[:, 0] = np.asarray(problem.memory.parameters, dtype=np.int64) * (bits[there] - bits[here])
+        return cls(
+            np.append(knob, -1),
+            np.append(ledger.growth(direction).ravel()[knob], 0),
+            np.append(weighted.ravel()[knob], 0),
+            np.append(weights_of_layers(problem, epsilon).ravel()[knob], 0.0),
+        )
