@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import moocore
 import numpy as np
 import pytest
+from pymoo.core.population import Population
+from pymoo.core.problem import Problem
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+from pymoo.problems import get_problem
 
-from qratk.core import Configuration
+from qratk.core import Configuration, hypervolume_2d
 from qratk.searchers._survival import Member, non_dominated_fronts, survivors
 from qratk.testing import toy_problem
 
@@ -33,6 +38,37 @@ def test_fronts_agree_with_moocore(levels):
             assert {m.configuration for m in front} == {
                 m.configuration for m, r in zip(members, expected, strict=True) if r == rank
             }
+
+
+def population(name: str, count: int, seed: int) -> list[Member]:
+    """Random points of one of pymoo's test problems: the first objective as negated score, the second as bytes."""
+    rng = np.random.default_rng(seed)
+    points = get_problem(name).evaluate(rng.random((count, 30)))
+    return [member(i, -float(a), round(float(b) * 1e9)) for i, (a, b) in enumerate(points)]
+
+
+@pytest.mark.parametrize("name", ["zdt1", "zdt2", "zdt3"])
+def test_survival_agrees_with_pymoo_on_its_test_problems(name):
+    for seed, size in itertools.product(range(3), (10, 25, 40)):
+        members = population(name, 60, seed)
+        objectives = np.array([[-m.score, m.bytes] for m in members])
+        whole = Population.new(X=np.arange(60)[:, None].astype(float), F=objectives)
+        expected = RankAndCrowding().do(Problem(n_var=1, n_obj=2), whole, n_survive=size)
+        # Both extremes of a front are infinitely far out: which of them is cut, when only one place is left, is a draw.
+        merits = [(m.rank, m.crowding) for m in survivors(members, size)]
+        theirs = zip(expected.get("rank").tolist(), expected.get("crowding").tolist(), strict=True)
+        np.testing.assert_allclose(sorted(merits), sorted(theirs))
+
+
+@pytest.mark.parametrize(("name", "area"), [("zdt1", 2 / 3), ("zdt2", 1 / 3)])
+def test_hypervolume_of_known_fronts_is_the_integral_and_what_moocore_says(name, area):
+    front = get_problem(name).pareto_front(n_pareto_points=2000)
+    found = hypervolume_2d(map(tuple, front), (1.0, 1.0))
+    assert found == pytest.approx(area, abs=1e-3)
+    assert found == pytest.approx(moocore.hypervolume(front, ref=[1.0, 1.0]))
+    cloud = get_problem(name).evaluate(np.random.default_rng(0).random((200, 30)))
+    expected = moocore.hypervolume(cloud, ref=[1.0, 4.0])
+    assert hypervolume_2d(map(tuple, cloud), (1.0, 4.0)) == pytest.approx(expected)
 
 
 def test_higher_rung_outranks_any_score_below():
