@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qratk.backbone.initial import Factors, expanded
+from qratk.backbone.initial import Factors, expanded, pooled
 from qratk.backbone.sharding import is_sharded, local, shard_like, whole
 from qratk.core.errors import ConfigurationError
 
@@ -164,11 +164,6 @@ class PooledLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Product (..., rank) of x (..., d_in)."""
         return nn.functional.linear(pooled(x, self.group), self.weight)
-
-
-def pooled(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Sums of x (..., d_in) over groups of neighbours, (..., d_in / group)."""
-    return x if group == 1 else x.unflatten(-1, (-1, group)).sum(dim=-1)
 
 
 class Adapters:

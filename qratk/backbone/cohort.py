@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from qratk.backbone.adapters import AdapterOptions, initial_weights, pooled
+from qratk.backbone.adapters import AdapterOptions, initial_weights
 from qratk.backbone.bank import VariantKey
-from qratk.backbone.initial import Factors, expanded
+from qratk.backbone.initial import Factors, expanded, pooled
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 

@@ -84,19 +84,14 @@ def low_rank(residual: Tensor, rank: int, *, weighting: Weighting | None = None,
     if weighting is not None:
         rows, columns = weighting.rows.to(matrix.device), weighting.columns.to(matrix.device)
         matrix = matrix * rows[:, None] * columns.square()
-    norms = matrix.new_full((d_in // group,), float(group)) if columns is None else _pooled(columns.square(), group)
-    matrix = _pooled(matrix, group) / norms.sqrt()
+    norms = matrix.new_full((d_in // group,), float(group)) if columns is None else pooled(columns.square(), group)
+    matrix = pooled(matrix, group) / norms.sqrt()
     count = -(-rank // BLOCK) * BLOCK
     left, right = _components(matrix, count)
     right = right / norms.sqrt()
     left = left if rows is None else left / rows[:, None]
     sign = torch.gather(left, 0, left.abs().argmax(dim=0, keepdim=True)).sign()[0]
     return Factors((right * sign[:, None])[:rank].float().cpu(), (left * sign)[:, :rank].float().cpu().contiguous())
-
-
-def _pooled(x: Tensor, group: int) -> Tensor:
-    # Sums over groups of neighbours in the last dimension.
-    return x if group == 1 else x.unflatten(-1, (-1, group)).sum(dim=-1)
 
 
 def _components(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +114,11 @@ def _components(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
         left[:, first : first + BLOCK] = block * roots
         right[first : first + BLOCK] = torch.where(roots[:, None] > 0, product / roots[:, None], 0.0)
     return left, right
+
+
+def pooled(x: Tensor, group: int) -> Tensor:
+    """Sums of x (..., d) over groups of neighbours, (..., d / group)."""
+    return x if group == 1 else x.reshape(*x.shape[:-1], -1, group).sum(dim=-1)
 
 
 def expanded(a: Tensor, group: int) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qratk.backbone.adapters import AdapterOptions, initial_a, pooled
+from qratk.backbone.adapters import AdapterOptions, initial_a
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.initial import Weighting, expanded, fisher_weightings, low_rank
+from qratk.backbone.initial import Weighting, expanded, fisher_weightings, low_rank, pooled
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 
@@ -60,10 +60,11 @@ def test_factors_are_numpys_singular_values_and_vectors_split_evenly(shape: tupl
 
 
 def test_factors_are_those_of_peft_up_to_signs() -> None:
-    from peft.utils.loftq_utils import _low_rank_decomposition
+    from peft.utils import loftq_utils
 
+    decomposed: Any = loftq_utils._low_rank_decomposition
     residual = matrix(40, 24)
-    factors, theirs = low_rank(residual, 8), _low_rank_decomposition(residual, reduced_rank=8)
+    factors, theirs = low_rank(residual, 8), decomposed(residual, reduced_rank=8)
     signs = (factors.b * theirs["L"]).sum(dim=0).sign()
     torch.testing.assert_close(factors.b * signs, theirs["L"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(factors.a * signs[:, None], theirs["R"], rtol=1e-4, atol=1e-4)
@@ -90,7 +91,7 @@ def descended(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], m: int
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return float(loss(a, b).detach())
 
 
@@ -214,15 +215,23 @@ def test_factors_come_back_from_a_store_to_the_bit(
         started(tiny_backbone, bits=(2,), bank_dir=tmp_path, init_iterations=iterations, input_groups=2)
 
 
+def test_the_digest_tells_beginnings_apart(tiny_backbone: Callable[..., Backbone]) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"init": "loftq"}, {"init": "loftq", "init_iterations": 2}, {"input_groups": 8}]
+    digests = {tiny_backbone(adapter=AdapterOptions(**options)).digest() for options in kinds}
+    assert len(digests) == 4
+    assert tiny_backbone().digest() in digests
+
+
 # Several iterations
 
 
 def test_three_iterations_are_pefts_but_for_rounding(tiny_backbone: Callable[..., Backbone]) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    from peft.utils.loftq_utils import _low_rank_decomposition
+    from peft.utils import loftq_utils
 
     from qratk.quantizers.base import quantizers
 
+    decomposed: Any = loftq_utils._low_rank_decomposition
     table = {4: quantizers.create("nf4", double_quantization=False)}
     backbone = tiny_backbone(
         bits=(4,), quantizers=table, adapter=AdapterOptions(init="loftq", init_iterations=3), bank_dir=None
@@ -234,7 +243,7 @@ def test_three_iterations_are_pefts_but_for_rounding(tiny_backbone: Callable[...
     for _ in range(3):  # as `peft.utils.loftq_utils.loftq_init`, which needs CUDA
         codes, state = quantize_4bit(rest.contiguous(), blocksize=64, quant_type="nf4")
         dense = dequantize_4bit(codes, state)
-        parts = _low_rank_decomposition(weight - dense, reduced_rank=8)
+        parts = decomposed(weight - dense, reduced_rank=8)
         rest = weight - parts["L"] @ parts["R"]
     packed = backbone.banks[UP].dequantized(4, rank=8)
     assert (
@@ -272,7 +281,7 @@ def test_each_rank_has_its_own_weights_after_several_iterations_and_the_plain_on
     assert not torch.equal(bank.dequantized(2, rank=4), bank.dequantized(2))
     assert not torch.equal(bank.dequantized(2, rank=4), bank.dequantized(2, rank=16))
     assert bank.require(2, 4).nbytes == bank.require(2).nbytes
-    logits = {}
+    logits: dict[int, torch.Tensor] = {}
     for mode in ("off", "on"):
         backbone.dense_cache(mode)
         for rank in (0, 4, 16, 4, 0):
@@ -344,3 +353,47 @@ def test_pooling_sums_neighbours_and_indivisible_inputs_are_refused(tiny_backbon
     assert pooled(torch.arange(6.0), 3).tolist() == [3.0, 12.0]
     with pytest.raises(ConfigurationError, match="do not divide into groups of 48"):
         tiny_backbone(adapter=AdapterOptions(input_groups=48))
+
+
+@pytest.mark.parametrize("case", [{"batch_size": 4, "sequence_length": 48}, {"batch_size": 1, "sequence_length": 8}])
+def test_the_foretold_peak_of_pooled_adapters_is_the_measured_one(
+    case: dict[str, Any], tiny_backbone: Callable[..., Backbone]
+) -> None:
+    from qratk.backbone.measure import measured_peak
+    from qratk.backbone.trace import traced_peak
+
+    configuration = Configuration.of([2, 4, 16], [4, 16, 8])
+    made = {group: tiny_backbone(adapter=AdapterOptions(input_groups=group)) for group in (None, 16)}
+    foretold = {group: traced_peak(backbone, configuration, **case) for group, backbone in made.items()}
+    assert foretold[16].peak == pytest.approx(measured_peak(made[16], configuration, **case), rel=0.02)
+    assert foretold[16].parts["adapters"] < foretold[None].parts["adapters"]
+
+
+# Beside quantisers that are fitted to data
+
+
+def test_weights_that_calibration_decides_are_approximated_as_they_are_and_not_packed_anew(
+    tiny_backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    from qratk.quantizers.base import quantizers
+
+    def made(seed: int, iterations: int = 1) -> Backbone:
+        backbone = tiny_backbone(
+            quantizers={4: quantizers.create("gptq", group_size=32)},
+            adapter=AdapterOptions(init="loftq", init_iterations=iterations),
+            bank_dir=tmp_path,
+        )
+        ids = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(seed))
+        backbone.calibrate([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+        backbone.build_bank([4])
+        backbone.build_initial([(4, 4)])
+        backbone.activate(Configuration.uniform(4, 4, 3), seed=0)
+        return backbone
+
+    for seed in (1, 2):  # their files must not be taken for each other
+        backbone = made(seed)
+        bank = backbone.banks[UP]
+        factors = low_rank(bank.reference - bank.dequantized(4), 4)
+        torch.testing.assert_close(product(backbone, UP), factors.b @ factors.a, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="init_iterations=1"):
+        made(1, iterations=2)
