@@ -28,7 +28,7 @@ OPEN_SETS = (
     "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators", "reporting"
 )  # fmt: skip
 STRATEGIES = {"estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers"}
-NEVER = {"cli", "__main__", "show", "loop", "export"}
+NEVER = {"cli", "__main__", "show", "loop", "export", "compare"}
 BELOW: dict[str, set[str]] = {
     "core": {"core"},
     "registry": {"core", "registry"},
@@ -108,7 +108,13 @@ def test_loop_sees_only_the_contracts():
 
 def test_loop_does_not_import_the_commands():
     parts = {other for other, _ in own_parts(imported(ast.parse((ROOT / "loop.py").read_text())))}
-    assert not parts & {"cli", "__main__", "show", "backbone", "data", "export"}
+    assert not parts & {"cli", "__main__", "show", "compare", "backbone", "data", "export"}
+
+
+def test_only_the_command_imports_the_comparison():
+    for path in (path for path in modules() if part(path) not in ("compare", "__main__")):
+        for other, line in own_parts(imported(ast.parse(path.read_text()))):
+            assert other != "compare", f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
 
 
 def is_light(path: Path) -> bool:
@@ -136,8 +142,9 @@ def test_light_module_imports_nothing_heavy_at_its_top(path):
         "from qratk.components import REGISTRIES\nfor registry in REGISTRIES.values(): registry.names()",
         "from qratk.testing import ToyEvaluator, toy_problem\ntoy_problem()",
         "import qratk.loop",
+        "import qratk.compare.command, qratk.compare.figures",
     ],
-    ids=["package", "core", "components", "names of all components", "toy problem", "loop"],
+    ids=["package", "core", "components", "names of all components", "toy problem", "loop", "comparison"],
 )
 def test_fast_import_loads_nothing_heavy(statement):
     code = f"{statement}\nimport sys\nprint(*sorted(set(sys.modules) & set({HEAVY!r})))"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qratk.core import Configuration, Evaluation, Footprint, History
-from qratk.statistics import paired_comparison, top3_hit_rates
+from qratk.statistics import hierarchical_interval, mean_interval, paired_comparison, top3_hit_rates
 from qratk.surrogates.base import surrogates
 from qratk.testing import toy_problem
 
@@ -74,3 +74,48 @@ def test_short_runs_that_say_nothing_hit_as_often_as_chance() -> None:
 
 def test_too_few_pairs_give_no_rates() -> None:
     assert top3_hit_rates(surrogates.create("huber"), toy_problem(4), pairs(0.1, 9), low=1, high=9) == {}
+
+
+def test_interval_of_a_mean_covers_it_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = mean_interval(rng.normal(1.0, 2.0, size=30), samples=500)
+        covered += low <= 1.0 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_interval_of_one_value_is_unknown():
+    assert all(np.isnan(mean_interval([1.0])))
+
+
+def test_interval_over_groups_is_that_of_their_means_where_items_are_equal():
+    means = [0.1, 0.4, 0.2, 0.9]
+    found = hierarchical_interval([[mean] * 5 for mean in means], samples=20_000)
+    assert found == pytest.approx(mean_interval(means, samples=20_000), abs=0.02)
+
+
+def test_interval_of_one_group_is_that_of_its_items():
+    items = np.random.default_rng(1).normal(size=200)
+    found = hierarchical_interval([items], samples=20_000)
+    assert found == pytest.approx(mean_interval(items, samples=20_000), abs=0.01)
+
+
+def test_items_widen_the_interval_over_groups():
+    rng = np.random.default_rng(2)
+    groups = [rng.normal(mean, 3.0, size=20) for mean in (0.0, 0.5, 1.0, 1.5)]
+    low, high = hierarchical_interval(groups)
+    inner = mean_interval([float(group.mean()) for group in groups])
+    assert high - low > 1.1 * (inner[1] - inner[0])
+
+
+def test_interval_over_groups_weighs_items():
+    groups = [[0.0, 1.0]] * 6
+    heavy = hierarchical_interval(groups, [[1.0, 1000.0]] * 6)
+    light = hierarchical_interval(groups, [[1000.0, 1.0]] * 6)
+    assert np.mean(heavy) > 0.6 > 0.4 > np.mean(light)
+
+
+@pytest.mark.parametrize("groups", [[], [[1.0], []]])
+def test_interval_without_items_is_unknown(groups):
+    assert all(np.isnan(hierarchical_interval(groups)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.compare.read import Comparison, Outcome
+from qratk.compare.read import Comparison, Limits, Outcome
 from qratk.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
@@ -60,18 +60,25 @@ class View:
     @property
     def pool(self) -> tuple[Outcome, ...]:
         """All cells of the reference's space and budget, whose measurements may be pooled."""
-        first = self.own[0]
-        return tuple(o for o in self.cells.outcomes if o.limit == first.limit and o.layers == first.layers)
+        limits, layers = self.limits.by_seed, self.own[0].layers
+        return tuple(o for o in self.cells.outcomes if o.limit == limits.get(o.seed) and o.layers == layers)
+
+    @property
+    def limits(self) -> Limits:
+        """Budgets of the reference."""
+        return Limits.of(self.own)
 
 
 Drawing = Callable[[View], Picture]
 
 
 def is_random(outcome: Outcome) -> bool:
-    """Whether a search proposed at random and refined nothing."""
+    """Whether a search proposed at random from the whole space and refined nothing."""
     search = outcome.config.get("search") or {}
-    names = [str((search.get(slot) or {}).get("class_path", "")) for slot in ("searcher", "refiner")]
-    return names[0].endswith("RandomSearch") and (names[1].endswith("NoRefiner") or not names[1])
+    searcher, refiner = (search.get(slot) or {} for slot in ("searcher", "refiner"))
+    everywhere = (searcher.get("init_args") or {}).get("around", "space") == "space"
+    random = str(searcher.get("class_path", "")).endswith("RandomSearch") and everywhere
+    return random and str(refiner.get("class_path", "NoRefiner")).endswith("NoRefiner")
 
 
 def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:

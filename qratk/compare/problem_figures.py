@@ -112,9 +112,18 @@ def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float
         level = y.mean() if len(pairs) > 1 else 0.0
         axes.scatter(x, y - level, **point_style(colors[seed]))
     if "error" in name:
-        axes.set_xscale("log")
+        _log_axis(axes)
     axes.set_xlabel(name)
     axes.set_title(f"rank correlation {over_seeds(correlations)}".replace(" (", "\n("), fontsize=9)
+
+
+def _log_axis(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _pairs(

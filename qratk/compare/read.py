@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import yaml
@@ -20,6 +20,7 @@ from qratk.compare.grid import FAILURE, OWN, read_plan
 from qratk.core.errors import RunDirectoryError
 
 Array = NDArray[np.float64]
+UNFINISHED: Final = ("not finished", "not begun")
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,23 @@ class Comparison:
         return tuple(sorted({outcome.seed for outcome in self.outcomes}))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Budgets in bytes by seed, those of the reference: with layers drawn by seed, "like" means other bytes in each."""
+
+    by_seed: Mapping[int, int]
+
+    @classmethod
+    def of(cls, cells: Sequence[Outcome]) -> Limits:
+        """Limits of the reference's cells."""
+        return cls({cell.seed: cell.limit for cell in cells})
+
+    def exceeded(self, size: float, seed: int) -> bool:
+        """Whether a size is over the budget of a seed, or of every seed where that one is unknown."""
+        limit = self.by_seed.get(seed, max(self.by_seed.values(), default=None))
+        return limit is not None and size > limit
+
+
 def read_comparison(folder: Path) -> Comparison:
     """What a folder holds by now; raises `RunDirectoryError`."""
     plan = read_plan(folder)
@@ -259,7 +277,7 @@ def _why(folder: Path) -> str:
     path = folder / FAILURE
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
-    return "not finished" if (folder / "journal.sqlite").exists() else "not begun"
+    return UNFINISHED[0] if (folder / "journal.sqlite").exists() else UNFINISHED[1]
 
 
 def _seed_folders(folder: Path) -> list[Path]:

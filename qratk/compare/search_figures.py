@@ -137,8 +137,11 @@ def _fits(outcome: Outcome, row: Measured) -> bool:
 
 def _curves(view: View) -> dict[str, list[Curve]]:
     """Curves by recipe, of those with at least 3 full evaluations in some seed."""
-    limit = view.own[0].limit
-    found = {name: [Curve.of(o) for o in view.cells.of(name) if o.limit <= limit] for name in _without_sweeps(view)}
+    limits = view.limits
+    found = {
+        name: [Curve.of(o) for o in view.cells.of(name) if not limits.exceeded(o.limit, o.seed)]
+        for name in _without_sweeps(view)
+    }
     return {
         name: [curve for curve in curves if len(curve.scores)]
         for name, curves in found.items()
@@ -223,7 +226,7 @@ def _zoom(axes: Axes, curves: Mapping[str, Sequence[Curve]], shift: Mapping[int,
     starts = [scores[0] for scores in every]
     top, low = max(ends), min(ends)
     span = max(top - low, 0.05 * (top - min(starts)), 1e-9)
-    axes.set_ylim(max(min(starts), low - 1.0 * span) - 0.05 * span, top + 0.12 * span)
+    axes.set_ylim(max(min(starts), low - 0.5 * span) - 0.05 * span, top + 0.12 * span)
 
 
 def target(view: View) -> Picture:
@@ -298,14 +301,14 @@ def ablation(view: View) -> Picture:
         raise NoDataError("there is one recipe only")
     against = {outcome.seed: outcome for outcome in view.own}
     base = float(np.mean([outcome.score for outcome in view.own]))
-    limit = view.own[0].limit
+    limits = view.limits
     lines = []
     for name in names:
         cells = view.cells.of(name)
         gap = difference(cells, against)
         bits, size = (float(np.mean([cell.best[key] for cell in cells])) for key in ("average_bits", "bytes"))
         score = base + gap.mean if gap.seeds else float(np.mean([cell.score for cell in cells]))
-        over = any(cell.best["bytes"] > limit for cell in cells)
+        over = any(limits.exceeded(cell.best["bytes"], cell.seed) for cell in cells)
         lines.append((name, bits, size, score, base + gap.low, base + gap.high, int(over)))
     figure, panels = new_figure(11.5, 5.0, columns=2)
     for axes, column, scale in zip(panels, (1, 2), (1.0, MIB), strict=True):

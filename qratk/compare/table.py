@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from qratk.compare.read import Comparison, Failed, Outcome
+from qratk.compare.read import UNFINISHED, Comparison, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
 from qratk.reporting._atomic import write_atomically
@@ -90,8 +90,8 @@ def rows(comparison: Comparison, reference: str) -> list[Row]:
 
 def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
     against = {outcome.seed: outcome for outcome in part.of(reference)}
-    limit = max((outcome.limit for outcome in against.values()), default=None)
-    made = [_row(part, name, budget, against, limit, reference) for name in part.recipes]
+    limits = Limits.of(part.of(reference))
+    made = [_row(part, name, budget, against, limits, reference) for name in part.recipes]
     made = [row for row in made if row.seeds or row.failed]
     fitting = [row.score for row in made if row.seeds and not row.over]
     top = max(fitting, default=NAN)
@@ -104,7 +104,7 @@ def _marked(row: Row, top: float) -> Row:
 
 
 def _row(
-    part: Comparison, name: str, budget: str, against: Mapping[int, Outcome], limit: int | None, reference: str
+    part: Comparison, name: str, budget: str, against: Mapping[int, Outcome], limits: Limits, reference: str
 ) -> Row:
     cells = part.of(name)
     failed = [cell for cell in part.failed if cell.recipe == name]
@@ -131,7 +131,7 @@ def _row(
         high_fidelity=_mean([c.high_fidelity for c in cells]),
         cost=_mean([c.cost for c in cells]),
         seconds=_mean([c.seconds for c in cells]),
-        over=limit is not None and any(c.best["bytes"] > limit for c in cells),
+        over=any(limits.exceeded(c.best["bytes"], c.seed) for c in cells),
         reference=name == reference,
         difference=difference(cells, against) if name != reference else Difference(),
         metrics=metrics,
@@ -282,7 +282,8 @@ def text_row(row: Row) -> tuple[str, ...]:
     """A row as text, as `HEADS`."""
     name = row.recipe + (" (reference)" if row.reference else "") + (" †" if row.over else "")
     if not row.seeds:
-        return (name, f"0 of {row.failed}", "failed", *[""] * (len(HEADS) - 3))
+        state = row.reason if row.reason in UNFINISHED else "failed"
+        return (name, f"0 of {row.failed}", state, *[""] * (len(HEADS) - 3))
     d = row.difference
     return (
         name,

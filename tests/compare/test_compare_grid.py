@@ -1,0 +1,159 @@
+"""Which searches a comparison stands for."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from qratk.compare.grid import BudgetChoice, Grid, Recipe, _merged, read_plan
+from qratk.core.errors import ConfigurationError, RunDirectoryError
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A base and three recipes."""
+    documents = {
+        "base": {"model": {"model": "embedded"}, "search": {"name": "full", "like": [4, 8]}},
+        "random": {"search": {"searcher": "random"}},
+        "lora": {"search": {"like": [16, 16]}},
+        "capped": {"search": {"max_average_bits": 4}},
+    }
+    for name, document in documents.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(document))
+    return {name: tmp_path / f"{name}.yaml" for name in documents}
+
+
+def grid(files, *names, budgets=(), seeds=(0,), folder="out", **options):
+    return Grid.of(
+        files["base"].parent / folder, [files["base"]], [files[name] for name in names], budgets, seeds, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "document"),
+    [
+        ("[4, 16]", "like-4-16", {"like": [4, 16], "limit": None}),
+        ("300KiB", "300KiB", {"like": None, "limit": "300KiB"}),
+        ("5.5 GiB", "5.5GiB", {"like": None, "limit": "5.5GiB"}),
+    ],
+)
+def test_budget_is_a_pair_or_a_size(text, label, document):
+    budget = BudgetChoice.parse(text)
+    assert budget.label == label
+    assert budget.document == {"search": document}
+
+
+@pytest.mark.parametrize("text", ["[4]", "lots", "4:16", "[a, b]", "0KiB"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(ConfigurationError, match="a pair"):
+        BudgetChoice.parse(text)
+
+
+def test_command_lays_budget_over_base_and_recipe_over_both(files):
+    made = grid(files, "random", budgets=["[4, 16]"], seeds=[3], base=False, extra=["--search.generations=2"])
+    (cell,) = made.cells
+    made.prepare()
+    budget = made.folder / "budgets" / "like-4-16.yaml"
+    assert made.arguments(cell) == [
+        *("--config", str(files["base"]), "--search.generations=2"),
+        *("--config", str(budget), "--config", str(files["random"])),
+        *("--seed_everything=3", "--model.seed=3", "--data.seed=3", "--search.seed=3"),
+        *("--run_dir", str(made.folder / "random" / "like-4-16" / "3")),
+    ]
+    assert yaml.safe_load(budget.read_text()) == {"search": {"like": [4, 16], "limit": None}}
+
+
+def test_base_is_a_recipe_without_an_overlay(files):
+    (cell,) = grid(files).cells
+    assert cell.recipe.name == "full"
+    assert cell.folder.parts[-3:] == ("full", "own", "0")
+    assert grid(files).arguments(cell).count("--config") == 1
+
+
+def test_recipe_with_a_budget_of_its_own_runs_once_and_forgets_the_others(files):
+    made = grid(files, "lora", "capped", budgets=["[4, 16]", "1MiB"], base=False)
+    assert [(cell.recipe.name, cell.label) for cell in made.cells] == [
+        ("lora", "own"), ("capped", "like-4-16"), ("capped", "1MiB"),
+    ]  # fmt: skip
+    made.prepare()
+    forgotten = yaml.safe_load((made.folder / "budgets" / "own.yaml").read_text())
+    assert forgotten == {"search": {"like": None, "limit": None}}
+    assert made.identity(made.cells[0])["settings"]["search"]["like"] == [16, 16]
+
+
+def test_seeds_go_first_so_that_an_interrupted_comparison_is_one_of_fewer_seeds(files):
+    cells = grid(files, "random", seeds=[0, 1]).cells
+    assert [(cell.seed, cell.recipe.name) for cell in cells] == [
+        (0, "full"), (0, "random"), (1, "full"), (1, "random"),
+    ]  # fmt: skip
+
+
+def test_duplicates_are_errors(files, tmp_path):
+    other = tmp_path / "more" / "random.yaml"
+    other.parent.mkdir()
+    other.write_text("search: {searcher: random}")
+    with pytest.raises(ConfigurationError, match="two recipes are called 'random'"):
+        Grid.of(tmp_path / "out", [files["base"]], [files["random"], other], [], [0])
+    with pytest.raises(ConfigurationError, match="two budgets are called 'like-4-8'"):
+        grid(files, budgets=["[4, 8]", "[4,8]"])
+    with pytest.raises(ConfigurationError, match="two seeds"):
+        grid(files, seeds=[1, 1])
+
+
+def test_cell_with_other_settings_is_refused_before_anything_runs(files):
+    grid(files, "random").prepare()
+    files["random"].write_text("search: {searcher: nsga2}")
+    with pytest.raises(RunDirectoryError, match=r"settings.search.searcher: random there, nsga2 now"):
+        grid(files, "random").prepare()
+
+
+def test_cell_is_the_same_however_the_model_is_held(files):
+    grid(files).prepare()
+    grid(files, extra=["--model.dense_cache=off"]).prepare()
+    with pytest.raises(RunDirectoryError, match=r"settings.model.rank"):
+        grid(files, extra=["--model.rank=3"]).prepare()
+
+
+def test_search_of_another_command_is_not_taken_over(files):
+    made = grid(files)
+    (cell,) = made.cells
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "result.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="did not begin"):
+        made.prepare()
+
+
+def test_plan_grows_with_later_commands(files):
+    grid(files, "random").prepare()
+    grid(files, "lora", budgets=["[4, 16]"], base=False).prepare()
+    plan = read_plan(files["base"].parent / "out")
+    assert list(plan["recipes"]) == ["full", "random", "lora"]
+    assert plan["budgets"] == ["own", "like-4-16"]
+    assert plan["base"] == "full"
+
+
+def test_states_of_a_cell(files):
+    made = grid(files)
+    (cell,) = made.cells
+    made.prepare()
+    states = [cell.state]
+    for name in ("journal.sqlite", "failure.json", "result.json"):
+        (cell.folder / name).write_text("")
+        states.append(cell.state)
+    assert states == ["new", "begun", "failed", "finished"]
+
+
+def test_options_of_a_replaced_class_are_dropped():
+    below = {"searcher": {"class_path": "nsga2", "init_args": {"population": 4}}, "a": 1}
+    above = {"searcher": {"class_path": "random"}}
+    assert _merged(below, above) == {"searcher": {"class_path": "random"}, "a": 1}
+    same = {"searcher": {"class_path": "nsga2", "init_args": {"offspring": 2}}}
+    assert _merged(below, same)["searcher"]["init_args"] == {"population": 4, "offspring": 2}
+
+
+@pytest.mark.parametrize("text", ["- 1", "search: 3", "a: ["])
+def test_recipe_that_holds_no_settings_is_told(tmp_path, text):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"wrong\.yaml"):
+        Recipe.read(path)

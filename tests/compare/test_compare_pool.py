@@ -1,0 +1,95 @@
+"""Worker processes: answers, deaths, the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from qratk.compare.pool import Pool
+from qratk.compare.worker import Answer, Task, _stopped, output_to, run_task
+
+
+def echo(connection):
+    """A worker that answers with what its task says, or does what it says."""
+    while True:
+        try:
+            (word,) = connection.recv().arguments
+        except EOFError:
+            return
+        if word == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "threads":
+            word = os.environ["OMP_NUM_THREADS"]
+        if word == "wait":
+            time.sleep(60)
+        connection.send(Answer(word))
+
+
+def tasks(tmp_path, *words):
+    return [Task((word,), tmp_path / "log.txt") for word in words]
+
+
+def test_every_task_is_answered_once(tmp_path):
+    answers = dict(Pool(2, target=echo).run(tasks(tmp_path, *"abcde")))
+    assert {number: answer.reason for number, answer in answers.items()} == dict(enumerate("abcde"))
+
+
+def test_killed_worker_costs_its_task_alone(tmp_path):
+    answers = dict(Pool(1, target=echo).run(tasks(tmp_path, "a", "die", "b")))
+    assert answers[1].reason == "its process was killed by SIGKILL; out of memory?"
+    assert (answers[0].reason, answers[2].reason) == ("a", "b")
+
+
+def test_workers_see_the_environment_unless_it_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pool = Pool(1, environment={"OMP_NUM_THREADS": "1"}, target=echo)
+    assert next(iter(dict(pool.run(tasks(tmp_path, "threads"))).values())).reason == "1"
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    pool = Pool(1, environment={"OMP_NUM_THREADS": "1"}, target=echo)
+    assert next(iter(dict(pool.run(tasks(tmp_path, "threads"))).values())).reason == "7"
+
+
+def test_closing_stops_running_tasks(tmp_path):
+    pool = Pool(2, target=echo)
+    answers = pool.run(tasks(tmp_path, "a", "wait"))
+    assert next(answers)[1].reason == "a"
+    began = time.monotonic()
+    answers.close()
+    assert time.monotonic() - began < 20
+
+
+def test_output_of_libraries_and_of_python_goes_to_the_file(tmp_path):
+    with output_to(tmp_path / "a" / "log.txt"):
+        print("printed")
+        os.write(2, b"written\n")
+        print("complained", file=sys.stderr)
+    assert (tmp_path / "a" / "log.txt").exists()
+    text = (tmp_path / "a" / "log.txt").read_text()
+    assert "written" in text
+
+
+def test_reason_of_a_wrong_setting_is_what_was_printed(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "before\nqratk: error: no such option\nDid you mean it?\n(`qratk search --help` lists all settings)\n"
+    )
+    assert _stopped(SystemExit(2), log).reason == "no such option\nDid you mean it?"
+    assert _stopped(SystemExit(130), log).interrupted
+    assert _stopped(SystemExit(0), log) == Answer()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ValueError("it broke"), "ValueError: it broke"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_any_error_of_a_search_is_a_reason(tmp_path, monkeypatch, error, reason):
+    def fail(task):
+        raise error
+
+    monkeypatch.setattr("qratk.compare.worker._search", fail)
+    assert run_task(Task((), tmp_path / "log.txt")).reason == reason

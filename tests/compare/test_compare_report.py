@@ -1,0 +1,207 @@
+"""What is read back of a comparison, and the tables made of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from example_comparison import compare
+
+from qratk.compare.command import print_table, report
+from qratk.compare.grid import OWN
+from qratk.compare.read import Comparison, Outcome, read_comparison
+from qratk.compare.table import (
+    cells_csv,
+    difference,
+    paper_tables,
+    reference_name,
+    rows,
+    table_markdown,
+    write_tables,
+)
+from qratk.core.errors import ConfigurationError, RunDirectoryError
+
+
+def outcome(recipe, seed, score, *, test=None, items=(), size=100, limit=100, budget=OWN) -> Outcome:
+    best = {
+        "configuration": "4:8*2", "steps": 9, "score": score, "bytes": size, "storage_bytes": size,
+        "training_bytes": 2 * size, "average_bits": 4.0, "average_rank": 8.0,
+    }  # fmt: skip
+    result = {
+        "best": best, "test_scores": {} if test is None else {"4:8*2": test}, "failed_evaluations": 0,
+        "problem": {"steps": [3, 9], "limit_bytes": limit, "scope": "storage", "layers": ["a", "b"]},
+    }  # fmt: skip
+    return Outcome(recipe, budget, seed, result, items=tuple(items))
+
+
+def made_of(*outcomes, own=()) -> Comparison:
+    names = dict.fromkeys(o.recipe for o in outcomes)
+    return Comparison("base", {name: name in own for name in names}, (OWN,), outcomes)
+
+
+def test_files_are_read_back(comparison):
+    assert comparison.names == ("full", "random", "plain", "lora-16", "sweep-generations-1", "sweep-generations-4")
+    assert [(f.recipe, f.reason) for f in comparison.failed] == [("broken", "out of memory")]
+    for cell in comparison.outcomes:
+        assert cell.validation == cell.result["best"]["score"]
+        assert cell.score == cell.test["score"]
+        assert np.mean(cell.items) == pytest.approx(cell.validation)
+        assert max(row.score for row in cell.high) == cell.validation
+
+
+def test_configuration_of_the_best_is_expanded(comparison):
+    for cell in comparison.outcomes:
+        bits, ranks = cell.best_choice
+        assert len(bits) == len(ranks) == 5
+        row = next(row for row in cell.high if row.key == (tuple(bits), tuple(ranks)))
+        assert row.score == cell.validation
+
+
+def test_continued_training_costs_once(comparison):
+    for cell in comparison.outcomes:
+        longest: dict = {}
+        for row in cell.searched:
+            longest[row.key] = max(row.steps, longest.get(row.key, 0))
+        assert cell.cost == pytest.approx(sum(longest.values()) / 90)
+        assert (np.diff(cell.costs) >= 0).all()
+
+
+def test_frozen_rung_costs_nothing(comparison):
+    cell = comparison.of("full")[0]
+    name = "qratk.evaluators.frozen_divergence.FrozenDivergenceEvaluator"
+    frozen = replace(cell, config={"search": {"evaluator": {"class_path": name}}})
+    higher: dict = {}
+    for row in cell.searched:
+        if row.steps > 10:
+            higher[row.key] = max(row.steps, higher.get(row.key, 0))
+    assert frozen.frozen
+    assert frozen.cost == pytest.approx(sum(higher.values()) / 90)
+
+
+def test_differences_are_paired_by_seed():
+    ours = [outcome("a", seed, 0.0, test={"score": score}) for seed, score in ((0, 1.5), (1, 2.0), (2, 3.0), (7, 99.0))]
+    theirs = {seed: outcome("base", seed, 0.0, test={"score": s}) for seed, s in ((0, 1.0), (1, 2.0), (2, 4.0))}
+    found = difference(ours, theirs)
+    assert found.seeds == 3
+    assert found.mean == pytest.approx((0.5 + 0.0 - 1.0) / 3)
+    assert (found.wins, found.ties, found.losses) == (1, 1, 1)
+    assert -1.0 <= found.low < found.mean < found.high <= 0.5
+
+
+def test_interval_over_items_needs_items_that_make_up_the_score():
+    rng = np.random.default_rng(0)
+    pairs = []
+    for seed in range(3):
+        a, b = rng.normal(1, 1, 50), rng.normal(0, 1, 50)
+        pairs.append((outcome("a", seed, a.mean(), items=a), outcome("base", seed, b.mean(), items=b)))
+    against = {theirs.seed: theirs for _, theirs in pairs}
+    found = difference([ours for ours, _ in pairs], against)
+    assert found.validation_low < found.validation < found.validation_high
+    wrong = [replace(ours, items=tuple(np.array(ours.items) + 1)) for ours, _ in pairs]
+    assert math.isnan(difference(wrong, against).validation_low)
+
+
+def test_weighted_items_are_weighed():
+    items, weights = (0.0, 1.0), (1.0, 3.0)
+    ours, theirs = outcome("a", 0, 0.75, items=items), outcome("base", 0, 0.0, items=(0.0, 0.0))
+    for cell in (ours, theirs):
+        cell.result["item_weights"] = weights
+    assert not math.isnan(difference([ours], {0: theirs}).validation_low)
+
+
+def test_best_is_what_scores_highest_within_the_budget():
+    cells = [
+        outcome("base", 0, 0.5), outcome("big", 0, 0.9, size=200, limit=200), outcome("small", 0, 0.6, size=50),
+    ]  # fmt: skip
+    found = {row.recipe: row for row in rows(made_of(*cells), "base")}
+    assert [name for name, row in found.items() if row.over] == ["big"]
+    assert [name for name, row in found.items() if row.best] == ["small"]
+    assert list(found) == ["big", "small", "base"]
+
+
+def test_recipe_with_its_own_budget_stands_in_every_budget():
+    cells = [
+        outcome("base", 0, 0.5, budget="1KiB"), outcome("base", 0, 0.6, budget="2KiB"), outcome("lora", 0, 0.9),
+    ]  # fmt: skip
+    comparison = Comparison("base", {"base": False, "lora": True}, ("1KiB", "2KiB"), tuple(cells))
+    found = [(row.budget, row.recipe, row.score) for row in rows(comparison, "base")]
+    assert found == [("1KiB", "lora", 0.9), ("1KiB", "base", 0.5), ("2KiB", "lora", 0.9), ("2KiB", "base", 0.6)]
+
+
+def test_failed_recipes_come_last_with_their_reason(comparison):
+    found = rows(comparison, "full")
+    assert found[-1].recipe == "broken"
+    assert found[-1].reason == "out of memory"
+    text = table_markdown(comparison, found)
+    assert "- broken (own/0): out of memory" in text
+
+
+def test_reference_is_the_base_unless_another_is_given(comparison):
+    assert reference_name(comparison) == "full"
+    assert reference_name(comparison, "random") == "random"
+    with pytest.raises(ConfigurationError, match="no recipe is called 'rand'"):
+        reference_name(comparison, "rand")
+
+
+def test_tables_are_written_for_machines_and_people(comparison, tmp_path):
+    found = rows(comparison, "full")
+    write_tables(comparison, found, tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        table = {row["recipe"]: row for row in csv.DictReader(file)}
+    cells = list(csv.DictReader(io.StringIO(cells_csv(comparison))))
+    assert len(cells) == len(comparison.outcomes) + 1
+    for name in comparison.names:
+        scores = [float(cell["test_score"]) for cell in cells if cell["recipe"] == name]
+        assert float(table[name]["score"]) == pytest.approx(np.mean(scores))
+        assert float(table[name]["score_sd"]) == pytest.approx(np.std(scores, ddof=1))
+    base = {cell["seed"]: float(cell["test_score"]) for cell in cells if cell["recipe"] == "full"}
+    gaps = [float(c["test_score"]) - base[c["seed"]] for c in cells if c["recipe"] == "random"]
+    assert float(table["random"]["difference"]) == pytest.approx(np.mean(gaps))
+    assert table["full"]["difference"] == ""
+    assert table["lora-16"]["over_budget"] == "1"
+
+
+def test_paper_tables_mark_best_and_second_by_metric():
+    cells = [
+        outcome("base", 0, 0.1, test={"score": 0.3, "acc": 0.9}), outcome("a", 0, 0.1, test={"score": 0.5, "acc": 0.7}),
+    ]  # fmt: skip
+    text = paper_tables(made_of(*cells), rows(made_of(*cells), "base"))
+    assert "| a | 4.00 | 8.00 | 100 B | **0.5000** | <u>0.7000</u> |" in text
+    assert "| base | 4.00 | 8.00 | 100 B | <u>0.3000</u> | **0.9000** |" in text
+
+
+def test_validation_score_stands_in_where_nothing_was_tested():
+    assert outcome("a", 0, 0.25).score == 0.25
+
+
+def test_printed_table_names_every_recipe(comparison, capsys):
+    print_table(rows(comparison, "full"))
+    text = capsys.readouterr().out
+    assert all(name in text for name in comparison.recipes)
+    assert "full (reference)" in text
+
+
+def test_report_needs_a_comparison(tmp_path):
+    with pytest.raises(RunDirectoryError, match="holds no comparison"):
+        report(tmp_path)
+
+
+def test_report_says_by_its_status_whether_all_are_finished(tmp_path, capsys):
+    compare(tmp_path / "runs", seeds=(0,), recipes=("full",))
+    assert report(tmp_path / "runs", figures=False) == 1
+    (tmp_path / "runs" / "broken" / OWN / "0" / "failure.json").unlink()
+    (tmp_path / "runs" / "broken" / OWN / "0").rmdir()
+    assert report(tmp_path / "runs", figures=False) == 0
+    capsys.readouterr()
+
+
+def test_unreadable_result_names_its_folder(tmp_path):
+    compare(tmp_path / "runs", seeds=(0,), recipes=("full",))
+    folder = tmp_path / "runs" / "full" / OWN / "0"
+    (folder / "result.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="not those of a finished search"):
+        read_comparison(tmp_path / "runs")
