@@ -50,11 +50,11 @@ class TestInformedTrustRegionContract(RefinerContract):
 
 
 class TestCoCaBOContract(RefinerContract):
-    steps = 2
+    steps = 1
 
     @pytest.fixture
     def make(self) -> Callable[[], TrustRegion]:
-        return lambda: refiners.create("cocabo", pool_size=60, max_evaluations=3)
+        return lambda: refiners.create("cocabo", pool_size=40, max_evaluations=2)
 
 
 class TestNoRefinerContract(RefinerContract):
@@ -114,11 +114,11 @@ def _candidate(configuration: Configuration) -> Any:
 
 @pytest.mark.parametrize("name", ["trust_region", "turbo", "cocabo"])
 def test_brute_force_optimum_of_a_landscape_is_found_with_enough_evaluations(name: str) -> None:
-    evaluator = ToyEvaluator(4, 1, noise=0.0)
+    evaluator = ToyEvaluator(3, 1, noise=0.0)
     problem = evaluator.problem(like=(4, 4))
     optimum, _ = evaluator.optimum(problem.space, problem.budget)
     bench = Bench(problem, lambda c: evaluator.landscape.true_score(c, 900))
-    budgets = {"max_evaluations": 40}
+    budgets = {"max_evaluations": 40, "pool_size": 100}
     if name != "turbo":
         budgets |= {"max_region_evaluations": 40, "min_expected_improvement": 0.0}
     refiner = refiners.create(name, **budgets)
