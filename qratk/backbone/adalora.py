@@ -3,6 +3,10 @@
 arXiv:2303.10512. Every projection begins above its rank; the singular directions that matter least, over all
 projections, are pruned on a cubic schedule, until as many are left as the configuration's ranks sum to. What is left is
 stored as plain LoRA: A = Q and B = P Lambda of the directions kept, with a rank of its own for each projection.
+
+Lambda begins at 0 between small P and Q, so that AdaLoRA wants a learning rate several times LoRA's: of the embedded
+model at 4 bits and rank 8, the score after 40 steps is -0.69 for LoRA at 5e-3 (-1.47 at 2e-2), and -1.34, -0.69 and
+-0.33 for AdaLoRA at 5e-3, 2e-2 and 4e-2. To compare the two at one rate is unfair to it.
 """
 
 from __future__ import annotations
