@@ -49,6 +49,10 @@ class TestNSGA2Contract(SearcherContract):
 class TestGaussianProcessContract(SmallerContract):
     generations = 2
 
+    @pytest.fixture(params=["one rank"])
+    def problem(self, request: pytest.FixtureRequest) -> Problem:
+        return toy_problem(**{**CASES[request.param], "num_layers": 2})
+
     @pytest.fixture
     def make(self) -> Callable[[], GlobalSearcher]:
         return lambda: OptunaSearch("gp", offspring=2, sampler_options={"n_startup_trials": 1})
@@ -100,7 +104,7 @@ def advanced(searcher: GlobalSearcher, problem: Problem, generations: int) -> tu
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", "gp"])
 def test_searcher_resumed_between_ask_and_tell_asks_for_the_same(sampler: str) -> None:
     problem = toy_problem(3)
-    searcher, resumed = OptunaSearch(sampler, offspring=4), OptunaSearch(sampler, offspring=4)
+    searcher, resumed = (OptunaSearch(sampler, offspring=3 if sampler == "gp" else 6) for _ in range(2))
     history, rng = advanced(searcher, problem, 2 if sampler == "gp" else 3)
     candidates = searcher.ask(history, rng)
     state, random = json.loads(json.dumps(searcher.state(), allow_nan=False)), rng.bit_generator.state

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OptunaSearch"]
 
-Sampler = Literal["tpe", "cmaes", "random", "nsga2", "gp"]
-Encoding = Literal["ordinal", "categorical"]
-Objectives = Literal["auto", "score", "score_and_bytes"]
-
 TRIES = 4  # samples for one place of a generation, before a neighbour of the last one takes it
 
 
@@ -48,10 +44,10 @@ class OptunaSearch(GlobalSearcher):
 
     def __init__(
         self,
-        sampler: Sampler = "tpe",
+        sampler: Literal["tpe", "cmaes", "random", "nsga2", "gp"] = "tpe",
         offspring: int = 25,
-        encoding: Encoding = "ordinal",
-        objectives: Objectives = "auto",
+        encoding: Literal["ordinal", "categorical"] = "ordinal",
+        objectives: Literal["auto", "score", "score_and_bytes"] = "auto",
         sampler_options: dict[str, Any] | None = None,
     ) -> None:
         if offspring < 1:
@@ -61,10 +57,10 @@ class OptunaSearch(GlobalSearcher):
                 "optuna: cmaes takes encoding 'ordinal' and the score as its one objective, got "
                 f"{encoding!r} and {objectives!r}"
             )
-        self.sampler: Sampler = sampler
+        self.sampler = sampler
         self.offspring = offspring
-        self.encoding: Encoding = encoding
-        self.objectives: Objectives = objectives
+        self.encoding = encoding
+        self.objectives = objectives
         self.sampler_options = dict(sampler_options or {})
         self._check_sampler()
         self._proposer: Proposer | None = None

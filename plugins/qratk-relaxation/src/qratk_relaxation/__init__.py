@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Relaxation"]
 
-Estimator = Literal["gumbel", "straight_through"]
-Constraint = Literal["lagrangian", "hinge"]
 Array = NDArray[np.float64]
 
 LARGEST_PRICE = 1e4  # nats for an L-th of the budget
@@ -62,7 +60,7 @@ class Relaxation(GlobalSearcher):
     def __init__(
         self,
         offspring: int = 25,
-        estimator: Estimator = "gumbel",
+        estimator: Literal["gumbel", "straight_through"] = "gumbel",
         steps: int = 120,
         warmup: float = 0.2,
         batches: int = 16,
@@ -71,7 +69,7 @@ class Relaxation(GlobalSearcher):
         gate_learning_rate: float = 0.1,
         temperature_start: float = 2.0,
         temperature_end: float = 0.3,
-        constraint: Constraint = "lagrangian",
+        constraint: Literal["lagrangian", "hinge"] = "lagrangian",
         penalty: float = 1.0,
     ) -> None:
         counts = {
@@ -98,7 +96,7 @@ class Relaxation(GlobalSearcher):
                 f"{estimator!r} and {constraint!r}"
             )
         self.offspring = offspring
-        self.estimator: Estimator = estimator
+        self.estimator = estimator
         self.steps = steps
         self.warmup = warmup
         self.batches = batches
@@ -107,7 +105,7 @@ class Relaxation(GlobalSearcher):
         self.gate_learning_rate = gate_learning_rate
         self.temperature_start = temperature_start
         self.temperature_end = temperature_end
-        self.constraint: Constraint = constraint
+        self.constraint = constraint
         self.penalty = penalty
         self._context: EvaluationContext | None = None
         self._proposer: Proposer | None = None

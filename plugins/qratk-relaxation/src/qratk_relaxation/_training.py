@@ -77,7 +77,7 @@ def train_gates(
             weights.bits, weights.rank = drawn if step >= warm else (drawn[0].detach(), drawn[1].detach())
             loss = training_losses(backbone.model, placed[step % len(placed)])[0]
             losses.append(_finite(float(loss.detach()), step))
-            (loss + price(*gates.probabilities()) if step >= warm else loss).backward()
+            torch.autograd.backward(loss + price(*gates.probabilities()) if step >= warm else loss)
             torch.nn.utils.clip_grad_norm_(adapters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
