@@ -88,7 +88,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search ended with; every evaluation in it was measured."""
+    """What a search ended with; every evaluation in it was measured.
+
+    `item_weights` are those of the validation items in the score; None when all are equal.
+    """
 
     plan: SearchPlan
     best: Evaluation
@@ -106,3 +109,4 @@ class SearchResult:
     test_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     proposals: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     top3_hit_rates: Mapping[str, float] = field(default_factory=dict)
+    item_weights: tuple[float, ...] | None = None

@@ -316,6 +316,7 @@ def result_data(result: SearchResult) -> dict[str, Any]:
         "refinements": [_refinement_data(summary) for summary in result.refinements],
         "evaluations_by_rung": evaluations_by_rung(result),
         "failed_evaluations": len(failed),
+        "item_weights": result.item_weights,
         "top3_hit_rates": result.top3_hit_rates,
         "proposals": result.proposals,
         "seconds": result.seconds,
