@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchResult
 from qratk.evaluators._landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
@@ -115,14 +116,12 @@ def _references(section: dict[str, Any], highest: int) -> tuple[float, float, fl
         assert isinstance(evaluator, SimulatedEvaluator)
         evaluator._settle(section["evaluator"]["init_args"]["seed"], highest)
         memory, budget = loop.pose([shape.name for shape in evaluator.shapes], evaluator.memory_model)
-        from qratk.core.problem import Importance, Problem
-
         problem = Problem(evaluator.shapes, memory, budget, Importance.uniform(len(evaluator.shapes)))
         rng = np.random.default_rng([section["evaluator"]["init_args"]["seed"], 99])
         drawn = [c for c in (sample_feasible(problem, rng) for _ in range(107)) if c is not None]
         scores = [evaluator.landscape.true_score(c, highest) for c in drawn]
         start = drawn[int(np.argmax(scores))]
-        _, best = best_known(evaluator.landscape, memory, budget, start=start)
+        _, best = best_known(evaluator.landscape, problem, start=start)
         _KNOWN[key] = max(scores[:100]), best, max(scores)
     return _KNOWN[key]
 
@@ -142,7 +141,9 @@ def table(rows: Sequence[dict[str, Any]], reference: str) -> str:
         cells = list(found.values())
         line = [name, *(f"{_mean(cells, mark):.2f}" for mark in MARKS)]
         for mark in (6, 40):
-            pairs = [_at(cell["gaps"], mark) - _at(full[key]["gaps"], mark) for key, cell in found.items() if key in full]
+            pairs = [
+                _at(cell["gaps"], mark) - _at(full[key]["gaps"], mark) for key, cell in found.items() if key in full
+            ]
             error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
             line.append(f"{statistics.fmean(pairs):+.3f} ± {error:.3f}" if pairs and name != reference else "")
         reached = [next((n for n, gap in enumerate(cell["gaps"], 1) if gap >= 0.7), None) for cell in cells]

@@ -23,6 +23,7 @@ HEAVY = (
     "gpytorch",
     "pymoo",
     "datasets",
+    "sklearn",
 )
 OPEN_SETS = (
     "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators", "reporting"

@@ -32,7 +32,9 @@ from numpy.typing import NDArray
 from qratk.core.configuration import KNOBS, Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Budget, LayerBytes, LayerShape, MemoryModel, PeakBytes
+from qratk.core.problem import Problem
 from qratk.core.space import SearchSpace
+from qratk.searchers._integer_program import best_choice
 
 Array = NDArray[np.float64]
 Range = float | tuple[float, float]
@@ -258,54 +260,22 @@ def blurred(scores: Array, noise: float, seed: int, knob: Knob) -> Array:
     return scores * rng.lognormal(sigma=noise, size=len(scores)) if noise > 0 else scores.copy()
 
 
-def best_known(
-    landscape: Landscape, memory: MemoryModel, budget: Budget, *, start: Configuration
-) -> tuple[Configuration, float]:
+def best_known(landscape: Landscape, problem: Problem, *, start: Configuration) -> tuple[Configuration, float]:
     """The best feasible configuration that can be found knowing the surface, and its score without noise at T_S.
 
     Integer programs over the linearised surface until they repeat, then the best of all single edits and of all pairs
     of an edit up and one down, until none helps. On small spaces it is the optimum (tests compare with brute force).
     """
-    climber = _Climber(landscape, memory, budget)
+    climber = _Climber(landscape, problem.memory, problem.budget)
     best, seen, here = start, set[Configuration](), start
     for _ in range(20):
-        values = landscape.linearised(here, memory.space, landscape.total_steps)
-        here = best_separable(memory, budget, values) or here
+        here = best_choice(problem, landscape.linearised(here, problem.space, landscape.total_steps))
         best = max(best, here, key=climber.score)
         if here in seen:
             break
         seen.add(here)
     best = climber.climbed(best)
     return best, climber.score(best)
-
-
-def best_separable(memory: MemoryModel, budget: Budget, values: Array) -> Configuration | None:
-    """Feasible configuration with the largest sum of `values` (L, bits, ranks): a multiple-choice knapsack (HiGHS)."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, eye_array, kron
-
-    size, num_bits, num_ranks = values.shape
-    choices = num_bits * num_ranks
-    bytes_ = memory.table(budget.scope, "bits")[:, :, None] + memory.table(budget.scope, "rank")[:, None, :]
-    room = budget.limit_bytes - memory.constant_bytes(budget.scope)
-    constraints = [
-        LinearConstraint(csr_array(kron(eye_array(size), np.ones((1, choices)))), lb=1, ub=1),
-        LinearConstraint(csr_array(bytes_.reshape(1, -1) / room), ub=1.0),
-    ]
-    if budget.max_average_bits is not None:
-        weights = np.asarray(memory.parameters, dtype=np.float64)
-        bits = np.asarray(memory.space.bits, dtype=np.float64)[None, :, None] * np.ones(num_ranks)
-        row = (weights / weights.sum())[:, None, None] * bits / budget.max_average_bits
-        constraints.append(LinearConstraint(csr_array(row.reshape(1, -1)), ub=1.0))
-    solution = milp(
-        -values.ravel(), integrality=np.ones(values.size), bounds=Bounds(0, 1), constraints=constraints,
-        options={"mip_rel_gap": 1e-5, "time_limit": 10.0},
-    )  # fmt: skip
-    if solution.x is None:
-        return None
-    chosen = solution.x.reshape(size, choices).argmax(axis=1)
-    found = memory.space.from_indices(np.stack(np.divmod(chosen, num_ranks), axis=1))
-    return found if budget.violation(memory, found) == 0 else None
 
 
 class _Climber:
