@@ -25,13 +25,14 @@ class ActivationError(ImportanceEstimator):
     diagonal of E[x x^T]. The mean is over all tokens but padding. Forward passes only, one residual at a time.
 
     Args:
+        relative: divide each by E ||W x||^2: outputs of other sizes are compared by their share of noise.
         max_batches: use at most so many of the batches.
     """
 
-    def __init__(self, max_batches: int | None = None) -> None:
+    def __init__(self, relative: bool = False, max_batches: int | None = None) -> None:
         if max_batches is not None and max_batches < 1:
             raise ConfigurationError(f"activation_error: max_batches must be at least 1, got {max_batches}")
-        self.max_batches = max_batches
+        self.relative, self.max_batches = relative, max_batches
 
     def estimate(
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
@@ -42,11 +43,18 @@ class ActivationError(ImportanceEstimator):
         layers = module.backbone.layers
         projections = {name: projection for layer in layers for name, projection in layer.modules}
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
-        sums = np.zeros(len(layers))
+        errors, sizes = dict.fromkeys(projections, 0.0), dict.fromkeys(projections, 0.0)
 
         def visit(name: str, x: Tensor) -> None:
-            projection = projections[name]
-            residual = projection.reference.float() - projection.dequantized(lowest_bits).float()
-            sums[layer_of[name]] += float((x.float() @ residual.T).square().sum())
+            weight = projections[name].reference.float()
+            residual = weight - projections[name].dequantized(lowest_bits).float()
+            errors[name] += float((x.float() @ residual.T).square().sum())
+            if self.relative:
+                sizes[name] += float((x.float() @ weight.T).square().sum())
 
-        return sums / stream_inputs(module.backbone.model, projections, batches[: self.max_batches], visit)
+        tokens = stream_inputs(module.backbone.model, projections, batches[: self.max_batches], visit)
+        scores = np.zeros(len(layers))
+        for name, error in errors.items():
+            size = sizes[name] if self.relative else tokens
+            scores[layer_of[name]] += error / size if size > 0 else 0.0
+        return scores

@@ -66,8 +66,12 @@ def zeros_packed(bank: torch.nn.Module) -> dict[str, torch.Tensor]:
     return bank.variants[4].quantizer.quantize(torch.zeros(bank.shape), 4)
 
 
-def output_errors(models: toys.Models, batches: list[dict[str, torch.Tensor]]) -> np.ndarray:
-    """Mean over tokens of ||(W - Q(W)) x||^2, from inputs that the plain model shows for one unpadded row at a time."""
+def output_errors(models: toys.Models, batches: list[dict[str, torch.Tensor]], *, relative: bool) -> np.ndarray:
+    """Mean over tokens of ||(W - Q(W)) x||^2, or its share of that of ||W x||^2.
+
+    From inputs that the plain model shows for one unpadded row at a time.
+    """
+    sizes: dict[str, float] = dict.fromkeys(projections(models), 0.0)
     sums: dict[str, float] = dict.fromkeys(projections(models), 0.0)
     tokens = 0
     for batch in batches:
@@ -85,12 +89,20 @@ def output_errors(models: toys.Models, batches: list[dict[str, torch.Tensor]]) -
             tokens += int(mask.sum())
             for name, bank in projections(models).items():
                 sums[name] += sum(float((residual(bank) @ x).square().sum()) for x in seen[name].detach())
-    return np.array([sum(sums[n] for n, _ in layer.modules) / tokens for layer in models.module.backbone.layers])
+                sizes[name] += sum(float((bank.reference @ x).square().sum()) for x in seen[name].detach())
+    return np.array(
+        [
+            sum(sums[n] / (sizes[n] if relative else tokens) for n, _ in layer.modules)
+            for layer in models.module.backbone.layers
+        ]
+    )
 
 
-def test_activation_error_is_the_mean_squared_error_of_the_outputs(models: toys.Models) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_activation_error_is_the_mean_squared_error_of_the_outputs(models: toys.Models, relative: bool) -> None:
     batches = toys.batches()
-    np.testing.assert_allclose(estimate("activation_error", models, batches), output_errors(models, batches), rtol=2e-4)
+    found = estimate("activation_error", models, batches, relative=relative)
+    np.testing.assert_allclose(found, output_errors(models, batches, relative=relative), rtol=2e-4)
 
 
 def test_activation_error_counts_tokens_without_a_label(llama: toys.Models) -> None:
