@@ -8,9 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from qratk.compare.grid import Grid
-from qratk.compare.read import Comparison, read_comparison
+from qratk.compare.read import UNFINISHED, read_comparison
 from qratk.compare.run import run_grid
 from qratk.compare.table import (
     HEADS,
@@ -33,6 +34,9 @@ A recipe is a YAML file laid over the base, usually with a `search:` section onl
 is `qratk search --config BASE --config RECIPE` with a seed. Cells that are finished are only read, begun ones are
 continued. Settings for all cells are given by their path: --model.model=DIR --search.generations=5"""
 
+_WIDTH: Final = 240  # of what is printed to a file
+_NARROW: Final = 160
+
 
 def compare(arguments: Sequence[str]) -> int:
     """Exit status of `qratk compare`: 0 when all cells are finished, 1 when some failed, 130 when interrupted."""
@@ -40,7 +44,7 @@ def compare(arguments: Sequence[str]) -> int:
     given, extra = parser.parse_known_args(arguments)
     _check(parser, given, extra)
     if given.only_report:
-        return report(given.run_dir, given.reference, figures=not given.no_figures)
+        return report(given.run_dir, given.reference, figures=not given.no_figures, target=given.target)
     grid = Grid.of(
         given.run_dir, given.config, given.recipes, given.budgets, given.seeds, extra=extra, base=not given.no_base
     )
@@ -53,11 +57,14 @@ def compare(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; to go on: {shlex.join(['qratk', 'compare', *arguments])}", file=sys.stderr)
         return 130
-    return report(given.run_dir, given.reference, figures=not given.no_figures)
+    return report(given.run_dir, given.reference, figures=not given.no_figures, target=given.target)
 
 
-def report(folder: Path, reference: str | None = None, *, figures: bool = True) -> int:
-    """Write the tables and figures of what a folder holds, and print the table; 1 when a cell has no result."""
+def report(folder: Path, reference: str | None = None, *, figures: bool = True, target: float | None = None) -> int:
+    """Write the tables and figures of what a folder holds, and print the table; 1 when a cell has failed.
+
+    `target` is the quantile of the scores at T_S that Fig. 5 asks for; by default what the random recipe ends with.
+    """
     comparison = read_comparison(folder)
     against = reference_name(comparison, reference)
     made = rows(comparison, against)
@@ -67,8 +74,11 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True) 
     paths = write_tables(comparison, made, folder)
     print(f"tables: {', '.join(str(path) for path in paths)}")
     if figures and comparison.outcomes:
-        _draw(comparison, against, folder / "figures")
-    return 1 if comparison.failed else 0
+        from qratk.compare.figures import draw_all
+
+        for line in draw_all(comparison, against, folder / "figures", target=target):
+            print(line)
+    return int(any(cell.reason not in UNFINISHED for cell in comparison.failed))
 
 
 def print_table(made: Sequence[Row]) -> None:
@@ -77,26 +87,19 @@ def print_table(made: Sequence[Row]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    wide = console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=240)
+    plain: dict[str, bool] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(**plain) if sys.stdout.isatty() else Console(width=_WIDTH, **plain)  # type: ignore[arg-type]
     for budget, group in by_budget(made).items():
         lines = [text_row(row) for row in group]
-        columns = known_columns(lines)
+        columns = known_columns(lines, narrow=console.width < _NARROW)
         table = Table(title=Text(budget_title(budget)), title_justify="left")
         for i in columns:
             table.add_column(HEADS[i], overflow="fold", justify="left" if i in (0, 2) else "right")
         for row, line in zip(group, lines, strict=True):
             style = "bold green" if row.best else ("red" if not row.seeds else "")
             table.add_row(*(Text(line[i], style=style) for i in columns))
-        wide.print(table)
+        console.print(table)
     print(legend(made))
-
-
-def _draw(comparison: Comparison, reference: str, folder: Path) -> None:
-    from qratk.compare.figures import draw_all
-
-    for line in draw_all(comparison, reference, folder):
-        print(line)
 
 
 def _dry_run(grid: Grid) -> int:
@@ -114,6 +117,8 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace, extra: Se
             parser.error(f"unknown argument {argument!r}; a setting of all cells is given as --section.setting=value")
     if not given.only_report and not given.config:
         parser.error("--config is needed: the file that holds model, data and search")
+    if given.target is not None and not 0 <= given.target <= 1:
+        parser.error(f"--target is a quantile between 0 and 1, got {given.target:g}")
     if given.jobs < 1 or any(seed < 0 for seed in given.seeds):
         parser.error("--jobs must be at least 1 and --seeds at least 0")
 
@@ -131,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")
     add("--jobs", type=int, default=1, help="searches side by side, each in a process (default 1)")
     add("--reference", help="recipe that the others are compared with; default: the base")
+    add(
+        "--target",
+        type=float,
+        metavar="Q",
+        help="quantile of the scores at T_S to reach in Fig. 5; default: random's best",
+    )
     add("--no_base", action="store_true", help="leave the base itself out")
     add("--full_reports", action="store_true", help="TensorBoard and pictures of every search too")
     add("--no_figures", action="store_true", help="tables only")

@@ -229,7 +229,9 @@ class Grid:
 
     def _plan(self) -> dict[str, Any]:
         """What the report needs to know; that of earlier commands in the same folder is kept."""
-        before = read_plan(self.folder) if (self.folder / PLAN).exists() else {"recipes": {}, "budgets": [], "base": ""}
+        before: dict[str, Any] = {"recipes": {}, "budgets": [], "base": ""}
+        if (self.folder / PLAN).exists():
+            before = read_plan(self.folder)
         recipes = {recipe.name: {"own_budget": recipe.has_budget} for recipe in self.recipes}
         budgets = [choice.label for choice in self.budgets]
         if not self.budgets and any(not recipe.has_budget for recipe in self.recipes):

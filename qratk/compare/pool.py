@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -43,7 +43,7 @@ class Pool:
         self._target = target
         self._workers: list[_Worker] = []
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Answer]]:
+    def run(self, tasks: Sequence[Task]) -> Generator[tuple[int, Answer], None, None]:
         """Position of each task and its answer, as they end; all processes are stopped when this is closed."""
         waiting = deque(range(len(tasks)))
         try:

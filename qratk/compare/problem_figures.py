@@ -67,7 +67,7 @@ def spread(view: View) -> Picture:
 def _label_again(axes: Axes, names: Sequence[str]) -> None:
     """Nothing was drawn under a name whose first group is empty: its legend entry goes."""
     for artist in axes.collections:
-        if artist.get_label() in names and len(artist.get_offsets()) == 0:
+        if artist.get_label() in names and np.size(artist.get_offsets()) == 0:
             artist.set_label("_" + str(artist.get_label()))
 
 

@@ -387,7 +387,8 @@ def sweeps(view: View) -> list[Sweep]:
         setting, _, value = name.removeprefix(SWEEP).partition("-")
         cells = view.cells.of(name)
         found.setdefault(setting, {})[value] = cells
-        if (default := _default(cells[0], view.own[0], setting, value)) is not None:
+        base = next((outcome for outcome in view.own if outcome.seed == cells[0].seed), view.own[0])
+        if (default := _default(cells[0], base, setting, value)) is not None:
             defaults.setdefault(setting, default)
     if not found:
         raise NoDataError("no recipe is called sweep-SETTING-VALUE")
@@ -408,7 +409,7 @@ def _sweep(
 def _default(cell: Outcome, base: Outcome, setting: str, value: str) -> str | None:
     """What the base says where the swept recipe says `value`: of the setting of that name, or of the only other one."""
     ours, theirs = (flatten(outcome.config.get("search") or {}) for outcome in (cell, base))
-    differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key != "name"]
+    differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key not in ("name", "seed")]
     chosen = [key for key in differing if key.rpartition(".")[2] == setting] or [
         key for key in differing if _same(_told(ours[key]), value)
     ]

@@ -265,7 +265,9 @@ def cells_csv(comparison: Comparison) -> str:
         for o in comparison.outcomes
     ]  # fmt: skip
     blank = [""] * (len(heads) - 5)
-    lines += [[f.recipe, f.budget, f.seed, "failed", clean(f.reason), *blank] for f in comparison.failed]
+    for f in comparison.failed:
+        state = [f.reason, ""] if f.reason in UNFINISHED else ["failed", clean(f.reason)]
+        lines.append([f.recipe, f.budget, f.seed, *state, *blank])
     order = {name: number for number, name in enumerate(comparison.recipes)}
     return to_csv(heads, sorted(lines, key=lambda line: (order[line[0]], line[1], line[2])))
 
@@ -276,6 +278,9 @@ HEADS: Final = (
     "recipe", "n", "test score", "validation", "acc", "bytes", "bits", "rank", "HF", "runs", "time",
     "difference [95 %]", "validation [95 %]", "w/t/l",
 )  # fmt: skip
+
+
+_NARROW: Final = ("recipe", "n", "test score", "bytes", "bits", "HF", "difference [95 %]", "w/t/l")
 
 
 def text_row(row: Row) -> tuple[str, ...]:
@@ -320,9 +325,10 @@ def interval(mean: float, low: float, high: float) -> str:
     return f"{mean:+.4f}" + ("" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
 
 
-def known_columns(lines: Sequence[Sequence[str]]) -> list[int]:
-    """Positions of the columns in which a line says something."""
-    return [i for i in range(len(HEADS)) if i < 3 or any(line[i] not in ("", "-") for line in lines)]
+def known_columns(lines: Sequence[Sequence[str]], *, narrow: bool = False) -> list[int]:
+    """Positions of the columns in which a line says something; of the most important ones if narrow."""
+    columns = [HEADS.index(name) for name in _NARROW] if narrow else range(len(HEADS))
+    return [i for i in columns if i < 3 or any(line[i] not in ("", "-") for line in lines)]
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

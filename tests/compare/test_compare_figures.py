@@ -62,9 +62,9 @@ def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
 
 def test_spread_holds_what_takes_nearly_all_of_the_budget(view):
     picture = spread(view)
-    limit = view.own[0].limit
-    sizes = [line[1] for line in picture.lines]
-    assert all(0.95 * limit <= size <= limit for size in sizes)
+    limits = {cell.seed: cell.limit for cell in view.own}
+    assert {line[0] for line in picture.lines} == set(limits)
+    assert all(0.95 * limits[seed] <= size <= limits[seed] for seed, size, _, _ in picture.lines)
     assert len({(line[0], line[3]) for line in picture.lines}) == len(picture.lines)
 
 

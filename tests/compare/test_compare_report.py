@@ -15,12 +15,15 @@ from qratk.compare.command import print_table, report
 from qratk.compare.grid import OWN
 from qratk.compare.read import Comparison, Outcome, read_comparison
 from qratk.compare.table import (
+    HEADS,
     cells_csv,
     difference,
+    known_columns,
     paper_tables,
     reference_name,
     rows,
     table_markdown,
+    text_row,
     write_tables,
 )
 from qratk.core.errors import ConfigurationError, RunDirectoryError
@@ -197,6 +200,29 @@ def test_report_says_by_its_status_whether_all_are_finished(tmp_path, capsys):
     (tmp_path / "runs" / "broken" / OWN / "0").rmdir()
     assert report(tmp_path / "runs", figures=False) == 0
     capsys.readouterr()
+
+
+def test_cells_that_were_not_begun_are_no_failures(tmp_path, capsys):
+    compare(tmp_path / "runs", seeds=(0,), recipes=("full",))
+    (tmp_path / "runs" / "broken" / OWN / "0" / "failure.json").unlink()
+    comparison = read_comparison(tmp_path / "runs")
+    assert [cell.reason for cell in comparison.failed] == ["not begun"]
+    assert report(tmp_path / "runs", figures=False) == 0
+    assert "no result: broken (own/0): not begun" in capsys.readouterr().out
+
+
+def test_budget_is_that_of_the_seed():
+    cells = [outcome("base", 0, 0.5, limit=100), outcome("base", 1, 0.5, limit=50)]
+    cells += [outcome("a", 0, 0.9, size=80), outcome("b", 1, 0.9, size=80)]
+    found = {row.recipe: row.over for row in rows(made_of(*cells), "base")}
+    assert found == {"base": True, "a": False, "b": True}
+
+
+def test_narrow_table_keeps_what_matters(comparison):
+    lines = [text_row(row) for row in rows(comparison, "full")]
+    shown = [HEADS[i] for i in known_columns(lines, narrow=True)]
+    assert shown == ["recipe", "n", "test score", "bytes", "bits", "HF", "difference [95 %]", "w/t/l"]
+    assert "acc" not in [HEADS[i] for i in known_columns(lines)]
 
 
 def test_unreadable_result_names_its_folder(tmp_path):
