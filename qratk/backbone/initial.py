@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qratk.backbone.bank import Packed
+from qratk.backbone.gradients import BatchSize, per_sequence, stream
 from qratk.backbone.table import Chosen
 from qratk.core.errors import ConfigurationError
 from qratk.quantizers.base import PackedBytes, Quantizer
@@ -184,8 +185,6 @@ def fisher_weightings(
     code the square roots of means, which its authors found better.) Weights under a thousandth of their mean are raised
     to that; a projection that no token reached has equal weights.
     """
-    from qratk.estimators._streaming.gradients import BatchSize, per_sequence, stream
-
     means = {
         name: (torch.zeros(p.out_features, dtype=torch.float64), torch.zeros(p.in_features, dtype=torch.float64))
         for name, p in projections.items()

@@ -46,7 +46,7 @@ class GradientSpectrum(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,). Raises `DataError` when nothing is labelled."""
-        from qratk.estimators._streaming.gradients import mean_gradients
+        from qratk.backbone.gradients import mean_gradients
 
         layers = module.backbone.layers
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from qratk.backbone.gradients import gradient_chunks, per_sequence
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
-from qratk.estimators._streaming.gradients import gradient_chunks, per_sequence
 from qratk.estimators.base import estimators
 from qratk.estimators.gradient_spectrum import spectral_energy
 

@@ -1,1 +1,1 @@
-"""Gradients of frozen weights in a stream; `gradients` imports torch, so it is imported only when it is used."""
+"""Curvature of frozen weights in a stream; `curvature` imports torch, so it is imported only when it is used."""

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qratk.backbone.bank import BankLinear
 from qratk.backbone.calibration import undisturbed
+from qratk.backbone.gradients import sequence_loss
 from qratk.core.errors import DataError
-from qratk.estimators._streaming.gradients import sequence_loss
 
 Dense = Callable[[torch.dtype], Tensor]
 
