@@ -353,9 +353,10 @@ class FineTuneModule(LightningModule):
     def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
         """AdamW with the options given, in one fused kernel except where Lightning has to unscale gradients."""
         options = self.options
+        factor = AdaLoraOptions.of(options.adalora).learning_rate_factor if options.adapter == "adalora" else 1.0
         return AdamW(
             parameters,
-            lr=options.learning_rate,
+            lr=factor * options.learning_rate,
             betas=options.betas,
             weight_decay=options.weight_decay,
             fused=not str(trainer.precision).endswith("mixed"),
