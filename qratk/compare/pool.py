@@ -86,7 +86,8 @@ class Pool:
     def _begin(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=self._target, args=(theirs,), daemon=True)
+        # No daemon: those may have no children, and data may be loaded by processes of their own.
+        process = context.Process(target=self._target, args=(theirs,))
         with _set(self._environment):
             process.start()
         theirs.close()  # so that its death is seen as the end of the pipe

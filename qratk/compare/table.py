@@ -93,14 +93,11 @@ def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
     limits = Limits.of(part.of(reference))
     made = [_row(part, name, budget, against, limits, reference) for name in part.recipes]
     made = [row for row in made if row.seeds or row.failed]
-    fitting = [row.score for row in made if row.seeds and not row.over]
-    top = max(fitting, default=NAN)
-    made = [_marked(row, top) for row in made]
+    fitting = [row for row in made if row.seeds and not row.over]
+    most = max((row.seeds for row in fitting), default=0)  # a mean over fewer seeds is of other problems
+    top = max((row.score for row in fitting if row.seeds == most), default=NAN)
+    made = [replace(row, best=row in fitting and row.seeds == most and row.score == top) for row in made]
     return sorted(made, key=lambda row: (row.seeds == 0, -row.score if row.seeds else 0.0))
-
-
-def _marked(row: Row, top: float) -> Row:
-    return replace(row, best=bool(row.seeds) and not row.over and row.score == top)
 
 
 def _row(

@@ -65,8 +65,16 @@ def run_task(task: Task) -> Answer:
             traceback.print_exc()
             return Answer(f"{type(error).__name__}: {error}")
         finally:
-            gc.collect()  # the model of this cell goes before that of the next one comes
+            _release_memory()
     return Answer()
+
+
+def _release_memory() -> None:
+    """Let the model of this cell go before that of the next one comes."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _search(task: Task) -> None:

@@ -126,6 +126,11 @@ def test_best_is_what_scores_highest_within_the_budget():
     assert list(found) == ["big", "small", "base"]
 
 
+def test_best_is_told_among_recipes_with_all_seeds():
+    cells = [outcome("base", 0, 0.5), outcome("base", 1, 0.7), outcome("a", 1, 0.7)]
+    assert [row.recipe for row in rows(made_of(*cells), "base") if row.best] == ["base"]
+
+
 def test_recipe_with_its_own_budget_stands_in_every_budget():
     cells = [
         outcome("base", 0, 0.5, budget="1KiB"), outcome("base", 0, 0.6, budget="2KiB"), outcome("lora", 0, 0.9),
