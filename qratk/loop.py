@@ -216,9 +216,17 @@ class SearchLoop:
         """
         with Journal(run_dir) as journal:
             journal.bind("config", config)
-            bits = tuple(sorted({reference.bits for reference in self.references} - set(self.bits)))
             context = EvaluationContext(
-                run_dir, self.ladder, self.seed, module, datamodule, trainer, bits, reporter.message, journal.decided
+                run_dir,
+                self.ladder,
+                self.seed,
+                module,
+                datamodule,
+                trainer,
+                reference_bits=tuple(sorted({reference.bits for reference in self.references} - set(self.bits))),
+                reference_ranks=tuple(sorted({reference.rank for reference in self.references})),
+                say=reporter.message,
+                decided=journal.decided,
             )
             return _Search(self, journal, reporter, context).run()
 

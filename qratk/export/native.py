@@ -13,6 +13,8 @@ from qratk.backbone.bank import BankLinear, Variant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.export.skeleton import empty_like, fill, replace_module
+from qratk.quantizers._affine import AffineQuantizer
+from qratk.quantizers.gptq import GPTQQuantizer
 from qratk.quantizers.hqq import HQQQuantizer
 from qratk.quantizers.int8 import Int8Quantizer
 from qratk.quantizers.nf4 import NF4Quantizer
@@ -83,6 +85,7 @@ def _native_layer(
         Int8Quantizer: lambda: _int8(bank, variant, dtype, int8_activations),
         NF4Quantizer: lambda: _nf4(bank, variant, dtype),
         HQQQuantizer: lambda: _hqq(bank, variant, dtype),
+        GPTQQuantizer: lambda: _hqq(bank, variant, dtype),  # the same codes, scales and zero points
     }
     maker = makers.get(type(variant.quantizer))
     if maker is None:
@@ -153,7 +156,7 @@ def _hqq(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     quantizer = variant.quantizer
-    assert isinstance(quantizer, HQQQuantizer)
+    assert isinstance(quantizer, AffineQuantizer)
     config: dict[str, Any] = BaseQuantizeConfig(nbits=variant.bits, group_size=quantizer.group_size, axis=1)
     module: Any = HQQLinear(None, config, compute_dtype=dtype, device=str(bank.device), initialize=False)
     module.W_q = variant.packed[quantizer.CODES].clone()
