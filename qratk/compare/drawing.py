@@ -165,7 +165,7 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]], *,
         axes.annotate(
             text, (x, y), xytext=(dx / scale, dy / scale), textcoords="offset points", va="center", ha="left",
             fontsize=size, color=color, path_effects=halo(), zorder=7,
-            arrowprops=line if abs(dy) > 12 * scale else None,
+            arrowprops=line if abs(dy) > 5 * scale else None,
         )  # fmt: skip
 
 

@@ -113,6 +113,8 @@ def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float
         axes.scatter(x, y - level, **point_style(colors[seed]))
     if "error" in name:
         _log_axis(axes)
+    else:
+        axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(name)
     axes.set_title(f"rank correlation {over_seeds(correlations)}".replace(" (", "\n("), fontsize=9)
 

@@ -46,6 +46,7 @@ def surrogate(view: View) -> Picture:
             left.plot(x, mean, color=color, marker="o", markersize=4, linewidth=1.8, zorder=4)
             left.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             ends.append((x[-1], mean[-1], name, color))
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("pairs of a short and a full run")
     left.set_ylabel("correlation with the score at $T_S$")
     label_ends(left, ends)
@@ -190,10 +191,10 @@ def efficiency(view: View) -> Picture:
         "best validation score so far" + (f"\n(seeds aligned at {view.reference}'s end)" if shift else "")
     )
     others = len(curves) - len(named)
-    if others > 0:
-        figure.suptitle(f"bands: range over seeds; grey: {others} other recipe{'s' * (others > 1)}", fontsize=9)
-    elif shift:
-        figure.suptitle("bands: range over seeds", fontsize=9)
+    notes = ["bands: range over seeds"] * bool(shift)
+    notes += [f"grey: {others} other recipe{'s' * (others > 1)}"] * (others > 0)
+    if notes:
+        figure.suptitle("; ".join(notes), fontsize=9)
     heads = ("recipe", "axis", "x", "mean", "low", "high")
     return Picture(figure, heads, tuple(lines))
 
@@ -226,7 +227,7 @@ def _zoom(axes: Axes, curves: Mapping[str, Sequence[Curve]], shift: Mapping[int,
     starts = [scores[0] for scores in every]
     top, low = max(ends), min(ends)
     span = max(top - low, 0.05 * (top - min(starts)), 1e-9)
-    axes.set_ylim(max(min(starts), low - 0.5 * span) - 0.05 * span, top + 0.12 * span)
+    axes.set_ylim(max(min(starts), low - 0.2 * span) - 0.05 * span, top + 0.12 * span)
 
 
 def target(view: View) -> Picture:
@@ -262,7 +263,7 @@ def _target_row(panels: Sequence[Axes], level: int, lines: Sequence[tuple[Any, .
         if len(done) > len(missed):
             middle = float(np.median([*done, *[math.inf] * len(missed)]))
             if math.isfinite(middle):
-                axes.vlines(middle, level - 0.28, level + 0.28, color=BLACK, linewidth=2, zorder=5)
+                axes.vlines(middle, level - 0.28, level + 0.28, color=BLACK, linewidth=2, zorder=2.5)
 
 
 def _median_cost(curves: Sequence[Curve], targets: Mapping[int, float]) -> float:
