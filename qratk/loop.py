@@ -247,6 +247,7 @@ class _Search:
         self.stop_reasons = {"global": "no generation was asked for", "local": "not started"}
         self.seconds: Counter[str] = Counter()
         self.started = time.monotonic()
+        self._known_best: tuple[Any, Evaluation | None] | None = None  # with what it depends on
         self.phase, self.generation, self.discarded = "baseline", 0, set[tuple[Configuration, int]]()
 
     def run(self) -> SearchResult:
@@ -528,14 +529,18 @@ class _Search:
 
     def _best(self) -> Evaluation | None:
         """Largest utility among what scores no worse than the best uniform baseline; ties go to fewer bytes."""
+        utility = getattr(self, "utility", None)
+        if self._known_best is None or self._known_best[0] != (len(self.history), utility):
+            self._known_best = (len(self.history), utility), self._find_best(utility)
+        return self._known_best[1]
+
+    def _find_best(self, utility: Utility | None) -> Evaluation | None:
         measured = self._feasible()
         if not measured:
             return None
         baselines = [e.score for e in measured if e.configuration in self.baselines]
         floor = max(baselines, default=-math.inf)
-        utility = getattr(self, "utility", None) or Utility.over(
-            measured, alpha=self.settings.alpha, scope=self.settings.scope
-        )
+        utility = utility or Utility.over(measured, alpha=self.settings.alpha, scope=self.settings.scope)
         able = [e for e in measured if e.score >= floor]
         return min(able, key=lambda e: (-utility.of(e), self.problem.bytes(e.configuration), e.configuration))
 
@@ -549,6 +554,7 @@ class _Search:
         result = SearchResult(
             plan=self.plan,
             best=best,
+            item_weights=None if weights is None else tuple(weights),
             front=self._front(),
             baselines=tuple(baselines),
             references=tuple(references),

@@ -92,12 +92,14 @@ class SimulatedEvaluator(Evaluator):
         name = str(getattr(estimator, "component_name", type(estimator).__name__)).lower()
         if name in ("uniform", "none"):
             return np.ones(self.num_layers)
-        noise = self.estimator_noise.get(name, self._drawn_noise())
+        noise = self.estimator_noise.get(name, self.drawn_noise)
         if any(word in name for word in ("grad", "update", "rank")):
             return blurred(self.landscape.learnable, noise, self.landscape.seed, "rank")
         return blurred(self.landscape.sensitivity, noise, self.landscape.seed, "bits")
 
-    def _drawn_noise(self) -> float:
+    @property
+    def drawn_noise(self) -> float:
+        """`importance_noise` of this landscape."""
         if isinstance(self.importance_noise, int | float):
             return float(self.importance_noise)
         return float(np.random.default_rng([self.landscape.seed, 7]).uniform(*self.importance_noise))
@@ -106,6 +108,11 @@ class SimulatedEvaluator(Evaluator):
         """Evaluations in the order of the requests."""
         for request in requests:
             yield self.measure(request.configuration, request.steps)
+
+    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """All at once: one transaction of the journal takes longer than a thousand evaluations."""
+        if requests:
+            yield requests
 
     def measure(self, configuration: Configuration, steps: int) -> Evaluation:
         """One evaluation: `items` outcomes whose mean is the score, or a failure."""

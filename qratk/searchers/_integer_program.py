@@ -151,3 +151,36 @@ def greedy_choice(choices: _Choices) -> NDArray[np.int64] | None:
         density = np.where(affordable, gain / np.maximum(added, 1e-3), -np.inf)
         best = int(np.argmax(density))
         taken[choices.layer[best]] = best
+
+
+def bits_then_ranks(problem: Problem, floor: int, *, decay: float = 1.0) -> Configuration:
+    """Configuration whose bits were chosen with all ranks at the floor, and then its ranks, from the floor up.
+
+    `decay` is that of the error of rounding, see `rounding_error`. Raises `InfeasibleBudgetError` when nothing fits
+    with that floor.
+    """
+    space = problem.space
+    rungs = np.asarray(space.ranks)
+    at_floor = np.where(rungs == floor, 0.0, -np.inf)
+    chosen = best_choice(problem, -rounding_error(problem, decay)[:, :, None] + at_floor)
+    kept = np.asarray(space.bits) == np.asarray(chosen.bits)[:, None]
+    fixed = np.where(kept, 0.0, -np.inf)[:, :, None]
+    above = np.where(rungs >= floor, 0.0, -np.inf)
+    return best_choice(problem, fixed + (adapter_gain(problem) + above)[:, None, :])
+
+
+def rounding_error(problem: Problem, decay: float = 1.0) -> Array:
+    """I_q(l) 4^(-decay (b - b_0)) of each layer and bit-width, (L, bits).
+
+    The squared error of rounding falls fourfold a bit; what is left of it after fine-tuning may fall more slowly.
+    """
+    bits = np.asarray(problem.space.bits, dtype=np.float64)
+    error: Array = np.asarray(problem.importance.bits)[:, None] * 4.0 ** (decay * (bits[0] - bits))
+    return error
+
+
+def adapter_gain(problem: Problem) -> Array:
+    """I_r(l) log2(1 + r) of each layer and rank, (L, ranks)."""
+    ranks = np.asarray(problem.space.ranks, dtype=np.float64)
+    gain: Array = np.asarray(problem.importance.rank)[:, None] * np.log2(1.0 + ranks)
+    return gain

@@ -5,14 +5,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from qratk.core.configuration import KNOBS, Configuration, Knob, unique
 from qratk.core.edits import Ledger, weights_of_layers
+from qratk.core.errors import InfeasibleBudgetError
 from qratk.core.evaluation import Candidate
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
+from qratk.searchers._integer_program import bits_then_ranks
 from qratk.searchers._sampling import sample_feasible
 
 
@@ -73,6 +76,19 @@ def prototypes(problem: Problem, *, epsilon: float) -> tuple[Configuration, ...]
     return unique(found)
 
 
+def solved_prototypes(problem: Problem) -> tuple[Configuration, ...]:
+    """Prototypes by integer programs, bits first and then ranks, for every rank floor that fits, without repeats.
+
+    For an error of rounding that falls as it does before fine-tuning, and for one that falls half as fast.
+    """
+    found = []
+    for decay in (1.0, 0.5):
+        for floor in reversed(problem.space.ranks):
+            with suppress(InfeasibleBudgetError):
+                found.append(bits_then_ranks(problem, floor, decay=decay))
+    return unique(found)
+
+
 def uniforms_that_fit(problem: Problem) -> tuple[Configuration, ...]:
     """Uniform configurations within the budget, the largest first."""
     fitting = [uniform for uniform in problem.space.uniforms() if problem.feasible(uniform)]
@@ -87,13 +103,15 @@ def initial_candidates(
     epsilon: float,
     known: Collection[Configuration] = (),
     uniforms: bool = True,
+    solved: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `size` feasible candidates, none known: prototypes, uniforms, then perturbed variants of prototypes.
 
     Prototypes take at most half of the places and uniforms a quarter, the largest first, so that perturbed variants
-    are never crowded out by long ladders.
+    are never crowded out by long ladders. With `solved`, prototypes by integer programs come right after the first.
     """
-    seeds = prototypes(proposer.problem, epsilon=epsilon)
+    first, *others = prototypes(proposer.problem, epsilon=epsilon)
+    seeds = unique((first, *(solved_prototypes(proposer.problem) if solved else ()), *others))
     fitting = uniforms_that_fit(proposer.problem) if uniforms else ()
     chosen: dict[Configuration, Candidate] = {}
     for origin, configurations, places in (

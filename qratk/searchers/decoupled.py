@@ -6,14 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._integer_program import best_choice
+from qratk.searchers._integer_program import bits_then_ranks
 from qratk.searchers.base import GlobalSearcher, searchers
 
 
@@ -94,32 +93,3 @@ class Decoupled(GlobalSearcher):
             if found not in known and len(chosen) < self.offspring:
                 chosen.setdefault(found, Candidate(found, f"decoupled:{floor}"))
         return tuple(chosen.values())
-
-
-def bits_then_ranks(problem: Problem, floor: int) -> Configuration:
-    """Configuration whose bits were chosen with all ranks at the floor, and then its ranks, from the floor up.
-
-    Raises `InfeasibleBudgetError` when nothing fits with that floor.
-    """
-    space = problem.space
-    rungs = np.asarray(space.ranks)
-    at_floor = np.where(rungs == floor, 0.0, -np.inf)
-    chosen = best_choice(problem, -rounding_error(problem)[:, :, None] + at_floor)
-    kept = np.asarray(space.bits) == np.asarray(chosen.bits)[:, None]
-    fixed = np.where(kept, 0.0, -np.inf)[:, :, None]
-    above = np.where(rungs >= floor, 0.0, -np.inf)
-    return best_choice(problem, fixed + (adapter_gain(problem) + above)[:, None, :])
-
-
-def rounding_error(problem: Problem) -> NDArray[np.float64]:
-    """I_q(l) 4^-(b - b_0) of each layer and bit-width, (L, bits)."""
-    bits = np.asarray(problem.space.bits, dtype=np.float64)
-    error: NDArray[np.float64] = np.asarray(problem.importance.bits)[:, None] * 4.0 ** (bits[0] - bits)
-    return error
-
-
-def adapter_gain(problem: Problem) -> NDArray[np.float64]:
-    """I_r(l) log2(1 + r) of each layer and rank, (L, ranks)."""
-    ranks = np.asarray(problem.space.ranks, dtype=np.float64)
-    gain: NDArray[np.float64] = np.asarray(problem.importance.rank)[:, None] * np.log2(1.0 + ranks)
-    return gain

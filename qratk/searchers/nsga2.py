@@ -12,6 +12,8 @@ from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.mutations._proposer import Proposer
+from qratk.searchers._additive import AdditiveModel
+from qratk.searchers._integer_program import best_choice
 from qratk.searchers._survival import Member, survivors
 from qratk.searchers._warm_start import initial_candidates, random_candidates
 from qratk.searchers.base import GlobalSearcher, searchers
@@ -34,6 +36,9 @@ class NSGA2(GlobalSearcher):
         offspring: candidates a generation, N_LF.
         warm_start: start from importance-shaped prototypes (Eq. 6); else at random.
         epsilon: added to the normalised importance in the warm start.
+        solved_prototypes: start from integer programs over the importances, too.
+        model_share: share of the later generations that comes from an additive model of all that was measured: the best
+            configurations of draws from its posterior (`qratk.searchers._additive`). The paper has no such thing.
     """
 
     def __init__(
@@ -42,17 +47,23 @@ class NSGA2(GlobalSearcher):
         offspring: int = 25,
         warm_start: bool = True,
         epsilon: float = DEFAULT_EPSILON,
+        solved_prototypes: bool = True,
+        model_share: float = 0.3,
     ) -> None:
         if population < 2 or offspring < 1:
             raise ConfigurationError(
                 f"population must be at least 2 and offspring at least 1, got {population} and {offspring}"
             )
+        if not 0 <= model_share <= 1:
+            raise ConfigurationError(f"model_share must lie in [0, 1], got {model_share}")
         if not epsilon > 0:
             raise ConfigurationError(f"epsilon must be positive, got {epsilon}")
         self.population = population
         self.offspring = offspring
         self.warm_start = warm_start
         self.epsilon = epsilon
+        self.solved_prototypes = solved_prototypes
+        self.model_share = model_share
         self._proposer: Proposer | None = None
         self._members: tuple[Member, ...] = ()
         self._generation = 0
@@ -62,13 +73,14 @@ class NSGA2(GlobalSearcher):
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Forget everything."""
         self._proposer = proposer
+        self._ladder = ladder
         self._members, self._generation, self._uniforms, self._exhausted = (), 0, (), False
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
         """The initial population first, prototypes before all; later the children of tournament winners."""
         self._take_in_baselines(history)
         known = {evaluation.configuration for evaluation in history}
-        candidates = self._initial(known, rng) if self._generation == 0 else self._children(known, rng)
+        candidates = self._initial(known, rng) if self._generation == 0 else self._children(history, known, rng)
         self._exhausted = not candidates
         return candidates
 
@@ -129,12 +141,14 @@ class NSGA2(GlobalSearcher):
     def _initial(self, known: set[Configuration], rng: np.random.Generator) -> tuple[Candidate, ...]:
         if not self.warm_start:
             return self._random(known, rng, self.offspring)
-        found = initial_candidates(self._begun, rng, size=self.offspring, epsilon=self.epsilon, known=known)
+        found = initial_candidates(
+            self._begun, rng, size=self.offspring, epsilon=self.epsilon, known=known, solved=self.solved_prototypes
+        )
         missing = self.offspring - len(found)
         return found + self._random({*known, *(c.configuration for c in found)}, rng, missing)
 
-    def _children(self, known: set[Configuration], rng: np.random.Generator) -> tuple[Candidate, ...]:
-        children: dict[Configuration, Candidate] = {}
+    def _children(self, history: History, known: set[Configuration], rng: np.random.Generator) -> tuple[Candidate, ...]:
+        children = self._imagined(history, known, rng)
         while len(children) < self.offspring:
             child = self._child({*known, *children}, rng)
             if child is None:  # nothing new near the parents: look elsewhere for the rest of the generation
@@ -142,6 +156,21 @@ class NSGA2(GlobalSearcher):
             children[child.configuration] = child
         missing = self.offspring - len(children)
         return tuple(children.values()) + self._random({*known, *children}, rng, missing)
+
+    def _imagined(
+        self, history: History, known: set[Configuration], rng: np.random.Generator
+    ) -> dict[Configuration, Candidate]:
+        """New configurations that are best for draws from the additive model."""
+        found: dict[Configuration, Candidate] = {}
+        wanted = round(self.model_share * self.offspring)
+        model = AdditiveModel(self._begun.problem, history, self._ladder.steps) if wanted else None
+        for _ in range(3 * wanted):
+            if model is None or not model.ready or len(found) == wanted:
+                break
+            configuration = best_choice(self._begun.problem, model.values(rng))
+            if configuration not in known:
+                found.setdefault(configuration, Candidate(configuration, "additive", generation=self._generation))
+        return found
 
     def _child(self, taken: set[Configuration], rng: np.random.Generator) -> Candidate | None:
         if not self._members:

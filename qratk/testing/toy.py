@@ -16,6 +16,7 @@ from qratk.core.memory import Budget, MemoryModel, resolve_budget
 from qratk.core.problem import Importance, Problem
 from qratk.core.space import SearchSpace
 from qratk.evaluators._landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
+from qratk.evaluators.base import Evaluator
 from qratk.evaluators.simulated import SimulatedEvaluator
 
 Array = NDArray[np.float64]
@@ -79,6 +80,10 @@ class ToyEvaluator(SimulatedEvaluator):
             self.calls.append(request)
             yield self.measure(request.configuration, request.steps)
 
+    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Each alone, as a slow evaluator has them, so that tests can interrupt a search anywhere."""
+        return Evaluator.groups(self, requests)
+
     def discard(self, evaluation: Evaluation) -> None:
         """Nothing is stored; which evaluations were discarded is kept for tests."""
         self.discarded.append(evaluation)
@@ -101,7 +106,7 @@ class ToyEvaluator(SimulatedEvaluator):
             like=like,
             limit=limit,
             max_average_bits=max_average_bits,
-            importance_noise=self.importance_noise,
+            importance_noise=self.drawn_noise,
         )
 
     def optimum(self, space: SearchSpace, budget: Budget, *, steps: int | None = None) -> tuple[Configuration, float]:

@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 
 from qratk.core import Configuration, ConfigurationError, FidelityLadder, History
+from qratk.mutations._proposer import Proposer
+from qratk.mutations.uniform import UniformEdit
+from qratk.repairs.greedy import GreedyDowngrade
 from qratk.searchers.fixed import FixedConfigurations
 from qratk.testing import toy_problem
-from qratk.testing.contracts import default_proposer
 
 LADDER = FidelityLadder((100, 300, 900))
 
 
 def begun(**options):
     searcher = FixedConfigurations(**options)
-    searcher.begin(default_proposer(toy_problem(4, like=(4, 16))), LADDER)
+    searcher.begin(Proposer(toy_problem(4, like=(4, 16)), [UniformEdit()], GreedyDowngrade()), LADDER)
     return searcher
 
 
