@@ -15,7 +15,6 @@ of promotion from 24 pairs on.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import tempfile
@@ -31,8 +30,7 @@ from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchResult
 from qratk.evaluators._landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
-from qratk.loop import SearchLoop
-from qratk.recipe import SLOTS, autoqra
+from qratk.recipe import from_section, laid_over
 from qratk.reporting.multi import Reporters
 from qratk.searchers._sampling import sample_feasible
 
@@ -40,45 +38,19 @@ ROOT = Path(__file__).parent.parent
 MARKS = (1, 4, 6, 18, 40)
 
 
-def overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the settings of `over`; a component of another class replaces the old one with its options."""
-    merged = copy.deepcopy(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            other = "class_path" in value and value["class_path"] != old.get("class_path")
-            merged[key] = copy.deepcopy(value) if other else overlaid(old, value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def loop_of(section: dict[str, Any]) -> SearchLoop:
-    """The search that a section describes."""
-    settings = {key: value for key, value in section.items() if key != "name"}
-    for slot in SLOTS.keys() & settings.keys():
-        given = settings[slot]
-        settings[slot] = [_named(item) for item in given] if isinstance(given, list) else _named(given)
-    return autoqra(**settings)
-
-
-def _named(given: Any) -> Any:
-    return {given["class_path"]: given.get("init_args", {})} if isinstance(given, dict) else given
-
-
 def one(task: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
     """What a recipe did on one landscape."""
     name, section, layers, seed = task
-    section = overlaid(section, {"seed": seed, "evaluator": {"init_args": {"num_layers": layers, "seed": seed}}})
+    section = laid_over(section, {"seed": seed, "evaluator": {"init_args": {"num_layers": layers, "seed": seed}}})
     section["evaluator"].setdefault("class_path", "simulated")
     with tempfile.TemporaryDirectory() as folder:
-        result = loop_of(section).run(run_dir=Path(folder), reporter=Reporters([]), config={})
+        result = from_section(section).run(run_dir=Path(folder), reporter=Reporters([]), config={})
     return {"recipe": name, "layers": layers, "seed": seed, **measured(result, section)}
 
 
 def measured(result: SearchResult, section: dict[str, Any]) -> dict[str, Any]:
     """Gaps by number of evaluations at the highest rung, and what they cost."""
-    evaluator = loop_of(section).evaluator
+    evaluator = from_section(section).evaluator
     assert isinstance(evaluator, SimulatedEvaluator)
     highest = max(section["steps"])
     evaluator._settle(section["evaluator"]["init_args"]["seed"], highest)
@@ -111,7 +83,7 @@ def _references(section: dict[str, Any], highest: int) -> tuple[float, float, fl
     section = {**section, "bits": [2, 4, 8], "ranks": [4, 8, 16]}
     key = json.dumps([section["evaluator"], section.get("like")])
     if key not in _KNOWN:
-        loop = loop_of(section)
+        loop = from_section(section)
         evaluator = loop.evaluator
         assert isinstance(evaluator, SimulatedEvaluator)
         evaluator._settle(section["evaluator"]["init_args"]["seed"], highest)
@@ -177,7 +149,7 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {} if arguments.no_base else {base["name"]: base}
     for path in arguments.recipes:
         over = yaml.safe_load(path.read_text())["search"]
-        found[over.get("name", path.stem)] = overlaid(base, over)
+        found[over.get("name", path.stem)] = laid_over(base, over)
     for name, *settings in arguments.set or []:
         section = base
         for setting in settings:
@@ -185,7 +157,7 @@ def recipes_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             over = yaml.safe_load(value)
             for key in reversed(path.split(".")):
                 over = {key: over}
-            section = overlaid(section, over)
+            section = laid_over(section, over)
         found[name] = section
     return found
 

@@ -1,0 +1,75 @@
+"""Every recipe in `configs` can be laid over a base and does what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qratk.core.result import SearchResult
+from qratk.recipe import from_section, laid_over
+from qratk.reporting.multi import Reporters
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ABLATIONS = sorted(CONFIGS.glob("ablations/**/*.yaml"))
+BASELINES = sorted(CONFIGS.glob("baselines/*.yaml"))
+SMALL: dict[str, Any] = {
+    "generations": 1,
+    "max_evaluations": 6,
+    "steps": [10, 30],
+    "evaluator": {"init_args": {"num_layers": 5}},
+}
+
+
+def section(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())["search"]
+
+
+def searched(folder: Path, over: dict[str, Any]) -> SearchResult:
+    base = section(CONFIGS / "simulated.yaml")
+    return from_section(laid_over(laid_over(base, over), SMALL)).run(run_dir=folder, reporter=Reporters([]), config={})
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_ablation_searches_the_simulated_landscape(path, tmp_path):
+    over = section(path)
+    assert over["name"] == path.stem
+    result = searched(tmp_path, over)
+    assert result.plan.problem.feasible(result.best.configuration)
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_baseline_is_a_search_of_its_own_name(path):
+    over = section(path)
+    base = section(CONFIGS / "quickstart.yaml")
+    assert over["name"] == path.stem
+    loop = from_section({key: value for key, value in laid_over(base, over).items() if key != "name"})
+    assert loop.planned_evaluations(baselines=2)[loop.ladder.highest] >= 1
+    assert over["references"] == []  # they are references themselves
+
+
+def test_a_component_of_another_class_brings_its_own_options():
+    base = {"searcher": {"class_path": "nsga2", "init_args": {"population": 9}}, "bits": [2, 4]}
+    same = laid_over(base, {"searcher": {"class_path": "nsga2", "init_args": {"offspring": 3}}})
+    other = laid_over(base, {"searcher": {"class_path": "random", "init_args": {"offspring": 3}}})
+    plain = laid_over(base, {"searcher": {"init_args": {"offspring": 3}}, "bits": [4]})
+    assert same["searcher"]["init_args"] == {"population": 9, "offspring": 3}
+    assert other["searcher"]["init_args"] == {"offspring": 3}
+    assert plain == {
+        "searcher": {"class_path": "nsga2", "init_args": {"population": 9, "offspring": 3}},
+        "bits": [4],
+    }
+
+
+def test_bits_only_and_ranks_only_leave_the_other_knob_alone(tmp_path):
+    bits = searched(tmp_path / "b", section(CONFIGS / "ablations" / "bits_only.yaml"))
+    ranks = searched(tmp_path / "r", section(CONFIGS / "ablations" / "ranks_only.yaml"))
+    assert {rank for e in bits.history for rank in e.configuration.ranks} == {8}
+    assert {b for e in ranks.history for b in e.configuration.bits} == {4}
+
+
+def test_without_multi_fidelity_everything_runs_to_the_end(tmp_path):
+    result = searched(tmp_path, section(CONFIGS / "ablations" / "no_multi_fidelity.yaml"))
+    assert {e.steps for e in result.history} == {30}
