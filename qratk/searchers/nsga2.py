@@ -167,7 +167,7 @@ class NSGA2(GlobalSearcher):
         for _ in range(3 * wanted):
             if model is None or not model.ready or len(found) == wanted:
                 break
-            configuration = best_choice(self._begun.problem, model.values(rng))
+            configuration = best_choice(self._begun.problem, model.values(rng), exact=False)
             if configuration not in known:
                 found.setdefault(configuration, Candidate(configuration, "additive", generation=self._generation))
         return found
