@@ -1,4 +1,4 @@
-"""Every file in configs/ is parsed, and its model, data and search are built."""
+"""Every file in configs/ is parsed, alone or laid over a base, and its model, data and search are built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(ROOT.glob("*.yaml"))
+OVERLAYS = [("quickstart.yaml", path) for path in sorted(ROOT.glob("baselines/*.yaml"))] + [
+    ("simulated.yaml", path) for path in sorted(ROOT.glob("ablations/*.yaml"))
+]
 
 
 def test_there_are_configs():
@@ -15,6 +19,17 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_is_parsed_and_built(path, monkeypatch):
+    build([path], monkeypatch)
+
+
+@pytest.mark.parametrize(("base", "path"), OVERLAYS, ids=lambda given: Path(given).name)
+def test_recipe_is_parsed_over_its_base(base, path, monkeypatch):
+    loop = build([ROOT / base, path], monkeypatch)
+    assert loop.name == path.stem
+
+
+def build(paths, monkeypatch):
+    """The search loop that the command line builds of some files."""
     from qratk.backbone.module import FineTuneModule
     from qratk.cli import QratkCLI
     from qratk.data.base import TaskData
@@ -22,11 +37,13 @@ def test_config_is_parsed_and_built(path, monkeypatch):
 
     built = []
     monkeypatch.setattr(QratkCLI, "search", lambda self, model, datamodule: built.append((model, datamodule, self)))
-    QratkCLI("search", ["--config", str(path)])
+    QratkCLI("search", [word for path in paths for word in ("--config", str(path))])
     ((model, datamodule, cli),) = built
     assert isinstance(model, FineTuneModule)
     assert isinstance(datamodule, TaskData)
-    assert isinstance(cli._loop(), SearchLoop)
+    loop = cli._loop()
+    assert isinstance(loop, SearchLoop)
+    return loop
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
