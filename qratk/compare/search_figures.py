@@ -409,14 +409,24 @@ def _sweep(
 
 def _default(cell: Outcome, base: Outcome, setting: str, value: str) -> str | None:
     """What the base says where the swept recipe says `value`: of the setting of that name, or of the only other one."""
-    ours, theirs = (flatten(outcome.config.get("search") or {}) for outcome in (cell, base))
+    ours, theirs = (_flat(outcome.config.get("search") or {}) for outcome in (cell, base))
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key not in ("name", "seed")]
     chosen = [key for key in differing if key.rpartition(".")[2] == setting] or [
         key for key in differing if _same(_told(ours[key]), value)
     ]
-    if len(chosen) != 1 and len(differing) != 1:
-        return None
-    return _told(theirs[(chosen or differing)[0]])
+    before = {_told(theirs[key]) for key in chosen or differing}  # the same setting of several operators counts once
+    return before.pop() if len(before) == 1 else None
+
+
+def _flat(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dotted keys, those of listed components too."""
+    flat = flatten(section)
+    for key, value in list(flat.items()):
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            del flat[key]
+            for number, item in enumerate(value):
+                flat |= flatten(item, f"{key}.{number}.")
+    return flat
 
 
 def _told(value: Any) -> str:
