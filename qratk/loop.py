@@ -163,8 +163,8 @@ class SearchLoop:
         counts = Counter(dict.fromkeys(self.ladder.steps, baselines if self.uniform_baselines else 0))
         phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
         if self.promotion == "last":
-            lowest, *higher = self._schedule_of_the_last()
-            phases = [{lowest[0]: phases[0][lowest[0]]}, dict(higher)]
+            (lowest, _), *higher = self._schedule_of_the_last()
+            phases = [{lowest: self.generations * self.searcher.generation_size}, dict(higher)]
         for phase in (*phases, self.refiner.planned_evaluations(self.ladder)):
             counts.update(phase)
         if self.max_evaluations is not None:
@@ -388,8 +388,9 @@ class _Search:
 
     def _schedule(self, candidates: int) -> Sequence[tuple[int, int]]:
         """Rungs of the generation, and how many candidates run at each."""
-        schedule = self.settings.searcher.schedule(self.ladder, candidates, self.settings.high_fidelity_candidates)
-        return schedule[:1] if self.settings.promotion == "last" else schedule
+        if self.settings.promotion == "last":  # whatever the searcher would begin at: all are judged alike
+            return ((self.ladder.lowest, candidates),)
+        return self.settings.searcher.schedule(self.ladder, candidates, self.settings.high_fidelity_candidates)
 
     def _race(self, requests: Sequence[Request]) -> list[Evaluation]:
         """All that was measured of a generation: each rung continues the most promising of the rung below."""

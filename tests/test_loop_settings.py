@@ -47,6 +47,14 @@ def test_promotion_of_the_last_judges_generations_by_short_runs_and_continues_th
     assert result.plan.evaluations == {100: 27, 300: 3, 900: 2}
 
 
+@pytest.mark.parametrize("searcher", ["hyperband", {"fixed": {"configurations": ["4:8*6", "2:16*6"]}}])
+def test_promotion_of_the_last_runs_every_generation_at_the_lowest_rung(tmp_path: Path, searcher: Any) -> None:
+    result = search(tmp_path, promotion="last", uniform_baselines=False, searcher=searcher)
+    first = {e.configuration for e in result.history.at(100)}
+    assert first == {e.configuration for e in result.history}
+    assert all(count <= result.plan.evaluations[steps] for steps, count in rungs(result).items())
+
+
 def test_promotion_of_the_last_is_resumed_with_the_same_decisions(tmp_path: Path) -> None:
     whole = search(tmp_path / "a", promotion="last")
     evaluator = ToyEvaluator(num_layers=6)
