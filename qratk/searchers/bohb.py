@@ -9,8 +9,8 @@ import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
+from qratk.core.evaluation import Candidate, Evaluation, History
+from qratk.core.space import SearchSpace
 from qratk.searchers._brackets import BracketSearcher
 from qratk.searchers._kernel_density import LadderDensity, importance_bandwidths
 from qratk.searchers.base import searchers
@@ -66,33 +66,25 @@ class BOHB(BracketSearcher):
         self.wide = wide
 
     def _proposals(
-        self,
-        proposer: Proposer,
-        ladder: FidelityLadder,
-        history: History,
-        rng: np.random.Generator,
-        *,
-        size: int,
-        known: Collection[Configuration],
+        self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
-        split = self._split(proposer, ladder, history)
+        split = self._split(history)
         if split is None:
             return ()
-        bandwidths = importance_bandwidths(proposer.problem, self.narrow, self.wide)
-        good, bad = (LadderDensity.of(proposer.problem, part, bandwidths) for part in split)
+        problem = self._begun.problem
+        bandwidths = importance_bandwidths(problem, self.narrow, self.wide)
+        good, bad = (LadderDensity.of(problem, part, bandwidths) for part in split)
         chosen: dict[Configuration, Candidate] = {}
         for _ in range(int(np.sum(rng.random(size) >= self.random_fraction))):
-            found = self._proposal(proposer, good, bad, rng, known={*known, *chosen})
+            found = self._proposal(good, bad, rng, known={*known, *chosen})
             if found is not None:
                 chosen[found] = Candidate(found, "bohb", generation=self._generation)
         return tuple(chosen.values())
 
-    def _split(
-        self, proposer: Proposer, ladder: FidelityLadder, history: History
-    ) -> tuple[list[Configuration], list[Configuration]] | None:
+    def _split(self, history: History) -> tuple[list[Configuration], list[Configuration]] | None:
         """Good and bad configurations at the highest rung with enough points, by score; None when there is none."""
-        for steps in reversed(ladder.steps):
-            measured = [e for e in history if e.steps == steps and _usable(proposer, e)]
+        for steps in reversed(self._ladder.steps):
+            measured = [e for e in history if e.steps == steps and _usable(self._begun.problem.space, e)]
             if len(measured) < 2 * self.min_points:
                 continue
             ranked = [e.configuration for e in sorted(measured, key=lambda e: -e.score)]  # failures (-inf) last
@@ -102,19 +94,13 @@ class BOHB(BracketSearcher):
         return None
 
     def _proposal(
-        self,
-        proposer: Proposer,
-        good: LadderDensity,
-        bad: LadderDensity,
-        rng: np.random.Generator,
-        *,
-        known: Collection[Configuration],
+        self, good: LadderDensity, bad: LadderDensity, rng: np.random.Generator, *, known: Collection[Configuration]
     ) -> Configuration | None:
         """The new feasible configuration of largest density ratio among the draws, None when all are known."""
-        space = proposer.problem.space
+        space = self._begun.problem.space
         drawn = good.sample(self.samples, rng)
         order = np.argsort(bad.log_density(drawn) - good.log_density(drawn), kind="stable")
-        repaired = (proposer.repaired(space.from_indices(drawn[n])) for n in order[:REPAIRED])
+        repaired = (self._begun.repaired(space.from_indices(drawn[n])) for n in order[:REPAIRED])
         fresh = [c for c in repaired if c is not None and c not in known]
         if not fresh:
             return None
@@ -122,9 +108,9 @@ class BOHB(BracketSearcher):
         return fresh[int(np.argmax(good.log_density(indices) - bad.log_density(indices)))]
 
 
-def _usable(proposer: Proposer, evaluation: Evaluation) -> bool:
+def _usable(space: SearchSpace, evaluation: Evaluation) -> bool:
     """Whether an evaluation is of the space searched; references off the ladders are not."""
-    space, configuration = proposer.problem.space, evaluation.configuration
+    configuration = evaluation.configuration
     return (
         len(configuration) == space.num_layers
         and set(configuration.bits) <= set(space.bits)

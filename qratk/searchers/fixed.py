@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
 
 from qratk.core.configuration import Configuration, LayerChoice, unique
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
+from qratk.core.evaluation import Candidate, FidelityLadder
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers.base import GlobalSearcher, searchers
+from qratk.searchers._generations import SingleGenerationSearcher
+from qratk.searchers.base import searchers
 
 
 @searchers.register("fixed")
-class FixedConfigurations(GlobalSearcher):
+class FixedConfigurations(SingleGenerationSearcher):
     """Proposes the given configurations, all in one generation; one that does not fit the budget is an error.
 
     Args:
@@ -27,16 +25,15 @@ class FixedConfigurations(GlobalSearcher):
     """
 
     def __init__(self, configurations: Sequence[str] = (), patterns: Mapping[str, Sequence[int]] | None = None) -> None:
+        super().__init__()
         if not configurations and not patterns:
             raise ConfigurationError("fixed: give configurations, as in ['4:8*12'], or patterns of layer names")
         self.configurations = tuple(Configuration.from_text(text) for text in configurations)
         self.patterns = {pattern: LayerChoice(int(b), int(r)) for pattern, (b, r) in (patterns or {}).items()}
-        self._proposer: Proposer | None = None
-        self._asked = False
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Check the configurations; raises `ConfigurationError` for one off the ladders or over the budget."""
-        self._proposer, self._asked = proposer, False
+        super().begin(proposer, ladder)
         for configuration in self._wanted(proposer.problem):
             _check(proposer.problem, configuration)
 
@@ -57,43 +54,17 @@ class FixedConfigurations(GlobalSearcher):
             raise ConfigurationError(f"fixed: the pattern {pattern!r} matches no layer; layers are as {names[0]!r}")
         return Configuration(tuple(chosen))
 
-    def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
-        """The configurations that the history does not hold, once."""
-        assert self._proposer is not None, "begin comes before ask"
-        if self._asked:
-            return ()
-        self._asked = True
-        known = {evaluation.configuration for evaluation in history}
-        return tuple(Candidate(c, "fixed") for c in self._wanted(self._proposer.problem) if c not in known)
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Results do not matter here."""
+    def _candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
+        return tuple(Candidate(c, "fixed") for c in self._wanted(problem) if c not in known)
 
     def schedule(self, ladder: FidelityLadder, candidates: int, high: int) -> tuple[tuple[int, int], ...]:
         """The highest rung alone: all of them are wanted."""
         return ((ladder.highest, candidates),)
 
     @property
-    def finished(self) -> bool:
-        """After the one generation."""
-        return self._asked
-
-    @property
     def generation_size(self) -> int:
         """How many there are."""
         return len(self.configurations) + bool(self.patterns)
-
-    def planned_evaluations(self, ladder: FidelityLadder, high: int, generations: int) -> dict[int, int]:
-        """All, once."""
-        return {ladder.highest: self.generation_size if generations else 0}
-
-    def state(self) -> dict[str, Any]:
-        """Whether they were asked for."""
-        return {"asked": self._asked}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self._asked = bool(state["asked"])
 
 
 def _check(problem: Problem, configuration: Configuration) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Candidate, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
+from qratk.core.evaluation import Candidate, History
 from qratk.searchers._brackets import BracketSearcher
 from qratk.searchers.base import searchers
 
@@ -27,13 +26,6 @@ class Hyperband(BracketSearcher):
         super().__init__(offspring)
 
     def _proposals(
-        self,
-        proposer: Proposer,
-        ladder: FidelityLadder,
-        history: History,
-        rng: np.random.Generator,
-        *,
-        size: int,
-        known: Collection[Configuration],
+        self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         return ()  # all at random
