@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from searcher_toys import best_score, default_proposer
+from searcher_toys import LADDER, begun, failure, gain, measured_uniforms
 
-from qratk.core import Configuration, Evaluation, FidelityLadder, History
+from qratk.core import Configuration, Evaluation, History
 from qratk.core.errors import ConfigurationError
 from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import MutationOperator
 from qratk.repairs.base import repairs
 from qratk.searchers.base import searchers
 from qratk.testing import ToyEvaluator, toy_problem
-
-LADDER = FidelityLadder((100, 900))
 
 
 class OneUp(MutationOperator):
@@ -33,9 +31,7 @@ def evaluations_of(problem, scores: list[float | None], steps: list[int] | None 
         bits = rng.choice([2, 4], size=problem.num_layers)
         chosen[Configuration.of(bits.tolist(), [4] * problem.num_layers)] = None
     return [
-        Evaluation(c, at, -np.inf, problem.footprint(c), status="failed", reason="made to")
-        if score is None
-        else Evaluation(c, at, score, problem.footprint(c))
+        failure(problem, c, at) if score is None else Evaluation(c, at, score, problem.footprint(c))
         for c, score, at in zip(chosen, scores, steps or [900] * len(scores), strict=True)
     ]
 
@@ -102,20 +98,16 @@ def test_chance_of_the_best_parent_is_that_of_a_draw_without_replacement():
 def test_baselines_are_the_oldest_of_the_queue():
     evaluator = ToyEvaluator(6)
     problem, rng = evaluator.problem(), np.random.default_rng(0)
-    baselines = [evaluator.measure(c, 900) for c in problem.space.uniforms() if problem.feasible(c)]
+    baselines = measured_uniforms(evaluator, problem)
     reference = evaluator.measure(Configuration.uniform(16, 16, 6), 900)
-    searcher = searchers.create("ageing_evolution", population=30, offspring=5)
-    searcher.begin(default_proposer(problem), LADDER)
+    searcher = begun("ageing_evolution", problem, population=30, offspring=5)
     candidates = searcher.ask(History([*baselines, reference]), rng)
     searcher.tell([evaluator.measure(c.configuration, 900) for c in candidates])
     assert queue(searcher) == [str(e.configuration) for e in baselines] + [str(c.configuration) for c in candidates]
 
 
 def test_guided_search_beats_random_search():
-    assert (
-        min(best_score("ageing_evolution", seed, warm_start=False) - best_score("random", seed) for seed in range(3))
-        > 0
-    )
+    assert min(gain("ageing_evolution", seed, over="random", warm_start=False) for seed in range(3)) > 0
 
 
 @pytest.mark.parametrize(

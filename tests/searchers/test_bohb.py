@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
-from searcher_toys import best_score, default_proposer
+from searcher_toys import ask_once, failure, gain
 
-from qratk.core import Configuration, Evaluation, FidelityLadder, History, Problem
+from qratk.core import Configuration, Evaluation, History, Problem
 from qratk.core.errors import ConfigurationError
 from qratk.searchers._kernel_density import LadderDensity, importance_bandwidths, ordinal_kernels
 from qratk.searchers.base import searchers
 from qratk.testing import toy_problem
-
-LADDER = FidelityLadder((100, 300, 900))
 
 
 def feasible(problem: Problem, count: int, seed: int = 0) -> list[Configuration]:
@@ -24,10 +23,7 @@ def feasible(problem: Problem, count: int, seed: int = 0) -> list[Configuration]
     return list(found)
 
 
-def ask(problem: Problem, history: History, seed: int = 0, **options):
-    searcher = searchers.create("bohb", **{"offspring": 20, **options})
-    searcher.begin(default_proposer(problem), LADDER)
-    return searcher.ask(history, np.random.default_rng(seed))
+ask = partial(ask_once, "bohb", offspring=20)
 
 
 def test_kernels_fall_by_the_bandwidth_a_rung_and_sum_to_one():
@@ -105,9 +101,7 @@ def test_model_is_that_of_the_highest_rung_with_enough_points():
 def test_failures_count_as_bad():
     problem = toy_problem(8, like=(8, 16))
     evaluations = [
-        Evaluation(e.configuration, 900, -np.inf, e.footprint, status="failed", reason="made to")
-        if e.configuration.ranks[0] == 16
-        else e
+        failure(problem, e.configuration) if e.configuration.ranks[0] == 16 else e
         for e in scored(problem, 900, lambda c: 1.0)
     ]
     assert share_of_high_ranks(ask(problem, History(evaluations), random_fraction=0.0), 0) < 0.2
@@ -122,12 +116,12 @@ def test_too_few_points_mean_random_candidates():
 def test_a_third_is_random_by_default():
     problem = toy_problem(8, like=(8, 16))
     history = History(scored(problem, 900, lambda c: c.ranks[0]))
-    origins = [c.origin for seed in range(10) for c in ask(problem, history, seed)]
+    origins = [c.origin for seed in range(10) for c in ask(problem, history, seed=seed)]
     assert origins.count("random") / len(origins) == pytest.approx(1 / 3, abs=0.1)
 
 
 def test_model_beats_random_proposals():
-    assert min(best_score("bohb", seed) - best_score("hyperband", seed) for seed in range(3)) > 0
+    assert min(gain("bohb", seed, over="hyperband") for seed in range(3)) > 0
 
 
 @pytest.mark.parametrize(

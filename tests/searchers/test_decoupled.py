@@ -1,24 +1,18 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
-from searcher_toys import default_proposer
+from searcher_toys import LADDER, ask_once, begun
 
-from qratk.core import FidelityLadder, History, Problem
+from qratk.core import History, Problem
 from qratk.core.errors import ConfigurationError
-from qratk.searchers.base import searchers
 from qratk.searchers.decoupled import bits_then_ranks
 from qratk.testing import toy_problem
 
-LADDER = FidelityLadder((100, 300, 900))
-
-
-def ask(problem: Problem, **options):
-    searcher = searchers.create("decoupled", **options)
-    searcher.begin(default_proposer(problem), LADDER)
-    return searcher.ask(History(), np.random.default_rng(0))
+ask = partial(ask_once, "decoupled")
 
 
 def error_of(problem: Problem, bits) -> float:
@@ -78,10 +72,9 @@ def test_rank_floor_off_the_ladder_is_refused():
 
 
 def test_one_generation_is_planned_and_made():
-    problem, searcher = toy_problem(8), searchers.create("decoupled", offspring=6)
+    searcher = begun("decoupled", toy_problem(8), offspring=6)
     assert searcher.planned_evaluations(LADDER, 2, 12) == searcher.planned_evaluations(LADDER, 2, 1)
     assert searcher.planned_evaluations(LADDER, 2, 0) == {100: 0, 300: 0, 900: 0}
-    searcher.begin(default_proposer(problem), LADDER)
     assert not searcher.finished
     assert searcher.ask(History(), np.random.default_rng(0))
     assert searcher.finished

@@ -1,26 +1,19 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+from searcher_toys import LADDER, begun
 
-from qratk.core import Configuration, ConfigurationError, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
-from qratk.mutations.uniform import UniformEdit
-from qratk.repairs.greedy import GreedyDowngrade
-from qratk.searchers.fixed import FixedConfigurations
+from qratk.core import Configuration, ConfigurationError, History
 from qratk.testing import toy_problem
 
-LADDER = FidelityLadder((100, 300, 900))
-
-
-def begun(**options):
-    searcher = FixedConfigurations(**options)
-    searcher.begin(Proposer(toy_problem(4, like=(4, 16)), [UniformEdit()], GreedyDowngrade()), LADDER)
-    return searcher
+fixed = partial(begun, "fixed", toy_problem(4, like=(4, 16)))
 
 
 def test_written_configurations_are_proposed_once_at_the_highest_rung():
-    searcher = begun(configurations=["4:8*4", "4:16 2:4*3", "4:8*4"])
+    searcher = fixed(configurations=["4:8*4", "4:16 2:4*3", "4:8*4"])
     candidates = searcher.ask(History(), np.random.default_rng(0))
     assert [str(c.configuration) for c in candidates] == ["4:8*4", "4:16 2:4*3"]
     assert searcher.schedule(LADDER, 2, 3) == ((900, 2),)
@@ -29,7 +22,7 @@ def test_written_configurations_are_proposed_once_at_the_highest_rung():
 
 
 def test_first_pattern_that_matches_a_layer_decides():
-    searcher = begun(patterns={r"layers\.[01]$": [4, 16], ".": [2, 4]})
+    searcher = fixed(patterns={r"layers\.[01]$": [4, 16], ".": [2, 4]})
     (candidate,) = searcher.ask(History(), np.random.default_rng(0))
     assert candidate.configuration == Configuration.from_text("4:16*2 2:4*2")
 
@@ -47,4 +40,4 @@ def test_first_pattern_that_matches_a_layer_decides():
 )
 def test_what_cannot_be_proposed_is_named(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        begun(**options)
+        fixed(**options)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from searcher_toys import default_proposer
+from searcher_toys import LADDER, ONE_RUNG, begun
 
 from qratk.core import FidelityLadder, History
 from qratk.core.errors import ConfigurationError
@@ -12,14 +12,7 @@ from qratk.searchers._brackets import bracket_size, cost, halving
 from qratk.searchers.base import searchers
 from qratk.testing import toy_problem
 
-LADDER = FidelityLadder((100, 300, 900))
-LADDERS = [LADDER, FidelityLadder((10, 20, 40, 80, 160), 2.0), FidelityLadder((900,)), FidelityLadder((50, 75), 4.0)]
-
-
-def begun(name: str = "hyperband", ladder: FidelityLadder = LADDER, **options):
-    searcher = searchers.create(name, **options)
-    searcher.begin(default_proposer(toy_problem(12)), ladder)
-    return searcher
+LADDERS = [LADDER, FidelityLadder((10, 20, 40, 80, 160), 2.0), ONE_RUNG, FidelityLadder((50, 75), 4.0)]
 
 
 def test_brackets_of_the_known_example():
@@ -49,7 +42,7 @@ def test_cost_counts_only_the_steps_run_on():
 @pytest.mark.parametrize("name", ["hyperband", "bohb"])
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_brackets_cycle_over_generations_as_planned(name, ladder):
-    searcher, rng = begun(name, ladder, offspring=9), np.random.default_rng(0)
+    searcher, rng = begun(name, toy_problem(12), ladder, offspring=9), np.random.default_rng(0)
     made = dict.fromkeys(ladder.steps, 0)
     for generation in range(5):
         candidates = searcher.ask(History(), rng)
@@ -63,19 +56,20 @@ def test_brackets_cycle_over_generations_as_planned(name, ladder):
 
 
 def test_schedule_is_right_after_a_restore_between_ask_and_tell():
-    searcher, rng = begun(offspring=9), np.random.default_rng(0)
+    problem, rng = toy_problem(12), np.random.default_rng(0)
+    searcher = begun("hyperband", problem, offspring=9)
     for _ in range(4):
         candidates = searcher.ask(History(), rng)
         expected = searcher.schedule(LADDER, len(candidates), 3)
         state = json.loads(json.dumps(searcher.state()))
-        searcher = begun(offspring=9)
+        searcher = begun("hyperband", problem, offspring=9)
         searcher.restore(state)
         assert searcher.schedule(LADDER, len(candidates), 3) == expected
         searcher.tell([])
 
 
 def test_fewer_candidates_than_asked_for_are_halved_from_their_own_number():
-    assert begun(offspring=27).schedule(LADDER, 5, 3) == ((100, 5), (300, 2), (900, 1))
+    assert searchers.create("hyperband", offspring=27).schedule(LADDER, 5, 3) == ((100, 5), (300, 2), (900, 1))
 
 
 @pytest.mark.parametrize("name", ["hyperband", "bohb"])

@@ -4,11 +4,9 @@ import time
 
 import numpy as np
 import pytest
+from searcher_toys import proposer_of
 
 from qratk.core import KNOBS, Configuration, Importance, Problem
-from qratk.mutations._proposer import Proposer
-from qratk.mutations.base import mutations
-from qratk.repairs.base import repairs
 from qratk.searchers._warm_start import greedy_fill, initial_candidates, prototypes, uniforms_that_fit
 from qratk.testing import toy_problem
 
@@ -85,8 +83,8 @@ def test_uniforms_that_fit_are_exactly_the_feasible_ones():
 
 
 def candidates(problem: Problem, size: int, known=()):
-    proposer = Proposer(problem, [mutations.create("sensitivity")], repairs.create("greedy"))
-    return initial_candidates(proposer, np.random.default_rng(0), size=size, epsilon=EPSILON, known=known)
+    rng = np.random.default_rng(0)
+    return initial_candidates(proposer_of(problem), rng, size=size, epsilon=EPSILON, known=known)
 
 
 def test_prototypes_come_first_then_uniforms_then_variants():
