@@ -8,12 +8,12 @@ from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON, Ledger
 from qratk.core.errors import ConfigurationError
 from qratk.core.problem import Problem
+from qratk.repairs._binary_program import least_binary
 from qratk.repairs._steps import StepsDown, lowered
 from qratk.repairs.base import RepairPolicy, repairs
 from qratk.repairs.greedy import GreedyDowngrade
 
 TOLERANCE = 1e-6
-NODES = 1000
 LARGEST = 4000
 
 
@@ -52,7 +52,7 @@ class OptimalDowngrade(RepairPolicy):
 
     def _solved(self, steps: StepsDown, ledger: Ledger, slack: float) -> np.ndarray | None:
         """Which steps to take, (n,); None when no choice of them is enough."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import LinearConstraint
         from scipy.sparse import csr_array
 
         count = steps.layer.size
@@ -69,11 +69,5 @@ class OptimalDowngrade(RepairPolicy):
         ):
             if excess > 0:  # in units of the excess, which keeps the solver's tolerances meaningful
                 constraints.append(LinearConstraint(csr_array(saved[None] / excess), lb=1.0 + slack))
-        solution = milp(
-            steps.importance,
-            integrality=np.ones(count),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": self.gap, "node_limit": NODES},
-        )
-        return None if solution.x is None else solution.x > 0.5
+        solution = least_binary(steps.importance, constraints, gap=self.gap)
+        return None if solution is None else solution > 0.5

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.problem import Problem
+from qratk.repairs._binary_program import least_binary
 
 Array = NDArray[np.float64]
 
-NODES = 1000
 LARGEST = 50_000
 SLACK = 2e-6
 
@@ -105,7 +105,7 @@ class _Choices:
 
 def _solved(choices: _Choices, gap: float) -> NDArray[np.int64] | None:
     """Best choice of each layer, (L,), None when the solver has none within the limits."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_array
 
     size, layers = choices.layer.size, choices.problem.num_layers
@@ -118,16 +118,10 @@ def _solved(choices: _Choices, gap: float) -> NDArray[np.int64] | None:
         for taken, limit in zip((choices.bytes, choices.weighted_bits), choices.limits, strict=True):
             if np.isfinite(limit) and limit > 0:  # in units of the limit, which keeps the tolerances meaningful
                 constraints.append(LinearConstraint(csr_array(taken[None] / limit), ub=1.0 - slack))
-        solution = milp(
-            -worth / scale,
-            integrality=np.ones(size),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": gap, "node_limit": NODES},
-        )
-        if solution.x is None:
+        solution = least_binary(-worth / scale, constraints, gap=gap)
+        if solution is None:
             continue
-        chosen = choices.best_by(-np.round(solution.x), choices.bytes)
+        chosen = choices.best_by(-np.round(solution), choices.bytes)
         if choices.fits(chosen):
             return chosen
     return None
