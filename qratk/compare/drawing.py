@@ -191,6 +191,21 @@ def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
+def side_by_side(values: Sequence[float]) -> Array:
+    """The values, with those that all but coincide moved a little apart around their mean, in the order given."""
+    exact = np.asarray(values, dtype=np.float64)
+    span = float(np.ptp(exact)) if exact.size else 0.0
+    width = span or 0.1 * max(float(np.abs(exact).max(initial=0.0)), 1e-12)
+    shown, order = exact.copy(), np.argsort(exact, kind="stable")
+    breaks = np.flatnonzero(np.diff(exact[order]) > 0.01 * width) + 1
+    for group in np.split(order, breaks):
+        members = np.sort(group)
+        if len(members) > 1:
+            places = np.arange(len(members)) - (len(members) - 1) / 2
+            shown[members] = exact[members].mean() + 0.025 * width * places
+    return shown
+
+
 def point_style(color: str) -> dict[str, Any]:
     """Scatter options of a plain point."""
     return {"color": color, "s": 26, "alpha": 0.75, "linewidths": 0, "zorder": 3}

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from qratk.compare.drawing import COLORS, PALE, Array, NoDataError, Picture, View, label_ends, label_points, point_style
+from qratk.compare.drawing import (
+    COLORS,
+    PALE,
+    Array,
+    NoDataError,
+    Picture,
+    View,
+    halo,
+    label_ends,
+    label_points,
+    point_style,
+    side_by_side,
+)
 from qratk.compare.read import Measured, Outcome
 from qratk.compare.table import difference
 from qratk.journal import flatten
@@ -314,43 +326,58 @@ def ablation(view: View) -> Picture:
     figure, panels = new_figure(11.5, 5.0, columns=2)
     for axes, column, scale in zip(panels, (1, 2), (1.0, MIB), strict=True):
         _ablation_panel(axes, view.reference, lines, column, scale)
-    panels[0].set_xlabel("average bits")
-    panels[1].set_xlabel(f"{view.own[0].result['problem']['scope']} bytes (MiB)")
+    panels[0].set_xlabel("average bits (equal ones are drawn side by side)")
+    panels[1].set_xlabel(f"{view.own[0].result['problem']['scope']} bytes (MiB; equal ones are drawn side by side)")
     panels[0].set_ylabel(f"test score (bars: 95% interval of the\ndifference to {view.reference}, paired by seed)")
     heads = ("recipe", "average_bits", "bytes", "score", "low", "high", "over_budget")
     return Picture(figure, heads, tuple(lines))
 
 
 def _ablation_panel(axes: Axes, reference: str, lines: Sequence[tuple[Any, ...]], column: int, scale: float) -> None:
-    inside = [line for line in lines if not line[6]]
+    inside = _merged([line for line in lines if not line[6]], reference, column)
     labels = []
-    for line in inside:
-        main = line[0] == reference
-        x, y = line[column] / scale, line[3]
+    for (names, line), x in zip(inside, side_by_side([line[column] / scale for _, line in inside]), strict=True):
+        main = reference in names
         if not math.isnan(line[4]) and not main:
             axes.vlines(x, line[4], line[5], color=PALE, linewidth=1.2, zorder=2)
         color = RED if main else BLUE
-        axes.scatter([x], [y], marker="*" if main else "o", s=150 if main else 34, color=color, edgecolors="white",
-                     linewidths=0.6, zorder=6 if main else 4)  # fmt: skip
-        labels.append((x, y, line[0], color if main else BLACK))
+        axes.scatter([x], [line[3]], marker="*" if main else "o", s=150 if main else 34, color=color,
+                     edgecolors="white", linewidths=0.6, zorder=6 if main else 4)  # fmt: skip
+        labels.append((float(x), line[3], ", ".join(names), color if main else BLACK))
     axes.margins(x=0.16, y=0.1)
+    left = sum(x < sum(axes.get_xlim()) / 2 for x, *_ in labels) > len(labels) / 2
     for line in (line for line in lines if line[6]):
-        _over_line(axes, line, f"{line[column] / scale:.4g}")
+        _over_line(axes, line, f"{line[column] / scale:.4g}", right=left)
     label_points(axes, labels, size=7.5)
 
 
-def _over_line(axes: Axes, line: tuple[Any, ...], size: str) -> None:
-    """A recipe over the budget as a level line, or as a note at the edge where the line would squeeze the rest."""
+def _merged(
+    lines: Sequence[tuple[Any, ...]], reference: str, column: int
+) -> list[tuple[tuple[str, ...], tuple[Any, ...]]]:
+    """Recipes that ended at the same point under one label, by rising score; the reference comes first in its own."""
+    found: dict[tuple[float, float], list[tuple[Any, ...]]] = {}
+    for line in sorted(lines, key=lambda line: (line[3], line[0] != reference)):
+        found.setdefault((round(line[column], 6), round(line[3], 5)), []).append(line)
+    return [(tuple(str(line[0]) for line in same), same[0]) for same in found.values()]
+
+
+def _over_line(axes: Axes, line: tuple[Any, ...], size: str, *, right: bool) -> None:
+    """A recipe over the budget as a level line, or as a note at the edge where the line would squeeze the rest.
+
+    The text stands at the left, or at the right.
+    """
     low, high = axes.get_ylim()
     text, level = f"{line[0]}: {line[3]:.4f} at {size}, over the budget", line[3]
     style: dict[str, Any] = {"fontsize": 7.5, "color": "#404040", "textcoords": "offset points"}
+    style |= {"ha": "right" if right else "left", "path_effects": halo(), "zorder": 5}
+    side = 0.99 if right else 0.01
     if low - 0.3 * (high - low) < level < high + 0.3 * (high - low):
         axes.axhline(level, color=GREY, linestyle="-.", linewidth=1, zorder=1)
-        axes.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), xytext=(0, 1), va="bottom", **style)
+        axes.annotate(text, (side, level), xycoords=("axes fraction", "data"), xytext=(0, 1), va="bottom", **style)
         return
     above = level > high
     axes.annotate(
-        ("↑ " if above else "↓ ") + text, (0.01, 1.0 if above else 0.0), xycoords="axes fraction", va="bottom",
+        ("↑ " if above else "↓ ") + text, (side, 1.0 if above else 0.0), xycoords="axes fraction", va="bottom",
         xytext=(0, 3), **style,
     )  # fmt: skip
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qratk.compare.drawing import NoDataError, View, _apart, is_random, pearson, spearman
+from qratk.compare.drawing import NoDataError, View, _apart, is_random, pearson, side_by_side, spearman
 from qratk.compare.figures import DRAWINGS, draw_all
 from qratk.compare.problem_figures import repair, spread
-from qratk.compare.search_figures import Curve, ablation, efficiency, sensitivity, sweep_curves, sweeps, target
+from qratk.compare.search_figures import Curve, _merged, ablation, efficiency, sensitivity, sweep_curves, sweeps, target
 from qratk.compare.table import difference
 
 
@@ -138,3 +138,16 @@ def test_repair_needs_counts_by_layer(comparison):
     counted = [replace(o, result={**o.result, "proposals": {"repaired_bits": [4, 3, 2, 1, 0]}}) for o in cells.outcomes]
     lines = repair(View(replace(cells, outcomes=tuple(counted)), "full")).lines
     assert [line[4] for line in lines[:5]] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_equal_values_are_drawn_side_by_side_around_their_mean_and_others_where_they_are():
+    shown = side_by_side([4.0, 5.0, 4.0, 4.0])
+    assert shown[1] == 5.0
+    assert shown[0] < shown[2] < shown[3]
+    assert shown[[0, 2, 3]].mean() == pytest.approx(4.0)
+    assert np.ptp(side_by_side([4.0, 4.0])) > 0
+
+
+def test_recipes_at_the_same_point_share_a_label_and_the_reference_leads():
+    lines = [("a", 4.0, 9, 1.0), ("full", 4.0, 9, 1.0), ("b", 4.0, 8, 1.0), ("c", 4.0, 9, 0.5)]
+    assert [names for names, _ in _merged(lines, "full", 2)] == [("c",), ("full", "a"), ("b",)]
