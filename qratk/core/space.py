@@ -74,6 +74,12 @@ class SearchSpace:
         """The ladder of a knob."""
         return self.bits if knob == "bits" else self.ranks
 
+    def __contains__(self, configuration: Configuration) -> bool:
+        """Whether every layer's choice is on the ladders; a reference of the user's need not be."""
+        return len(configuration) == self.num_layers and all(
+            choice.bits in self.bits and choice.rank in self.ranks for choice in configuration.layers
+        )
+
     def validate(self, configuration: Configuration) -> None:
         """Raise `ConfigurationError` unless every layer's choice is on the ladders."""
         if len(configuration) != self.num_layers:

@@ -5,19 +5,12 @@ from __future__ import annotations
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import History
 from qratk.core.problem import Problem
-from qratk.core.space import SearchSpace
 from qratk.core.utility import Utility
-
-
-def in_space(space: SearchSpace, configuration: Configuration) -> bool:
-    """Whether a configuration is on the ladders; references need not be."""
-    on_ladders = all(c.bits in space.bits and c.rank in space.ranks for c in configuration.layers)
-    return on_ladders and len(configuration) == space.num_layers
 
 
 def ranked(problem: Problem, utility: Utility, history: History, steps: int) -> list[Configuration]:
     """Feasible configurations of the space measured at a number of steps: best first, ties by footprint."""
-    measured = [e for e in history.at(steps) if in_space(problem.space, e.configuration)]
+    measured = [e for e in history.at(steps) if e.configuration in problem.space]
     feasible = [e for e in measured if problem.feasible(e.configuration)]
     feasible.sort(key=lambda e: (-utility.of(e), problem.bytes(e.configuration), e.configuration))
     return [e.configuration for e in feasible]
@@ -32,6 +25,6 @@ def utility_of(utility: Utility, history: History, configuration: Configuration,
 
 def utilities(problem: Problem, utility: Utility, history: History, steps: int) -> list[tuple[Configuration, float]]:
     """Utilities of all configurations on the ladders at a number of steps; a failure counts as the worst one."""
-    found = [e for e in history if e.steps == steps and in_space(problem.space, e.configuration)]
+    found = [e for e in history if e.steps == steps and e.configuration in problem.space]
     worst = min(utility.of(e) for e in found if e.ok)
     return [(e.configuration, utility.of(e) if e.ok else worst) for e in found]

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, History
@@ -67,13 +66,9 @@ class AgeingEvolution(EvolutionSearcher):
         """The queue begins with what was measured before the search."""
         if self._generation == 0:
             self._members = ()
-            self._enqueue([evaluation for evaluation in history if self._in_space(evaluation.configuration)])
-
-    def _in_space(self, configuration: Configuration) -> bool:
-        problem = self._begun.problem
-        bits, ranks = set(problem.space.bits), set(problem.space.ranks)
-        on_ladders = bits.issuperset(configuration.bits) and ranks.issuperset(configuration.ranks)
-        return on_ladders and len(configuration) == problem.num_layers and problem.feasible(configuration)
+            problem = self._begun.problem
+            usable = [e for e in history if e.configuration in problem.space and problem.feasible(e.configuration)]
+            self._enqueue(usable)
 
     def _enqueue(self, evaluations: Sequence[Evaluation]) -> None:
         new = highest_rungs([Member.of(evaluation, self._begun.problem) for evaluation in evaluations])

@@ -9,8 +9,7 @@ import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, History
-from qratk.core.space import SearchSpace
+from qratk.core.evaluation import Candidate, History
 from qratk.searchers._brackets import BracketSearcher
 from qratk.searchers._kernel_density import LadderDensity, importance_bandwidths
 from qratk.searchers.base import searchers
@@ -84,7 +83,7 @@ class BOHB(BracketSearcher):
     def _split(self, history: History) -> tuple[list[Configuration], list[Configuration]] | None:
         """Good and bad configurations at the highest rung with enough points, by score; None when there is none."""
         for steps in reversed(self._ladder.steps):
-            measured = [e for e in history if e.steps == steps and _usable(self._begun.problem.space, e)]
+            measured = [e for e in history if e.steps == steps and e.configuration in self._begun.problem.space]
             if len(measured) < 2 * self.min_points:
                 continue
             ranked = [e.configuration for e in sorted(measured, key=lambda e: -e.score)]  # failures (-inf) last
@@ -106,13 +105,3 @@ class BOHB(BracketSearcher):
             return None
         indices = np.array([space.indices(c) for c in fresh])
         return fresh[int(np.argmax(good.log_density(indices) - bad.log_density(indices)))]
-
-
-def _usable(space: SearchSpace, evaluation: Evaluation) -> bool:
-    """Whether an evaluation is of the space searched; references off the ladders are not."""
-    configuration = evaluation.configuration
-    return (
-        len(configuration) == space.num_layers
-        and set(configuration.bits) <= set(space.bits)
-        and set(configuration.ranks) <= set(space.ranks)
-    )

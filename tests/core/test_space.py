@@ -86,3 +86,14 @@ def test_configuration_text_reads_back():
 def test_garbled_configuration_text_is_refused():
     with pytest.raises(ConfigurationError, match="bits:rank"):
         Configuration.from_text("4:8 four:8")
+
+
+def test_space_contains_just_what_it_validates():
+    space = SearchSpace((2, 4), (4, 8), ("a", "b"))
+    for text in ("2:4 4:8", "2:4*2"):
+        assert Configuration.from_text(text) in space
+    for text in ("2:4 4:16", "3:4 4:8", "2:4*3"):
+        configuration = Configuration.from_text(text)
+        assert configuration not in space
+        with pytest.raises(ConfigurationError):
+            space.validate(configuration)
