@@ -53,9 +53,10 @@ class View:
 
     @property
     def random(self) -> tuple[Outcome, ...]:
-        """Cells of the random recipe, if there is one."""
-        name = next((name for name in self.cells.names if is_random(self.cells.of(name)[0])), "")
-        return self.cells.of(name)
+        """Cells of the random recipe over the reference's ladders, if there is one."""
+        ladders = self.own[0].ladders
+        found = (self.cells.of(name) for name in self.cells.names)
+        return next((cells for cells in found if is_random(cells[0]) and cells[0].ladders == ladders), ())
 
     @property
     def pool(self) -> tuple[Outcome, ...]:

@@ -148,6 +148,12 @@ class Outcome:
         """Names of the layers."""
         return tuple(self.result["problem"]["layers"])
 
+    @property
+    def ladders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Bits and ranks that were searched."""
+        problem = self.result["problem"]
+        return tuple(problem["bits"]), tuple(problem["ranks"])
+
     def importance(self, knob: str) -> Array:
         """Raw importance of the layers for "bits" or "rank", (L,)."""
         return np.array(self.result["problem"]["importance"][knob], dtype=np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,17 @@ def test_target_may_be_a_quantile(view, comparison):
 
 def test_random_recipe_is_known_by_its_strategies(comparison):
     assert {cell.recipe for cell in comparison.outcomes if is_random(cell)} == {"random"}
+
+
+def test_random_search_of_other_ladders_is_not_the_random_control(comparison):
+    random = comparison.at("own").of("random")
+    narrow = []
+    for cell in random:
+        problem = {**cell.result["problem"], "bits": [4]}
+        narrow.append(replace(cell, result={**cell.result, "problem": problem}))
+    others = tuple(cell for cell in comparison.at("own").outcomes if cell.recipe != "random")
+    assert View(replace(comparison.at("own"), outcomes=(*others, *random)), "full").random == random
+    assert View(replace(comparison.at("own"), outcomes=(*others, *narrow)), "full").random == ()
 
 
 def test_ablation_shows_paired_means_and_leaves_sweeps_out(view):
