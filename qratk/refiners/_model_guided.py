@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,10 @@ from qratk.core.configuration import Configuration
 from qratk.core.evaluation import FidelityLadder, History
 from qratk.core.utility import Utility
 from qratk.mutations._proposer import Proposer
+from qratk.refiners._capped import CappedRefiner
 from qratk.refiners._gaussian_process import load
-from qratk.refiners._measured import ranked, utilities, utility_of
+from qratk.refiners._measured import utilities
 from qratk.refiners._pool import embed
-from qratk.refiners.base import LocalRefiner
 
 if TYPE_CHECKING:
     from qratk.refiners._gaussian_process.model import Acquisition
@@ -25,41 +25,36 @@ Pool = dict[Configuration, int]
 """Configurations to choose from, each with the number of the region that it comes from."""
 
 
-class ModelGuided(LocalRefiner):
+class ModelGuided(CappedRefiner):
     """Ranks pools by expected improvement (Eq. 12, 13, 16) over the utilities measured at the highest rung.
 
-    A process that cannot be fitted is replaced by a random choice, and `fallbacks` says why.
+    A process that cannot be fitted is replaced by a random choice, and `fallbacks` says why. Diagnostics: log expected
+    improvement, pool size, region, its radius, length-scale, fallback.
     """
 
-    def __init__(self, *, ard: bool, mix: float | None) -> None:
+    def __init__(self, max_evaluations: int, *, ard: bool, mix: float | None) -> None:
+        super().__init__(max_evaluations)
         self.ard = ard
         self.mix = mix  # of the kernel for bits and ranks apart; None for the one kernel of Eq. 13
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
         """Forget everything."""
-        self._proposer, self._ladder, self._utility = proposer, ladder, utility
-        self._evaluations = 0
+        super().begin(proposer, ladder, utility, history)
         self._best = 0.0  # what counts as an improvement when the last request was made
-        self._diagnostics: dict[str, float] = {}
         self.fallbacks: list[str] = []
 
-    @property
-    def diagnostics(self) -> dict[str, float]:
-        """Of the last proposal: log expected improvement, pool size, region, its radius, length-scale, fallback."""
-        return dict(self._diagnostics)
+    def state(self) -> dict[str, Any]:
+        """What counts as an improvement, and the fallbacks, besides the stop reason and diagnostics."""
+        return {**super().state(), "best": self._best, "fallbacks": list(self.fallbacks)}
 
-    def _ranked(self, history: History) -> list[Configuration]:
-        return ranked(self._proposer.problem, self._utility, history, self._ladder.highest)
-
-    def _utility_of(self, history: History, configuration: Configuration) -> float:
-        return utility_of(self._utility, history, configuration, self._ladder.highest)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        super().restore(state)
+        self._best = state["best"]
+        self.fallbacks = list(state["fallbacks"])
 
     def _measured(self, history: History) -> list[tuple[Configuration, float]]:
         return utilities(self._proposer.problem, self._utility, history, self._ladder.highest)
-
-    def _spent(self, history: History) -> set[Configuration]:
-        """What ran at the highest rung or failed at any."""
-        return {e.configuration for e in history if not e.ok or e.steps == self._ladder.highest}
 
     def _rank(
         self, history: History, candidates: Pool, rng: np.random.Generator

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,102 +12,57 @@ from numpy.typing import NDArray
 from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON, Ledger, weights_of_layers
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
+from qratk.core.evaluation import History, Request
 from qratk.core.problem import Problem
-from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
-from qratk.refiners._measured import ranked, utility_of
-from qratk.refiners.base import LocalRefiner, refiners
+from qratk.refiners._capped import CappedRefiner
+from qratk.refiners.base import refiners
 
 Move = tuple[float, int, tuple[tuple[int, int], ...]]
 """Predicted gain, bytes added, and the steps: (2 layer + column, direction) each."""
 
 
 @refiners.register("hill_climb")
-class HillClimb(LocalRefiner):
+class HillClimb(CappedRefiner):
     """From the best measured configuration, the first neighbour that improves on it; stops where none does.
 
     Neighbours are one atomic edit away, or two where a step up fits only together with a step down elsewhere: at a
     tight budget no single step up fits. Where rungs differ in bytes (4 to 8 bits takes what two layers free from 4 to
     2) there are also exchanges: one step with as many others as balance it. Neighbours are tried in the order of the
     importance that they are predicted to gain, one at a time, at the highest rung; of equal ones the one with fewer
-    bytes is first.
+    bytes is first. Diagnostics: the gain in importance that was predicted, and the best utility so far.
 
     Args:
         max_evaluations: cap on evaluations at the highest rung.
         epsilon: added to the normalised importance.
     """
 
-    def __init__(self, max_evaluations: int = 15, epsilon: float = DEFAULT_EPSILON) -> None:
-        if max_evaluations < 0 or not epsilon > 0:
-            raise ConfigurationError(
-                "hill_climb: max_evaluations must not be negative and epsilon must be positive, "
-                f"got {max_evaluations} and {epsilon}"
-            )
-        self.max_evaluations = max_evaluations
-        self.epsilon = epsilon
+    origin: ClassVar[str] = "hill_climb"
 
-    def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
-        """Start anew from the best measured configuration."""
-        self._proposer, self._ladder, self._utility = proposer, ladder, utility
-        self._evaluations = 0
-        self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
-        self._diagnostics: dict[str, float] = {}
-        if not ranked(proposer.problem, utility, history, ladder.highest):
-            self._stop = "no feasible configuration was measured at the highest rung"
+    def __init__(self, max_evaluations: int = 15, epsilon: float = DEFAULT_EPSILON) -> None:
+        super().__init__(max_evaluations)
+        if not epsilon > 0:
+            raise ConfigurationError(f"hill_climb: epsilon must be positive, got {epsilon}")
+        self.epsilon = epsilon
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
         """The most promising neighbour that was not measured; none at a local optimum."""
         if self.finished:
             return ()
-        problem, steps = self._proposer.problem, self._ladder.highest
-        centre = ranked(problem, self._utility, history, steps)[0]
-        spent = {e.configuration for e in history if not e.ok or e.steps == steps}
-        found = next(((c, gain) for c, gain in neighbours(problem, centre, self.epsilon) if c not in spent), None)
-        if found is None:
-            self._stop = "no neighbour improves on the best: a local optimum"
-            return ()
-        configuration, gain = found
-        best = utility_of(self._utility, history, centre, steps)
-        self._diagnostics = {"predicted_gain": gain, "best_utility": best}
-        parents = (centre.digest,)
-        candidate = Candidate(configuration, "hill_climb", parents, generation=self._evaluations, phase="local")
-        return (Request(candidate, steps),)
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """The next ask climbs from the best, which the history knows."""
-        self._evaluations += len(evaluations)
-        if not self._stop and self._evaluations >= self.max_evaluations:
-            self._stop = f"the cap of {self.max_evaluations} local evaluations was reached"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the cap or a local optimum was reached."""
-        return bool(self._stop)
-
-    @property
-    def stop_reason(self) -> str:
-        """Why it finished; empty before."""
-        return self._stop
-
-    @property
-    def diagnostics(self) -> dict[str, float]:
-        """Of the last proposal: the predicted gain in importance, and the best utility so far."""
-        return dict(self._diagnostics)
-
-    def planned_evaluations(self, ladder: FidelityLadder) -> dict[int, int]:
-        """The cap, at the highest rung."""
-        return {ladder.highest: self.max_evaluations}
+        centre, spent = self._ranked(history)[0], self._spent(history)
+        found = ((c, gain) for c, gain in neighbours(self._proposer.problem, centre, self.epsilon) if c not in spent)
+        for configuration, gain in found:
+            self._diagnostics = {"predicted_gain": gain, "best_utility": self._utility_of(history, centre)}
+            return (Request(self._candidate(configuration, centre), self._ladder.highest),)
+        return self._finish("no neighbour improves on the best: a local optimum")
 
     def state(self) -> dict[str, Any]:
         """Counter, stop reason and diagnostics; where it stands is told by the history."""
-        return {"evaluations": self._evaluations, "stop": self._stop, "diagnostics": dict(self._diagnostics)}
+        return {**super().state(), "evaluations": self._evaluations}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
+        super().restore(state)
         self._evaluations = int(state["evaluations"])
-        self._stop = state["stop"]
-        self._diagnostics = dict(state["diagnostics"])
 
 
 def neighbours(problem: Problem, centre: Configuration, epsilon: float) -> Iterator[tuple[Configuration, float]]:

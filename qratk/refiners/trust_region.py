@@ -86,18 +86,19 @@ class TrustRegion(ModelGuided):
         }  # fmt: skip
         for name, value in counts.items():
             if value < 1:
-                raise ConfigurationError(f"trust_region: {name} must be at least 1, got {value}")
-        if max_evaluations < 0 or min_expected_improvement < 0:
-            raise ConfigurationError("trust_region: max_evaluations and min_expected_improvement must not be negative")
+                raise ConfigurationError(f"{self.origin}: {name} must be at least 1, got {value}")
+        if min_expected_improvement < 0:
+            raise ConfigurationError(
+                f"{self.origin}: min_expected_improvement must not be negative, got {min_expected_improvement}"
+            )
         if kernel not in ("matern", "cocabo") or not 0 <= mix <= 1:
             raise ConfigurationError(
-                f"trust_region: kernel must be 'matern' or 'cocabo' and mix lie in [0, 1], got {kernel!r} and {mix}"
+                f"{self.origin}: kernel must be 'matern' or 'cocabo' and mix lie in [0, 1], got {kernel!r} and {mix}"
             )
-        super().__init__(ard=ard, mix=mix if kernel == "cocabo" else None)
+        super().__init__(max_evaluations, ard=ard, mix=mix if kernel == "cocabo" else None)
         self.num_regions = regions
         self.diversity = diversity
         self.rule = RadiusRule(radius, min_radius, max_radius, expand, shrink)
-        self.max_evaluations = max_evaluations
         self.max_region_evaluations = max_region_evaluations
         self.replace_exhausted = replace_exhausted
         self.pool_size = pool_size
@@ -114,12 +115,9 @@ class TrustRegion(ModelGuided):
         self._probed: Pool = {}  # pool members with a short run in this step
         self._round = 0
         self._promise: float | None = None  # largest log EI of the pool members without a short run
-        self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
-        ranked = self._ranked(history)
-        centres = spread(ranked, proposer.problem.space, count=self.num_regions, distance=self.diversity)
+        ranked, space = self._ranked(history), proposer.problem.space
+        centres = spread(ranked, space, count=self.num_regions, distance=self.diversity)
         self._regions = [Region(centre, self.rule.start) for centre in centres]
-        if not ranked:
-            self._stop = "no feasible configuration was measured at the highest rung"
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
         """The next request at the highest rung, or probes at the lowest; empty when finished."""
@@ -131,31 +129,17 @@ class TrustRegion(ModelGuided):
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Update radius and centre of the region that generated the candidate (Eq. 18, 19)."""
-        for (request, number), evaluation in zip(self._asked, evaluations, strict=True):
-            if request.steps != self._ladder.highest:
-                continue
+        told = zip(self._asked, evaluations, strict=True)
+        full = [(request, number, e) for (request, number), e in told if request.steps == self._ladder.highest]
+        for request, number, evaluation in full:
             improved = self._utility.of(evaluation) > self._best
             self._regions[number] = self._regions[number].after(
                 request.configuration, improved=improved, rule=self.rule
             )
-            self._evaluations += 1
         self._asked = ()
-        if self._stop:
-            return
-        if self._evaluations >= self.max_evaluations:
-            self._stop = f"the cap of {self.max_evaluations} local evaluations was reached"
-        elif not self.replace_exhausted and not self._open():
+        self._count(len(full))
+        if not self._stop and not self.replace_exhausted and not self._open():
             self._stop = f"every trust region used up its {self.max_region_evaluations} evaluations"
-
-    @property
-    def finished(self) -> bool:
-        """Whether a cap, a lack of candidates or a lack of expected improvement (Eq. 20) ended the search."""
-        return bool(self._stop)
-
-    @property
-    def stop_reason(self) -> str:
-        """Why it finished; empty before."""
-        return self._stop
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -174,30 +158,24 @@ class TrustRegion(ModelGuided):
     def state(self) -> dict[str, Any]:
         """Regions, counters and requests that wait for their evaluation."""
         return {
+            **super().state(),
             "regions": [[str(r.centre), r.radius, r.evaluations] for r in self._regions],
             "evaluations": self._evaluations,
-            "best": self._best,
             "asked": [_request_state(request, number) for request, number in self._asked],
             "probed": [[str(configuration), number] for configuration, number in self._probed.items()],
             "round": self._round,
             "promise": self._promise,
-            "stop": self._stop,
-            "diagnostics": dict(self._diagnostics),
-            "fallbacks": list(self.fallbacks),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
+        super().restore(state)
         self._regions = [Region(Configuration.from_text(text), *counts) for text, *counts in state["regions"]]
         self._evaluations = state["evaluations"]
-        self._best = state["best"]
         self._asked = tuple(_restored_request(entry, self.origin) for entry in state["asked"])
         self._probed = {Configuration.from_text(text): number for text, number in state["probed"]}
         self._round = state["round"]
         self._promise = state["promise"]
-        self._stop = state["stop"]
-        self._diagnostics = dict(state["diagnostics"])
-        self.fallbacks = list(state["fallbacks"])
 
     # -- the regions and their pool
 
@@ -257,10 +235,7 @@ class TrustRegion(ModelGuided):
     def _request(self, chosen: Sequence[tuple[Configuration, int]], steps: int) -> tuple[Request, ...]:
         requests = []
         for configuration, number in chosen:
-            region = self._regions[number]
-            candidate = Candidate(
-                configuration, self.origin, (region.centre.digest,), generation=self._evaluations, phase="local"
-            )
+            candidate = self._candidate(configuration, self._regions[number].centre)
             requests.append((Request(candidate, steps), number))
         if requests:
             number = requests[0][1]
@@ -270,10 +245,9 @@ class TrustRegion(ModelGuided):
             self._probed, self._round, self._promise = {}, 0, None
         return tuple(request for request, _ in requests)
 
-    def _finish(self, reason: str) -> tuple[Request, ...]:
-        self._stop = reason
+    def _finish(self, reason: str) -> tuple[()]:
         self._asked = ()
-        return ()
+        return super()._finish(reason)
 
     # -- short runs
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qratk.core.configuration import Configuration, unique
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
+from qratk.core.evaluation import Evaluation, FidelityLadder, History, Request
 from qratk.core.utility import Utility
 from qratk.mutations._proposer import Proposer
 from qratk.refiners._model_guided import ModelGuided
@@ -42,6 +42,8 @@ class Turbo(ModelGuided):
         ard: one length-scale a dimension instead of a single one.
     """
 
+    origin: ClassVar[str] = "turbo"
+
     def __init__(
         self,
         radius: int = 4,
@@ -61,14 +63,11 @@ class Turbo(ModelGuided):
         for name, value in counts.items():
             if value < 1:
                 raise ConfigurationError(f"turbo: {name} must be at least 1, got {value}")
-        if max_evaluations < 0:
-            raise ConfigurationError(f"turbo: max_evaluations must not be negative, got {max_evaluations}")
-        super().__init__(ard=ard, mix=None)
+        super().__init__(max_evaluations, ard=ard, mix=None)
         self.rule = RadiusRule(radius, min_radius, max_radius)
         self.success_tolerance = success_tolerance
         self.failure_tolerance = failure_tolerance
         self.restart_distance = restart_distance
-        self.max_evaluations = max_evaluations
         self.pool_size = pool_size
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder, utility: Utility, history: History) -> None:
@@ -77,9 +76,6 @@ class Turbo(ModelGuided):
         self._centres: tuple[Configuration, ...] = ()  # all that the region was ever centred on, the present one last
         self._starting = True
         self._radius, self._successes, self._failures, self._restarts = self.rule.start, 0, 0, -1
-        self._stop = "no local evaluations are allowed" if self.max_evaluations == 0 else ""
-        if not self._ranked(history):
-            self._stop = "no feasible configuration was measured at the highest rung"
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Request, ...]:
         """The pool member of largest expected improvement, or a random configuration to start at."""
@@ -88,62 +84,39 @@ class Turbo(ModelGuided):
         while not self._starting or self._start(history):
             found = self._choice(history, rng)
             if found is not None:
-                return self._request(found, (self._centres[-1].digest,))
+                return self._request(found, self._centres[-1])
             self._starting = True
         drawn = self._far_away(history, rng)
         if drawn is not None:
-            return self._request(drawn, ())
-        self._stop = "nothing new is left in any trust region"
-        return ()
+            return self._request(drawn)
+        return self._finish("nothing new is left in any trust region")
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Move the centre to what improved, count, and change the radius."""
         for evaluation in evaluations:
-            self._evaluations += 1
             if not self._starting:
-                self._count(evaluation)
+                self._judge(evaluation)
             elif evaluation.ok:
                 self._centre_on(evaluation.configuration, self._utility.of(evaluation))
-        if not self._stop and self._evaluations >= self.max_evaluations:
-            self._stop = f"the cap of {self.max_evaluations} local evaluations was reached"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the cap was reached or nothing new was left."""
-        return bool(self._stop)
-
-    @property
-    def stop_reason(self) -> str:
-        """Why it finished; empty before."""
-        return self._stop
-
-    def planned_evaluations(self, ladder: FidelityLadder) -> dict[int, int]:
-        """The cap, at the highest rung."""
-        return {ladder.highest: self.max_evaluations}
+        super().tell(evaluations)
 
     def state(self) -> dict[str, Any]:
         """Centres, radius and counters."""
         return {
+            **super().state(),
             "centres": [str(centre) for centre in self._centres],
             "starting": self._starting,
             "radius": self._radius,
             "counters": [self._successes, self._failures, self._restarts, self._evaluations],
-            "best": self._best,
-            "stop": self._stop,
-            "diagnostics": dict(self._diagnostics),
-            "fallbacks": list(self.fallbacks),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
+        super().restore(state)
         self._centres = tuple(Configuration.from_text(text) for text in state["centres"])
         self._starting = bool(state["starting"])
         self._radius = int(state["radius"])
         self._successes, self._failures, self._restarts, self._evaluations = state["counters"]
-        self._best = state["best"]
-        self._stop = state["stop"]
-        self._diagnostics = dict(state["diagnostics"])
-        self.fallbacks = list(state["fallbacks"])
 
     # -- the region
 
@@ -176,7 +149,7 @@ class Turbo(ModelGuided):
         self._diagnostics = {"best_utility": self._best, "restarts": float(self._restarts + 1)}
         return max(drawn, key=lambda c: min(space.atomic_distance(c, centre) for centre in centres), default=None)
 
-    def _count(self, evaluation: Evaluation) -> None:
+    def _judge(self, evaluation: Evaluation) -> None:
         """Successes and failures in a row; the radius follows, and collapses to a new start."""
         if self._utility.of(evaluation) > self._best:
             self._best = self._utility.of(evaluation)
@@ -207,6 +180,5 @@ class Turbo(ModelGuided):
         self._diagnostics |= {"radius": float(self._radius), "restarts": float(self._restarts)}
         return members[order[0]]
 
-    def _request(self, configuration: Configuration, parents: tuple[str, ...]) -> tuple[Request, ...]:
-        candidate = Candidate(configuration, "turbo", parents, generation=self._evaluations, phase="local")
-        return (Request(candidate, self._ladder.highest),)
+    def _request(self, configuration: Configuration, *parents: Configuration) -> tuple[Request, ...]:
+        return (Request(self._candidate(configuration, *parents), self._ladder.highest),)
