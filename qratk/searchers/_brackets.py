@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qratk.core.evaluation import FidelityLadder
-from qratk.searchers._generations import GenerationSearcher
+from qratk.searchers.generations import GenerationSearcher
 
 Schedule = tuple[tuple[int, int], ...]
 
@@ -44,13 +44,13 @@ class BracketSearcher(GenerationSearcher):
     follow from `offspring` and the ladder's eta; the loop's number for the highest rung is not used.
     """
 
-    def _size(self) -> int:
+    def next_size(self) -> int:
         """As many as the generation's bracket begins with."""
-        return bracket_size(self._ladder, self.offspring, self._generation % len(self._ladder.steps))
+        return bracket_size(self.ladder, self.offspring, self.generation % len(self.ladder.steps))
 
     def schedule(self, ladder: FidelityLadder, candidates: int, high: int) -> Schedule:
         """The bracket of the generation just asked for, from its first rung up; `high` is not used."""
-        return halving(ladder, candidates, self._generation % len(ladder.steps))
+        return halving(ladder, candidates, self.generation % len(ladder.steps))
 
     def planned_evaluations(self, ladder: FidelityLadder, high: int, generations: int) -> dict[int, int]:
         """Sum over the brackets of so many generations."""

@@ -11,9 +11,9 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, FidelityLadder, History
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._generations import GenerationSearcher
 from qratk.searchers._survival import Member
 from qratk.searchers._warm_start import initial_candidates
+from qratk.searchers.generations import GenerationSearcher
 
 
 class EvolutionSearcher(GenerationSearcher):
@@ -37,17 +37,17 @@ class EvolutionSearcher(GenerationSearcher):
         super().begin(proposer, ladder)
         self._members = ()
 
-    def _proposals(
+    def proposals(
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         """The initial population first, prototypes before all; later the children of tournament winners."""
         self._take_in_baselines(history)
-        if self._generation > 0:
+        if self.generation > 0:
             return self._children(history, rng, size=size, known=known)
         if not self.warm_start:
             return ()
         return initial_candidates(
-            self._begun, rng, size=size, epsilon=self.epsilon, known=known, solved=self.solved_prototypes
+            self.proposer, rng, size=size, epsilon=self.epsilon, known=known, solved=self.solved_prototypes
         )
 
     def _children(
@@ -56,8 +56,8 @@ class EvolutionSearcher(GenerationSearcher):
         children: dict[Configuration, Candidate] = {}
         while self._members and len(children) < size:
             parent, mates = self._tournament(rng).configuration, self._mates(rng)
-            child = self._begun.propose(
-                parent, rng, known={*known, *children}, mates=mates, generation=self._generation
+            child = self.proposer.propose(
+                parent, rng, known={*known, *children}, mates=mates, generation=self.generation
             )
             if child is None:  # nothing new near the winners: the rest of the generation is drawn at random
                 break

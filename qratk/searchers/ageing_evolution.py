@@ -60,18 +60,18 @@ class AgeingEvolution(EvolutionSearcher):
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         super().restore(state)
-        self._members = tuple(Member.from_plain(plain, self._begun.problem) for plain in state["queue"])
+        self._members = tuple(Member.from_plain(plain, self.proposer.problem) for plain in state["queue"])
 
     def _take_in_baselines(self, history: History) -> None:
         """The queue begins with what was measured before the search."""
-        if self._generation == 0:
+        if self.generation == 0:
             self._members = ()
-            problem = self._begun.problem
+            problem = self.proposer.problem
             usable = [e for e in history if e.configuration in problem.space and problem.feasible(e.configuration)]
             self._enqueue(usable)
 
     def _enqueue(self, evaluations: Sequence[Evaluation]) -> None:
-        new = highest_rungs([Member.of(evaluation, self._begun.problem) for evaluation in evaluations])
+        new = highest_rungs([Member.of(evaluation, self.proposer.problem) for evaluation in evaluations])
         self._members = (*self._members, *new)[-self.population :]
 
     def _tournament(self, rng: np.random.Generator) -> Member:

@@ -64,26 +64,26 @@ class BOHB(BracketSearcher):
         self.narrow = narrow
         self.wide = wide
 
-    def _proposals(
+    def proposals(
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         split = self._split(history)
         if split is None:
             return ()
-        problem = self._begun.problem
+        problem = self.proposer.problem
         bandwidths = importance_bandwidths(problem, self.narrow, self.wide)
         good, bad = (LadderDensity.of(problem, part, bandwidths) for part in split)
         chosen: dict[Configuration, Candidate] = {}
         for _ in range(int(np.sum(rng.random(size) >= self.random_fraction))):
             found = self._proposal(good, bad, rng, known={*known, *chosen})
             if found is not None:
-                chosen[found] = Candidate(found, "bohb", generation=self._generation)
+                chosen[found] = Candidate(found, "bohb", generation=self.generation)
         return tuple(chosen.values())
 
     def _split(self, history: History) -> tuple[list[Configuration], list[Configuration]] | None:
         """Good and bad configurations at the highest rung with enough points, by score; None when there is none."""
-        for steps in reversed(self._ladder.steps):
-            measured = [e for e in history if e.steps == steps and e.configuration in self._begun.problem.space]
+        for steps in reversed(self.ladder.steps):
+            measured = [e for e in history if e.steps == steps and e.configuration in self.proposer.problem.space]
             if len(measured) < 2 * self.min_points:
                 continue
             ranked = [e.configuration for e in sorted(measured, key=lambda e: -e.score)]  # failures (-inf) last
@@ -96,10 +96,10 @@ class BOHB(BracketSearcher):
         self, good: LadderDensity, bad: LadderDensity, rng: np.random.Generator, *, known: Collection[Configuration]
     ) -> Configuration | None:
         """The new feasible configuration of largest density ratio among the draws, None when all are known."""
-        space = self._begun.problem.space
+        space = self.proposer.problem.space
         drawn = good.sample(self.samples, rng)
         order = np.argsort(bad.log_density(drawn) - good.log_density(drawn), kind="stable")
-        repaired = (self._begun.repaired(space.from_indices(drawn[n])) for n in order[:REPAIRED])
+        repaired = (self.proposer.repaired(space.from_indices(drawn[n])) for n in order[:REPAIRED])
         fresh = [c for c in repaired if c is not None and c not in known]
         if not fresh:
             return None

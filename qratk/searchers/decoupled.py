@@ -9,9 +9,9 @@ from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.evaluation import Candidate, FidelityLadder
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._generations import SingleGenerationSearcher
 from qratk.searchers._integer_program import bits_then_ranks
 from qratk.searchers.base import searchers
+from qratk.searchers.generations import SingleGenerationSearcher
 
 
 @searchers.register("decoupled")
@@ -47,7 +47,7 @@ class Decoupled(SingleGenerationSearcher):
         """`offspring`."""
         return self.offspring
 
-    def _candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
+    def candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
         floors = problem.space.ranks if self.rank_floor is None else (self.rank_floor,)
         chosen: dict[Configuration, Candidate] = {}
         for floor in sorted(floors, reverse=True):

@@ -11,8 +11,8 @@ from qratk.core.evaluation import Candidate, FidelityLadder
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._generations import SingleGenerationSearcher
 from qratk.searchers.base import searchers
+from qratk.searchers.generations import SingleGenerationSearcher
 
 
 @searchers.register("fixed")
@@ -54,7 +54,7 @@ class FixedConfigurations(SingleGenerationSearcher):
             raise ConfigurationError(f"fixed: the pattern {pattern!r} matches no layer; layers are as {names[0]!r}")
         return Configuration(tuple(chosen))
 
-    def _candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
+    def candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
         return tuple(Candidate(c, "fixed") for c in self._wanted(problem) if c not in known)
 
     def schedule(self, ladder: FidelityLadder, candidates: int, high: int) -> tuple[tuple[int, int], ...]:

@@ -25,7 +25,7 @@ class Hyperband(BracketSearcher):
     def __init__(self, offspring: int = 25) -> None:
         super().__init__(offspring)
 
-    def _proposals(
+    def proposals(
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         return ()  # all at random

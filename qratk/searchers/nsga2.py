@@ -66,7 +66,7 @@ class NSGA2(EvolutionSearcher):
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Parents and children compete for the places of the population."""
-        uniforms = set(self._begun.problem.space.uniforms())
+        uniforms = set(self.proposer.problem.space.uniforms())
         self._note_uniforms(e.configuration for e in evaluations if e.configuration in uniforms)
         self._survive(evaluations)
         super().tell(evaluations)
@@ -81,16 +81,16 @@ class NSGA2(EvolutionSearcher):
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         super().restore(state)
-        self._members = tuple(Member.from_plain(plain, self._begun.problem) for plain in state["population"])
+        self._members = tuple(Member.from_plain(plain, self.proposer.problem) for plain in state["population"])
         self._uniforms = tuple(Configuration.from_text(text) for text in state["uniforms"])
 
     def _survive(self, evaluations: Sequence[Evaluation]) -> None:
-        new = [Member.of(evaluation, self._begun.problem) for evaluation in evaluations]
+        new = [Member.of(evaluation, self.proposer.problem) for evaluation in evaluations]
         self._members = survivors([*self._members, *new], self.population)
 
     def _take_in_baselines(self, history: History) -> None:
         """Let uniform configurations join that someone else had measured: they were never told."""
-        strangers = set(self._begun.problem.space.uniforms()) - set(self._uniforms)
+        strangers = set(self.proposer.problem.space.uniforms()) - set(self._uniforms)
         found = [evaluation for evaluation in history if evaluation.configuration in strangers]
         if found:
             self._note_uniforms(evaluation.configuration for evaluation in found)
@@ -111,18 +111,18 @@ class NSGA2(EvolutionSearcher):
     ) -> tuple[Candidate, ...]:
         """New configurations that are best for draws from the additive model."""
         found: dict[Configuration, Candidate] = {}
-        model = AdditiveModel(self._begun.problem, history, self._ladder.steps) if size else None
+        model = AdditiveModel(self.proposer.problem, history, self.ladder.steps) if size else None
         for _ in range(3 * size):
             if model is None or not model.ready or len(found) == size:
                 break
-            configuration = best_choice(self._begun.problem, model.values(rng), exact=False)
+            configuration = best_choice(self.proposer.problem, model.values(rng), exact=False)
             if configuration not in known:
-                found.setdefault(configuration, Candidate(configuration, "additive", generation=self._generation))
+                found.setdefault(configuration, Candidate(configuration, "additive", generation=self.generation))
         return tuple(found.values())
 
     def _mates(self, rng: np.random.Generator) -> tuple[Configuration, ...]:
         """Winners of tournaments, where an operator wants mates: several, for one child of a pair may be known."""
-        size = MATES if self._begun.crosses else 0
+        size = MATES if self.proposer.crosses else 0
         return tuple(self._tournament(rng).configuration for _ in range(size))
 
     def _tournament(self, rng: np.random.Generator) -> Member:

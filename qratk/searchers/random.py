@@ -11,9 +11,9 @@ from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, History
-from qratk.searchers._generations import GenerationSearcher
 from qratk.searchers._warm_start import initial_candidates
 from qratk.searchers.base import searchers
+from qratk.searchers.generations import GenerationSearcher
 
 
 @searchers.register("random")
@@ -38,10 +38,10 @@ class RandomSearch(GenerationSearcher):
         self.around = around
         self.epsilon = epsilon
 
-    def _proposals(
+    def proposals(
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         """Prototypes and random edits of them, most places to the first, the paper's; none around "space"."""
         if self.around == "space":
             return ()
-        return initial_candidates(self._begun, rng, size=size, epsilon=self.epsilon, known=known, uniforms=False)
+        return initial_candidates(self.proposer, rng, size=size, epsilon=self.epsilon, known=known, uniforms=False)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
+from qratk.core.evaluation import Candidate, FidelityLadder, History
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._warm_start import random_candidates
-from qratk.searchers.base import GlobalSearcher
+from qratk.searchers.generations import GenerationSearcher
 
 if TYPE_CHECKING:
     from qratk_optuna._study import Board
@@ -23,7 +22,7 @@ __all__ = ["OptunaSearch"]
 TRIES = 4  # samples for one place of a generation, before a neighbour of the last one takes it
 
 
-class OptunaSearch(GlobalSearcher):
+class OptunaSearch(GenerationSearcher):
     """Asks an Optuna sampler: one parameter for each knob of each layer, the index on its ladder.
 
     What a sampler suggests is repaired, and the sampler is told of the repaired configuration. It is told one figure a
@@ -50,62 +49,39 @@ class OptunaSearch(GlobalSearcher):
         objectives: Literal["auto", "score", "score_and_bytes"] = "auto",
         sampler_options: dict[str, Any] | None = None,
     ) -> None:
-        if offspring < 1:
-            raise ConfigurationError(f"optuna: offspring must be at least 1, got {offspring}")
+        super().__init__(offspring)
         if sampler == "cmaes" and (encoding != "ordinal" or objectives == "score_and_bytes"):
             raise ConfigurationError(
                 "optuna: cmaes takes encoding 'ordinal' and the score as its one objective, got "
                 f"{encoding!r} and {objectives!r}"
             )
         self.sampler = sampler
-        self.offspring = offspring
         self.encoding = encoding
         self.objectives = objectives
         self.sampler_options = dict(sampler_options or {})
         self._check_sampler()
-        self._proposer: Proposer | None = None
         self._notes: dict[str, dict[str, Any]] = {}
-        self._generation = 0
-        self._exhausted = False
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Forget everything."""
-        self._proposer = proposer
-        self._notes, self._generation, self._exhausted = {}, 0, False
+        super().begin(proposer, ladder)
+        self._notes = {}
 
-    def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
-        """What the sampler suggests, repaired; a neighbour of it where that is known; at random what is missing."""
+    def proposals(
+        self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
+    ) -> tuple[Candidate, ...]:
+        """What the sampler suggests, repaired; a neighbour of it where that is known."""
         from qratk_optuna._study import Board
 
-        known = {evaluation.configuration for evaluation in history}
         found: dict[Configuration, Candidate] = {}
-        with Board(self, self._begun.problem, history, self._notes, seed=int(rng.integers(2**31 - 1))) as board:
-            while len(found) < self.offspring:
+        with Board(self, self.proposer.problem, history, self._notes, seed=int(rng.integers(2**31 - 1))) as board:
+            while len(found) < size:
                 candidate = self._candidate(board, {*known, *found}, rng)
                 if candidate is None:
                     break
                 found[candidate.configuration] = candidate
             self._notes.update(board.notes)
-        missing = self.offspring - len(found)
-        rest = random_candidates(
-            self._begun.problem, rng, size=missing, generation=self._generation, known={*known, *found}
-        )
-        self._exhausted = not found and not rest
-        return (*found.values(), *rest)
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """The next `ask` finds the results in the history."""
-        self._generation += 1
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing new could be proposed."""
-        return self._exhausted
-
-    @property
-    def generation_size(self) -> int:
-        """`offspring`."""
-        return self.offspring
+        return tuple(found.values())
 
     @property
     def two_objectives(self) -> bool:
@@ -114,31 +90,25 @@ class OptunaSearch(GlobalSearcher):
 
     def state(self) -> dict[str, Any]:
         """The generation, and what the sampler noted of its own suggestions: plain numbers, by configuration."""
-        return {"generation": self._generation, "exhausted": self._exhausted, "notes": self._notes}
+        return {**super().state(), "notes": self._notes}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self._generation = int(state["generation"])
-        self._exhausted = bool(state["exhausted"])
+        super().restore(state)
         self._notes = {text: dict(notes) for text, notes in state["notes"].items()}
-
-    @property
-    def _begun(self) -> Proposer:
-        assert self._proposer is not None, "begin comes first"
-        return self._proposer
 
     def _candidate(self, board: Board, taken: set[Configuration], rng: np.random.Generator) -> Candidate | None:
         """New feasible candidate; None when the sampler and its neighbourhood have nothing new."""
         repaired = None
         for _ in range(TRIES):
             suggested = board.suggest()
-            repaired = self._begun.repaired(suggested)
+            repaired = self.proposer.repaired(suggested)
             if repaired is not None and repaired not in taken:
                 board.run(repaired)
-                return Candidate(repaired, f"optuna:{self.sampler}", generation=self._generation)
+                return Candidate(repaired, f"optuna:{self.sampler}", generation=self.generation)
         if repaired is None:
             return None
-        near = self._begun.propose(repaired, rng, known=taken, generation=self._generation)
+        near = self.proposer.propose(repaired, rng, known=taken, generation=self.generation)
         if near is not None:
             board.run(near.configuration)
         return near

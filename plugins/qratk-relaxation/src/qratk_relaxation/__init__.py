@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import KNOBS, Configuration
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
+from qratk.core.evaluation import Candidate, FidelityLadder, History
 from qratk.core.problem import Problem
 from qratk.mutations._proposer import Proposer
-from qratk.searchers._warm_start import random_candidates
-from qratk.searchers.base import GlobalSearcher
+from qratk.searchers.generations import GenerationSearcher
 
 if TYPE_CHECKING:
     from qratk.evaluators.base import EvaluationContext
@@ -27,7 +26,7 @@ LARGEST_PRICE = 1e4  # nats for an L-th of the budget
 TRIES = 20  # samples for one place of a generation; each is drawn from flatter gates than the one before
 
 
-class Relaxation(GlobalSearcher):
+class Relaxation(GenerationSearcher):
     """Trains gates over the bits and ranks of every layer by gradient, and proposes what they favour.
 
     A layer multiplies by a mixture of its packed weights, sum_b p_b W_b, and the rows of its adapters pass nested rank
@@ -72,8 +71,8 @@ class Relaxation(GlobalSearcher):
         constraint: Literal["lagrangian", "hinge"] = "lagrangian",
         penalty: float = 1.0,
     ) -> None:
+        super().__init__(offspring)
         counts = {
-            "offspring": offspring,
             "steps": steps,
             "batches": batches,
             "batch_size": 1 if batch_size is None else batch_size,
@@ -95,7 +94,6 @@ class Relaxation(GlobalSearcher):
                 "relaxation: estimator is 'gumbel' or 'straight_through' and constraint 'lagrangian' or 'hinge', got "
                 f"{estimator!r} and {constraint!r}"
             )
-        self.offspring = offspring
         self.estimator = estimator
         self.steps = steps
         self.warmup = warmup
@@ -108,10 +106,7 @@ class Relaxation(GlobalSearcher):
         self.constraint = constraint
         self.penalty = penalty
         self._context: EvaluationContext | None = None
-        self._proposer: Proposer | None = None
         self._gates: dict[str, Any] | None = None
-        self._generation = 0
-        self._exhausted = False
 
     def attach(self, context: EvaluationContext) -> None:
         """Take the model and the data; raises `ConfigurationError` when the search has none."""
@@ -124,52 +119,33 @@ class Relaxation(GlobalSearcher):
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Forget everything but the model."""
-        self._proposer = proposer
-        self._gates, self._generation, self._exhausted = None, 0, False
+        super().begin(proposer, ladder)
+        self._gates = None
 
-    def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
-        """Modes of the gates and samples of them; neighbours and random ones where nothing of that is new."""
+    def proposals(
+        self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
+    ) -> tuple[Candidate, ...]:
+        """Modes of the gates and samples of them, which results do not change; neighbours where none of that is new."""
         if self._gates is None:
             self._gates = self._trained(seed=int(rng.integers(2**31 - 1)))
-        known = {evaluation.configuration for evaluation in history}
         found: dict[Configuration, Candidate] = {}
         sources = iter((self._mode, self._priced))
-        while len(found) < self.offspring:
+        while len(found) < size:
             source = next(sources, None)
             candidate = self._sample({*known, *found}, rng) if source is None else source({*known, *found})
             if candidate is not None:
                 found[candidate.configuration] = candidate
             elif source is None:
                 break
-        missing = self.offspring - len(found)
-        rest = random_candidates(
-            self._begun.problem, rng, size=missing, generation=self._generation, known={*known, *found}
-        )
-        self._exhausted = not found and not rest
-        return (*found.values(), *rest)
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Results do not change the gates."""
-        self._generation += 1
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing new could be proposed."""
-        return self._exhausted
-
-    @property
-    def generation_size(self) -> int:
-        """`offspring`."""
-        return self.offspring
+        return tuple(found.values())
 
     def state(self) -> dict[str, Any]:
         """The generation and the outcome of the training: `bits` (L, rungs) and `rank` (L, rungs), probabilities."""
-        return {"generation": self._generation, "exhausted": self._exhausted, "gates": self._gates}
+        return {**super().state(), "gates": self._gates}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self._generation = int(state["generation"])
-        self._exhausted = bool(state["exhausted"])
+        super().restore(state)
         self._gates = state["gates"]
 
     @property
@@ -178,11 +154,6 @@ class Relaxation(GlobalSearcher):
         assert self._gates is not None, "ask or restore comes first"
         return np.array(self._gates["bits"]), np.array(self._gates["rank"])
 
-    @property
-    def _begun(self) -> Proposer:
-        assert self._proposer is not None, "begin comes first"
-        return self._proposer
-
     # Proposals
 
     def _mode(self, taken: set[Configuration]) -> Candidate | None:
@@ -190,27 +161,27 @@ class Relaxation(GlobalSearcher):
         return self._repaired(indices, "relaxation:mode", taken)
 
     def _priced(self, taken: set[Configuration]) -> Candidate | None:
-        return self._repaired(priced_mode(self._begun.problem, *self.gates), "relaxation:priced", taken)
+        return self._repaired(priced_mode(self.proposer.problem, *self.gates), "relaxation:priced", taken)
 
     def _sample(self, taken: set[Configuration], rng: np.random.Generator) -> Candidate | None:
         """A new sample of the gates, or else a neighbour of the last one; None when there is none either."""
-        indices = np.zeros((self._begun.problem.num_layers, 2), dtype=np.int64)
+        indices = np.zeros((self.proposer.problem.num_layers, 2), dtype=np.int64)
         for attempt in range(TRIES):
             flatness = 1.0 + 4.0 * attempt / TRIES
             indices = np.stack([_drawn(p, flatness, rng) for p in self.gates], axis=1)
             candidate = self._repaired(indices, "relaxation:sample", taken)
             if candidate is not None:
                 return candidate
-        last = self._begun.repaired(self._begun.problem.space.from_indices(indices))
+        last = self.proposer.repaired(self.proposer.problem.space.from_indices(indices))
         if last is None:
             return None
-        return self._begun.propose(last, rng, known=taken, generation=self._generation)
+        return self.proposer.propose(last, rng, known=taken, generation=self.generation)
 
     def _repaired(self, indices: NDArray[np.int64], origin: str, taken: set[Configuration]) -> Candidate | None:
-        repaired = self._begun.repaired(self._begun.problem.space.from_indices(indices))
+        repaired = self.proposer.repaired(self.proposer.problem.space.from_indices(indices))
         if repaired is None or repaired in taken:
             return None
-        return Candidate(repaired, origin, generation=self._generation)
+        return Candidate(repaired, origin, generation=self.generation)
 
     # Training
 
@@ -223,7 +194,7 @@ class Relaxation(GlobalSearcher):
             raise ConfigurationError(
                 "relaxation trains gates on the model, and was not shown one: `attach` comes before `begin` and `ask`"
             )
-        problem, backbone = self._begun.problem, context.module.backbone
+        problem, backbone = self.proposer.problem, context.module.backbone
         _check_layers(problem, len(backbone.layers))
         backbone.build_bank(sorted({*problem.space.bits, *context.reference_bits}))
         batches = context.datamodule.calibration_batches(self.batches, self.batch_size)

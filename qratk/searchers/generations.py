@@ -1,4 +1,4 @@
-"""What searchers share that work by generations, many or a single one; a strategy adds what it proposes and learns."""
+"""Bases, also for plugins, of searchers by generations, many or one; a strategy adds what it proposes and learns."""
 
 from __future__ import annotations
 
@@ -20,49 +20,51 @@ from qratk.searchers.base import GlobalSearcher
 class GenerationSearcher(GlobalSearcher):
     """Counts generations, fills each up at random, and is finished once nothing new is found.
 
-    A strategy writes `_proposals`. One that remembers more than the generation's number extends `begin`, `tell`,
-    `state` and `restore`.
+    A strategy writes `proposals`. One that remembers more than the generation's number extends `begin`, `tell`,
+    `state` and `restore`; one whose generations differ in size writes `next_size`.
     """
 
-    _ladder: FidelityLadder
+    ladder: FidelityLadder
     """The ladder that `begin` was given."""
+    generation: int
+    """Number of the coming generation, from 0."""
 
     def __init__(self, offspring: int) -> None:
         if offspring < 1:
             raise ConfigurationError(f"offspring must be at least 1, got {offspring}")
         self.offspring = offspring
         self._proposer: Proposer | None = None
-        self._generation = 0
+        self.generation = 0
         self._exhausted = False
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Forget everything."""
-        self._proposer, self._ladder = proposer, ladder
-        self._generation, self._exhausted = 0, False
+        self._proposer, self.ladder = proposer, ladder
+        self.generation, self._exhausted = 0, False
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
         """What the strategy proposes, then random candidates up to the generation's size."""
-        problem, size = self._begun.problem, self._size()
+        problem, size = self.proposer.problem, self.next_size()
         known = {evaluation.configuration for evaluation in history}
-        found = self._proposals(history, rng, size=size, known=known)
+        found = self.proposals(history, rng, size=size, known=known)
         taken = {*known, *(candidate.configuration for candidate in found)}
-        found += random_candidates(problem, rng, size=size - len(found), generation=self._generation, known=taken)
+        found += random_candidates(problem, rng, size=size - len(found), generation=self.generation, known=taken)
         self._exhausted = not found
         return found
 
     @abstractmethod
-    def _proposals(
+    def proposals(
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         """At most `size` feasible candidates, without repeats and none known; what is missing is drawn at random."""
 
-    def _size(self) -> int:
+    def next_size(self) -> int:
         """Candidates wanted of the coming generation."""
         return self.offspring
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """On to the next generation."""
-        self._generation += 1
+        self.generation += 1
 
     @property
     def finished(self) -> bool:
@@ -76,21 +78,22 @@ class GenerationSearcher(GlobalSearcher):
 
     def state(self) -> dict[str, Any]:
         """The generation's number, and whether nothing new was found."""
-        return {"generation": self._generation, "exhausted": self._exhausted}
+        return {"generation": self.generation, "exhausted": self._exhausted}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self._generation = int(state["generation"])
+        self.generation = int(state["generation"])
         self._exhausted = bool(state["exhausted"])
 
     @property
-    def _begun(self) -> Proposer:
+    def proposer(self) -> Proposer:
+        """The proposer that `begin` was given, with the problem."""
         assert self._proposer is not None, "begin comes first"
         return self._proposer
 
 
 class SingleGenerationSearcher(GlobalSearcher):
-    """Proposes once and is finished, whatever is measured. A strategy writes `_candidates`."""
+    """Proposes once and is finished, whatever is measured. A strategy writes `candidates`."""
 
     def __init__(self) -> None:
         self._problem: Problem | None = None
@@ -106,10 +109,10 @@ class SingleGenerationSearcher(GlobalSearcher):
         if self._asked:
             return ()
         self._asked = True
-        return self._candidates(self._problem, {evaluation.configuration for evaluation in history})
+        return self.candidates(self._problem, {evaluation.configuration for evaluation in history})
 
     @abstractmethod
-    def _candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
+    def candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
         """The one generation: at most `generation_size` feasible candidates, without repeats and none known."""
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
