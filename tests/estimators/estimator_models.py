@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from qratk.backbone.bank import BankLinear, Variant
+from qratk.estimators.base import estimators
 from qratk.quantizers.base import quantizers
 
 LOWEST = 4
@@ -43,6 +45,9 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=4, n_positions=32, initializer_range=0.2)
     )
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2}
 
 
 def models(make: Any) -> Models:
@@ -107,3 +112,7 @@ def dense_gradients(models: Models, batch: dict[str, Tensor], rows: slice) -> di
     torch.stack(losses).mean().backward()
     gradients = {name: model.get_submodule(name).weight.grad.clone() for name in names}
     return {name: g.T if models.transposed else g for name, g in gradients.items()}
+
+
+def estimate(name: str, models: Models, batches: list[dict[str, Tensor]], **options: object) -> np.ndarray:
+    return estimators.create(name, **options).estimate(models.module, batches, lowest_bits=LOWEST)

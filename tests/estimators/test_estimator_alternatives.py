@@ -8,27 +8,12 @@ import estimator_models as toys
 import numpy as np
 import pytest
 import torch
+from estimator_models import estimate
 from torch.nn.functional import cross_entropy
 
 from qratk.core.errors import ConfigurationError, DataError
 from qratk.estimators._streaming.curvature import directional_curvatures, rademacher
 from qratk.estimators.base import estimators
-
-FAMILIES = {"llama": toys.llama, "gpt2": toys.gpt2}
-
-
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def models(request: pytest.FixtureRequest) -> toys.Models:
-    return toys.models(request.param)
-
-
-@pytest.fixture
-def llama() -> toys.Models:
-    return toys.models(toys.llama)
-
-
-def estimate(name: str, models: toys.Models, batches: list[dict[str, torch.Tensor]], **options: object) -> np.ndarray:
-    return estimators.create(name, **options).estimate(models.module, batches, lowest_bits=toys.LOWEST)
 
 
 def residual(bank: torch.nn.Module) -> torch.Tensor:
@@ -179,7 +164,7 @@ def explicit_hessian(models: toys.Models, batch: dict[str, torch.Tensor], names:
 
 
 def test_one_sample_is_the_product_with_the_explicit_hessian() -> None:
-    for make in FAMILIES.values():
+    for make in toys.FAMILIES.values():
         models = small(make)
         [batch] = toys.batches(count=1, size=2, length=7)
         banks = {n: b for n, b in projections(models).items() if n.endswith(("k_proj", "v_proj", "attn.c_proj"))}

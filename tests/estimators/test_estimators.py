@@ -9,6 +9,7 @@ import estimator_models as toys
 import numpy as np
 import pytest
 import torch
+from estimator_models import estimate
 
 from qratk.backbone.gradients import gradient_chunks, per_sequence
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
@@ -18,21 +19,6 @@ from qratk.estimators.gradient_spectrum import spectral_energy
 OF_GRADIENTS = ("fisher_residual", "gradient_norm", "gradient_spectrum", "hessian_trace")
 OF_DATA = (*OF_GRADIENTS, "activation_error")
 NAMES = (*OF_DATA, "quantization_error", "uniform")
-FAMILIES = {"llama": toys.llama, "gpt2": toys.gpt2}
-
-
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def models(request: pytest.FixtureRequest) -> toys.Models:
-    return toys.models(request.param)
-
-
-@pytest.fixture
-def llama() -> toys.Models:
-    return toys.models(toys.llama)
-
-
-def estimate(name: str, models: toys.Models, batches: list[dict[str, torch.Tensor]], **options: object) -> np.ndarray:
-    return estimators.create(name, **options).estimate(models.module, batches, lowest_bits=toys.LOWEST)
 
 
 def fisher_by_autograd(models: toys.Models, batches: list[dict[str, torch.Tensor]]) -> np.ndarray:

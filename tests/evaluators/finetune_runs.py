@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import Trainer
+from safetensors.torch import load_file
 
 from qratk.backbone.module import FineTuneModule
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext
-from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
 from qratk.journal import Journal
 
 LADDER = FidelityLadder((2, 4, 6))
@@ -42,6 +44,44 @@ def opened(
 
 def evaluated(evaluator: FineTuneEvaluator, configuration: Configuration, steps: int) -> Evaluation:
     return next(iter(evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])))
+
+
+def fitted(
+    model_dir: Path, data_files: dict[str, str], steps: int = 6, *, ckpt_path: Path | None = None, **options: Any
+) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
+    """A module after so many steps of `fit` on the mixed configuration, with its trainer and data."""
+    module = FineTuneModule(str(model_dir), str(MIXED), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    trainer = Trainer(
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, module, data
+
+
+def score_of_fit(model_dir: Path, data_files: dict[str, str], **options: Any) -> tuple[float, FineTuneModule]:
+    """Validation score after six steps of `fit`, and the module."""
+    with quiet_lightning():
+        trainer, module, data = fitted(model_dir, data_files, **options)
+        return trainer.validate(module, datamodule=data, verbose=False)[0]["validation/score"], module
+
+
+def resumed_fit(
+    checkpoint: Path, model_dir: Path, data_files: dict[str, str], **options: Any
+) -> tuple[Trainer, FineTuneModule]:
+    """A module validated after six steps of `fit`, the last three by another trainer from a checkpoint."""
+    options["schedule_steps"] = 6
+    with quiet_lightning():
+        fitted(model_dir, data_files, 3, **options)[0].save_checkpoint(checkpoint)
+        torch.manual_seed(99)
+        trainer, module, data = fitted(model_dir, data_files, ckpt_path=checkpoint, **options)
+        trainer.validate(module, datamodule=data, verbose=False)
+    return trainer, module
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 SCRIPT = """

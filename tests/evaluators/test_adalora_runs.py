@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_runs import MIXED, evaluated, opened
-from lightning import Trainer
+from finetune_runs import MIXED, evaluated, opened, resumed_fit, same_tensors, score_of_fit
 from safetensors.torch import load_file
 
 from qratk.backbone.adalora import AdaLoraAdapters
 from qratk.backbone.module import FineTuneModule
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
-from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.evaluators.finetune import FineTuneEvaluator
 
 ADALORA: dict[str, Any] = {"adapter": "adalora", "adalora": {"delta_t": 1, "tinit": 0.2, "tfinal": 0.2}}
 
@@ -65,9 +63,7 @@ def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
     assert evaluated(later, MIXED, 6).outcomes == expected.outcomes
     assert expected.checkpoint is not None
     stored = Path(expected.checkpoint) / "adapter.safetensors"
-    left, right = load_file(tmp_path / stored), load_file(whole.context.run_dir / stored)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert same_tensors(tmp_path / stored, whole.context.run_dir / stored)
 
 
 def test_the_allocators_state_is_what_makes_it_so(
@@ -91,15 +87,8 @@ def test_a_fit_of_as_many_steps_has_the_score_of_the_search_and_so_has_the_file_
 
     from qratk.export.native import native_model
 
-    module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2, **ADALORA)
-    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
-    with quiet_lightning():
-        trainer = Trainer(
-            max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
-        )
-        trainer.fit(module, datamodule=data)
-        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
-    assert metrics["validation/score"] == pytest.approx(straight[1].score, abs=0)
+    score, module = score_of_fit(model_dir, data_files, **ADALORA)
+    assert score == pytest.approx(straight[1].score, abs=0)
     module.save_adapter(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     adapters = module.backbone.adapters
@@ -138,26 +127,7 @@ def test_merged_weights_are_those_of_the_stored_adapters(
 def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
-    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
-        options = {"learning_rate": 1e-2, "lora_dropout": 0.2, "schedule_steps": 6, **ADALORA}
-        module = FineTuneModule(str(model_dir), str(MIXED), **options)
-        data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
-        trainer = Trainer(
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        return trainer, module, data
-
-    with quiet_lightning():
-        fit(3)[0].save_checkpoint(tmp_path / "half.ckpt")
-        torch.manual_seed(99)
-        trainer, module, data = fit(6, tmp_path / "half.ckpt")
-        trainer.validate(module, datamodule=data, verbose=False)
+    _, module = resumed_fit(tmp_path / "half.ckpt", model_dir, data_files, **ADALORA)
     assert module.last_outcomes == straight[1].outcomes
 
 

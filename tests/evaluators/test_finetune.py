@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_runs import MIXED, evaluated, measured, opened, start
-from lightning import Trainer
+from finetune_runs import MIXED, evaluated, measured, opened, resumed_fit, same_tensors, score_of_fit, start
 
 from qratk.backbone.module import FineTuneModule, learning_rate_factor
 from qratk.components import REGISTRIES
 from qratk.core import Configuration, Evaluation, RunDirectoryError
-from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.evaluators.finetune import FineTuneEvaluator
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +25,6 @@ def straight(
 ) -> tuple[FineTuneEvaluator, Evaluation]:
     evaluator = opened(tmp_path_factory.mktemp("straight"), model_dir, data_files)
     return evaluator, evaluated(evaluator, MIXED, 6)
-
-
-def same_tensors(a: Path, b: Path) -> bool:
-    from safetensors.torch import load_file
-
-    left, right = load_file(a), load_file(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
@@ -63,41 +54,16 @@ def test_another_process_continues_bit_identically(
 
 
 def test_a_fit_of_as_many_steps_has_the_score_of_the_search(
-    tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
+    model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
-    module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2)
-    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
-    with quiet_lightning():
-        trainer = Trainer(
-            max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
-        )
-        trainer.fit(module, datamodule=data)
-        metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
-    assert metrics["validation/score"] == pytest.approx(straight[1].score, abs=0)
+    score, _ = score_of_fit(model_dir, data_files)
+    assert score == pytest.approx(straight[1].score, abs=0)
 
 
 def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
-    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
-        module = FineTuneModule(str(model_dir), str(MIXED), learning_rate=1e-2, lora_dropout=0.2, schedule_steps=6)
-        data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
-        trainer = Trainer(
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        return trainer, module, data
-
-    with quiet_lightning():
-        fit(3)[0].save_checkpoint(tmp_path / "half.ckpt")
-        torch.manual_seed(99)
-        trainer, module, data = fit(6, tmp_path / "half.ckpt")
-        trainer.validate(module, datamodule=data, verbose=False)
+    trainer, module = resumed_fit(tmp_path / "half.ckpt", model_dir, data_files)
     assert trainer.global_step == 6
     assert module.last_outcomes == straight[1].outcomes
 
