@@ -138,6 +138,20 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, siz
         )  # fmt: skip
 
 
+def label_levels(axes: Axes, levels: Sequence[tuple[float, str]], *, right: bool, size: float = 7.5) -> None:
+    """Texts (y, text) over level lines, at the left or right edge, moved apart where they would lie on each other."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    scale = axes.figure.dpi / 72
+    order = sorted(levels)
+    wanted = [float(axes.transData.transform((0, y))[1]) + 0.8 * size * scale for y, _ in order]
+    for (_, text), at in zip(order, _apart(wanted, 1.3 * size * scale), strict=True):
+        level = float(axes.transAxes.inverted().transform((0, at))[1])
+        axes.text(
+            0.99 if right else 0.01, level, text, ha="right" if right else "left", va="center", fontsize=size,
+            color="#404040", transform=axes.transAxes, path_effects=halo(), zorder=5,
+        )  # fmt: skip
+
+
 def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     """Ascending positions at least a gap apart, each as near to the wanted one as its group allows."""
     groups: list[tuple[list[float], float]] = []  # wanted positions of a group, and where its first one lies

@@ -267,7 +267,9 @@ def repair(view: View) -> Picture:
         ]
     np.ravel(every)[0].set_ylabel("share of the repair's downgrades")
     if points is not None:
-        figure.colorbar(points, ax=every, label="layer", shrink=0.8)
+        from matplotlib.ticker import MaxNLocator
+
+        figure.colorbar(points, ax=every, label="layer", shrink=0.8).locator = MaxNLocator(integer=True)
     return Picture(figure, ("knob", "seed", "layer", "importance", "share_of_downgrades"), tuple(lines))
 
 

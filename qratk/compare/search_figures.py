@@ -16,8 +16,8 @@ from qratk.compare.drawing import (
     NoDataError,
     Picture,
     View,
-    halo,
     label_ends,
+    label_levels,
     label_points,
     point_style,
     side_by_side,
@@ -346,8 +346,12 @@ def _ablation_panel(axes: Axes, reference: str, lines: Sequence[tuple[Any, ...]]
         labels.append((float(x), line[3], ", ".join(names), color if main else BLACK))
     axes.margins(x=0.16, y=0.1)
     left = sum(x < sum(axes.get_xlim()) / 2 for x, *_ in labels) > len(labels) / 2
-    for line in (line for line in lines if line[6]):
-        _over_line(axes, line, f"{line[column] / scale:.4g}", right=left)
+    over = [
+        (line[3], f"{line[0]}: {line[3]:.4f} at {line[column] / scale:.4g}, over the budget")
+        for line in lines
+        if line[6]
+    ]
+    _over_lines(axes, over, right=left)
     label_points(axes, labels, size=7.5)
 
 
@@ -361,25 +365,21 @@ def _merged(
     return [(tuple(str(line[0]) for line in same), same[0]) for same in found.values()]
 
 
-def _over_line(axes: Axes, line: tuple[Any, ...], size: str, *, right: bool) -> None:
-    """A recipe over the budget as a level line, or as a note at the edge where the line would squeeze the rest.
+def _over_lines(axes: Axes, lines: Sequence[tuple[float, str]], *, right: bool) -> None:
+    """Recipes over the budget, (score, text), as level lines, or as notes at the edge where one would squeeze the rest.
 
-    The text stands at the left, or at the right.
+    The texts stand at the left, or at the right, and do not lie on each other.
     """
     low, high = axes.get_ylim()
-    text, level = f"{line[0]}: {line[3]:.4f} at {size}, over the budget", line[3]
-    style: dict[str, Any] = {"fontsize": 7.5, "color": "#404040", "textcoords": "offset points"}
-    style |= {"ha": "right" if right else "left", "path_effects": halo(), "zorder": 5}
-    side = 0.99 if right else 0.01
-    if low - 0.3 * (high - low) < level < high + 0.3 * (high - low):
-        axes.axhline(level, color=GREY, linestyle="-.", linewidth=1, zorder=1)
-        axes.annotate(text, (side, level), xycoords=("axes fraction", "data"), xytext=(0, 1), va="bottom", **style)
-        return
-    above = level > high
-    axes.annotate(
-        ("↑ " if above else "↓ ") + text, (side, 1.0 if above else 0.0), xycoords="axes fraction", va="bottom",
-        xytext=(0, 3), **style,
-    )  # fmt: skip
+    near = [low - 0.3 * (high - low) < level < high + 0.3 * (high - low) for level, _ in lines]
+    for (level, _), drawn in zip(lines, near, strict=True):
+        if drawn:
+            axes.axhline(level, color=GREY, linestyle="-.", linewidth=1, zorder=1)
+    texts = []
+    for (level, text), drawn in zip(lines, near, strict=True):
+        arrow = "" if drawn else "↑ " if level > high else "↓ "
+        texts.append((float(np.clip(level, *axes.get_ylim())), arrow + text))
+    label_levels(axes, texts, right=right)
 
 
 # Sweeps (Fig. 9, 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,8 +13,19 @@ from scipy import stats
 from qratk.compare.drawing import NoDataError, View, _apart, is_random, pearson, side_by_side, spearman
 from qratk.compare.figures import DRAWINGS, draw_all
 from qratk.compare.problem_figures import repair, spread
-from qratk.compare.search_figures import Curve, _merged, ablation, efficiency, sensitivity, sweep_curves, sweeps, target
+from qratk.compare.search_figures import (
+    Curve,
+    _merged,
+    _over_lines,
+    ablation,
+    efficiency,
+    sensitivity,
+    sweep_curves,
+    sweeps,
+    target,
+)
 from qratk.compare.table import difference
+from qratk.reporting.figures import new_figure
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +175,13 @@ def test_equal_values_are_drawn_side_by_side_around_their_mean_and_others_where_
 def test_recipes_at_the_same_point_share_a_label_and_the_reference_leads():
     lines = [("a", 4.0, 9, 1.0), ("full", 4.0, 9, 1.0), ("b", 4.0, 8, 1.0), ("c", 4.0, 9, 0.5)]
     assert [names for names, _ in _merged(lines, "full", 2)] == [("c",), ("full", "a"), ("b",)]
+
+
+def test_names_of_recipes_over_the_budget_do_not_lie_on_each_other():
+    figure, axes = new_figure(6, 4)
+    axes.set_ylim(-2.0, -1.0)
+    _over_lines(axes, [(-1.70, "a"), (-1.701, "b"), (5.0, "c"), (6.0, "d")], right=True)
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert [text.get_text()[0] for text in axes.texts] == ["b", "a", "↑", "↑"]
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
