@@ -171,6 +171,7 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]], *,
     scale = figure.dpi / 72
     at = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     taken = [_box(px, py, 8 * scale, 8 * scale) for px, py in at]
+    taken += [(box.x0, box.x1, box.y0, box.y1) for box in (written.get_window_extent() for written in axes.texts)]
     frame = axes.get_window_extent()
     for (x, y, text, color), (px, py) in sorted(zip(points, at, strict=True), key=lambda item: -item[1][1]):
         width, height = 0.56 * size * len(text) * scale, 1.2 * size * scale
