@@ -272,10 +272,6 @@ class AdaLoraAdapters(Adapters):
                 tensors |= {f"{triplets.name}.lora_{side}.weight": t for side, t in zip("AB", parts, strict=True)}
         return tensors
 
-    def stored_bytes(self) -> int:
-        """Bytes of `stored_tensors`."""
-        return self.options.torch_dtype.itemsize * sum(self.rank(t.name) * t.cost for t in self.triplets())
-
     def peft_config(self) -> LoraConfig:
         """PEFT's configuration of the ranks that are left, scaled as in training."""
         config = super().peft_config()
