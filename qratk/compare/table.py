@@ -21,6 +21,8 @@ from qratk.statistics import hierarchical_interval, mean_interval
 
 ACCURACY: Final = ("acc", "accuracy")
 NAN: Final = float("nan")
+TIE: Final = 1e-4
+"""Scores nearer than this are tied: training side by side moves the score of the same configuration by some 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def difference(cells: Sequence[Outcome], against: Mapping[int, Outcome]) -> Diff
     validation = [a.validation - b.validation for a, b in pairs]
     low, high = mean_interval(scores)
     inner = _item_interval(pairs)
-    ties = sum(abs(value) <= 1e-12 for value in scores)
-    wins = sum(value > 1e-12 for value in scores)
+    ties = sum(abs(value) <= TIE for value in scores)
+    wins = sum(value > TIE for value in scores)
     return Difference(
         len(pairs), _mean(scores), low, high, _mean(validation), *inner, wins, ties, len(pairs) - wins - ties
     )
@@ -377,7 +379,8 @@ def legend(made: Sequence[Row]) -> str:
     if name:
         lines.append(
             f"difference: test score minus that of {name}, paired by seed, with a bootstrap 95 % interval over seeds; "
-            "validation: the same for the validation score, over seeds and items. w/t/l: seeds won, tied, lost."
+            "validation: the same for the validation score, over seeds and items. w/t/l: seeds won, tied (within "
+            f"{TIE:g}, which training side by side may add), lost."
         )
     if 0 < max((row.difference.seeds for row in made), default=0) < 5:
         lines.append("With fewer than 5 seeds an interval over seeds is narrower than it says.")

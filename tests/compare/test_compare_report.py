@@ -86,11 +86,13 @@ def test_frozen_rung_costs_nothing(comparison):
 
 
 def test_differences_are_paired_by_seed():
-    ours = [outcome("a", seed, 0.0, test={"score": score}) for seed, score in ((0, 1.5), (1, 2.0), (2, 3.0), (7, 99.0))]
+    ours = [
+        outcome("a", seed, 0.0, test={"score": score}) for seed, score in ((0, 1.5), (1, 2.00005), (2, 3.0), (7, 99.0))
+    ]
     theirs = {seed: outcome("base", seed, 0.0, test={"score": s}) for seed, s in ((0, 1.0), (1, 2.0), (2, 4.0))}
     found = difference(ours, theirs)
     assert found.seeds == 3
-    assert found.mean == pytest.approx((0.5 + 0.0 - 1.0) / 3)
+    assert found.mean == pytest.approx((0.5 + 0.00005 - 1.0) / 3)
     assert (found.wins, found.ties, found.losses) == (1, 1, 1)
     assert -1.0 <= found.low < found.mean < found.high <= 0.5
 
