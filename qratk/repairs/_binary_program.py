@@ -50,18 +50,17 @@ def _without_c_output() -> Iterator[None]:
     except OSError:  # there is no standard output
         yield
         return
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # closed, or None where Python was started without a terminal
         sys.stdout.flush()
     _flush_c()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
         _flush_c()
         os.dup2(kept, 1)
         os.close(kept)
-        os.close(nowhere)
 
 
 def _flush_c() -> None:
