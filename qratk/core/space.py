@@ -76,9 +76,7 @@ class SearchSpace:
 
     def __contains__(self, configuration: Configuration) -> bool:
         """Whether every layer's choice is on the ladders; a reference of the user's need not be."""
-        return len(configuration) == self.num_layers and all(
-            choice.bits in self.bits and choice.rank in self.ranks for choice in configuration.layers
-        )
+        return len(configuration) == self.num_layers and all(c in self._positions for c in configuration.layers)
 
     def validate(self, configuration: Configuration) -> None:
         """Raise `ConfigurationError` unless every layer's choice is on the ladders."""
