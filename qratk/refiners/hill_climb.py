@@ -49,11 +49,13 @@ class HillClimb(CappedRefiner):
         if self.finished:
             return ()
         centre, spent = self._ranked(history)[0], self._spent(history)
-        found = ((c, gain) for c, gain in neighbours(self._proposer.problem, centre, self.epsilon) if c not in spent)
-        for configuration, gain in found:
-            self._diagnostics = {"predicted_gain": gain, "best_utility": self._utility_of(history, centre)}
-            return (Request(self._candidate(configuration, centre), self._ladder.highest),)
-        return self._finish("no neighbour improves on the best: a local optimum")
+        near = neighbours(self._proposer.problem, centre, self.epsilon)
+        found = next(((configuration, gain) for configuration, gain in near if configuration not in spent), None)
+        if found is None:
+            return self._finish("no neighbour improves on the best: a local optimum")
+        configuration, gain = found
+        self._diagnostics = {"predicted_gain": gain, "best_utility": self._utility_of(history, centre)}
+        return (Request(self._candidate(configuration, centre), self._ladder.highest),)
 
     def state(self) -> dict[str, Any]:
         """Counter, stop reason and diagnostics; where it stands is told by the history."""
