@@ -30,8 +30,8 @@ from qratk.core.utility import Utility
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import EvaluationContext, Evaluator
 from qratk.journal import Journal
-from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import MutationOperator
+from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
 from qratk.reporting.base import Reporter

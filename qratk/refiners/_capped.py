@@ -9,7 +9,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners._measured import ranked, utility_of
 from qratk.refiners.base import LocalRefiner
 

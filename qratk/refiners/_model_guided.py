@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import FidelityLadder, History
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners._capped import CappedRefiner
 from qratk.refiners._gaussian_process import load
 from qratk.refiners._measured import utilities

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, unique
 from qratk.core.space import SearchSpace
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 
 
 def ball_size(space: SearchSpace, centre: Configuration, radius: int) -> int:

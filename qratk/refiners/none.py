@@ -9,7 +9,7 @@ import numpy as np
 
 from qratk.core.evaluation import Evaluation, FidelityLadder, History, Request
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner, refiners
 
 

@@ -13,7 +13,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners._model_guided import ModelGuided, Pool
 from qratk.refiners._pool import embed, pool
 from qratk.refiners._regions import RadiusRule, Region, spread

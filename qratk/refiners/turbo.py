@@ -11,7 +11,7 @@ from qratk.core.configuration import Configuration, unique
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, FidelityLadder, History, Request
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners._model_guided import ModelGuided
 from qratk.refiners._pool import pool
 from qratk.refiners._regions import RadiusRule, spread

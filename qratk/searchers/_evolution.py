@@ -10,7 +10,7 @@ import numpy as np
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers._survival import Member
 from qratk.searchers._warm_start import initial_candidates
 from qratk.searchers.generations import GenerationSearcher

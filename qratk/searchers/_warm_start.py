@@ -14,7 +14,7 @@ from qratk.core.edits import Ledger, weights_of_layers
 from qratk.core.errors import InfeasibleBudgetError
 from qratk.core.evaluation import Candidate
 from qratk.core.problem import Problem
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers._integer_program import bits_then_ranks
 from qratk.searchers._sampling import sample_feasible
 

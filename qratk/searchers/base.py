@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.registry import Registry
 
 if TYPE_CHECKING:

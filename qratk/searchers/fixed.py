@@ -10,7 +10,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, FidelityLadder
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Problem
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers.base import searchers
 from qratk.searchers.generations import SingleGenerationSearcher
 

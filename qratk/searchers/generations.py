@@ -12,7 +12,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.problem import Problem
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers._warm_start import random_candidates
 from qratk.searchers.base import GlobalSearcher
 

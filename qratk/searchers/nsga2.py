@@ -11,7 +11,7 @@ from qratk.core.configuration import Configuration, unique
 from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers._additive import AdditiveModel
 from qratk.searchers._evolution import EvolutionSearcher
 from qratk.searchers._integer_program import best_choice

@@ -20,8 +20,8 @@ from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.memory import Budget
 from qratk.core.problem import Problem
 from qratk.core.utility import Utility
-from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import CrossoverOperator, MutationOperator, mutations
+from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy, repairs
 from qratk.searchers.base import GlobalSearcher

@@ -22,8 +22,8 @@ from qratk.core import (
     SearchSpace,
     Utility,
 )
-from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import MutationOperator
+from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
 

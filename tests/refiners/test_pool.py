@@ -11,7 +11,7 @@ from refiner_toys import AnyStep, LowerLast, toy_problem, toy_proposer
 from qratk.core import Configuration, SearchSpace
 from qratk.core.errors import RejectedConfigurationError
 from qratk.core.problem import Problem
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.refiners._pool import ball, ball_size, embed, pool, sampled_ball
 
 SPACE = SearchSpace((2, 4, 8), (4, 8, 16, 32), ("a", "b"))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, History, Problem
-from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import mutations
+from qratk.mutations.proposer import Proposer
 from qratk.repairs.base import repairs
 from qratk.searchers.base import GlobalSearcher, searchers
 from qratk.testing import ToyEvaluator

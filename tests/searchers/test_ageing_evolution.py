@@ -6,8 +6,8 @@ from searcher_toys import LADDER, begun, failure, gain, measured_uniforms
 
 from qratk.core import Configuration, Evaluation, History
 from qratk.core.errors import ConfigurationError
-from qratk.mutations._proposer import Proposer
 from qratk.mutations.base import MutationOperator
+from qratk.mutations.proposer import Proposer
 from qratk.repairs.base import repairs
 from qratk.searchers.base import searchers
 from qratk.testing import ToyEvaluator, toy_problem

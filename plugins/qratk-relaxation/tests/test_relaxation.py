@@ -22,7 +22,7 @@ from qratk.core.errors import ConfigurationError, SearchError
 from qratk.core.evaluation import FidelityLadder, History
 from qratk.core.problem import Problem
 from qratk.evaluators.base import EvaluationContext
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers.base import GlobalSearcher, searchers
 from qratk.testing import SearcherContract
 from qratk.testing._torch_contracts import VOCABULARY, tiny_batches

@@ -11,7 +11,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, FidelityLadder, History
 from qratk.core.problem import Problem
-from qratk.mutations._proposer import Proposer
+from qratk.mutations.proposer import Proposer
 from qratk.searchers.generations import GenerationSearcher
 
 if TYPE_CHECKING:
