@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qratk.core import answer
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, SearchError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request, SurrogateQuality
@@ -519,10 +520,10 @@ class _Search:
 
     def _feasible(self, steps: int | None = None) -> list[Evaluation]:
         """What was measured at a rung, by default the highest, and fits."""
-        return [e for e in self.history.at(steps or self.ladder.highest) if self.problem.feasible(e.configuration)]
+        return answer.fitting(self.problem, self.history, steps or self.ladder.highest)
 
     def _front(self, steps: int | None = None) -> ParetoFront:
-        return ParetoFront.of(self._feasible(steps), self.settings.scope)
+        return answer.front(self.problem, self.history, steps or self.ladder.highest)
 
     def _judged_at(self) -> int:
         """The rung that phase I is judged by."""
@@ -536,14 +537,13 @@ class _Search:
         return self._known_best[1]
 
     def _find_best(self, utility: Utility | None) -> Evaluation | None:
-        measured = self._feasible()
-        if not measured:
-            return None
-        baselines = [e.score for e in measured if e.configuration in self.baselines]
-        floor = max(baselines, default=-math.inf)
-        utility = utility or Utility.over(measured, alpha=self.settings.alpha, scope=self.settings.scope)
-        able = [e for e in measured if e.score >= floor]
-        return min(able, key=lambda e: (-utility.of(e), self.problem.bytes(e.configuration), e.configuration))
+        return answer.best(
+            self.problem,
+            self.history,
+            self.ladder.highest,
+            baselines=self.baselines,
+            utility=self.settings.alpha if utility is None else utility,
+        )
 
     def _conclude(self) -> SearchResult:
         best = self._best()

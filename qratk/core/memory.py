@@ -235,10 +235,15 @@ class Budget:
 
     def violation(self, memory: MemoryModel, configuration: Configuration) -> float:
         """How far a configuration is over the limits, as a fraction of them; 0 when it fits."""
-        over = max(0.0, memory.bytes(configuration, self.scope) / self.limit_bytes - 1.0)
+        average_bits = 0.0 if self.max_average_bits is None else memory.average_bits(configuration)
+        return self.excess(memory.bytes(configuration, self.scope), average_bits)
+
+    def excess(self, size: int, average_bits: float) -> float:
+        """How far so many bytes, and bits on average, are over the limits, as a fraction of them; 0 when they fit."""
+        over = max(0.0, size / self.limit_bytes - 1.0)
         if self.max_average_bits is not None:
             # Rounding in the mean must not reject a configuration exactly at the cap.
-            over += max(0.0, memory.average_bits(configuration) / self.max_average_bits - 1.0 - 1e-12)
+            over += max(0.0, average_bits / self.max_average_bits - 1.0 - 1e-12)
         return over
 
     def check(self, memory: MemoryModel) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import Evaluation
 from qratk.core.memory import Budget, Footprint, LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 
@@ -87,3 +88,10 @@ class Problem:
     def feasible(self, configuration: Configuration) -> bool:
         """Whether the configuration fits the budget."""
         return self.violation(configuration) == 0.0
+
+    def fits(self, evaluation: Evaluation) -> bool:
+        """Whether what was measured fits the budget; off the ladders (a reference in 16 bits) its own bytes say so."""
+        if evaluation.configuration in self.space:
+            return self.feasible(evaluation.configuration)
+        size = evaluation.footprint.bytes(self.budget.scope)
+        return self.budget.excess(size, self.memory.average_bits(evaluation.configuration)) == 0.0

@@ -35,7 +35,7 @@ from qratk.core.result import (
 from qratk.reporting._atomic import write_atomically
 from qratk.reporting._text import clean, without_secrets
 from qratk.reporting.base import Reporter
-from qratk.reporting.tracker import Tracker, budget_bytes, fits
+from qratk.reporting.tracker import Tracker, budget_bytes
 
 COLUMNS = (
     "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
@@ -230,7 +230,7 @@ def evaluation_data(problem: Problem, evaluation: Evaluation) -> dict[str, Any]:
         "steps": evaluation.steps,
         "score": evaluation.score,
         "bytes": budget_bytes(problem, evaluation),
-        "fits": fits(problem, evaluation),
+        "fits": problem.fits(evaluation),
         "storage_bytes": evaluation.footprint.storage_bytes,
         "training_bytes": evaluation.footprint.training_bytes,
         "serving_bytes": evaluation.footprint.serving_bytes,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qratk.core.evaluation import Candidate, Evaluation
+from qratk.core import answer
+from qratk.core.evaluation import Evaluation
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Problem
 from qratk.core.result import Progress, Record, SearchPlan
@@ -13,58 +14,32 @@ def budget_bytes(problem: Problem, evaluation: Evaluation) -> int:
     return evaluation.footprint.bytes(problem.budget.scope)
 
 
-def fits(problem: Problem, evaluation: Evaluation) -> bool:
-    """Whether a measured configuration fits the budget, also one off the ladders (a reference in 16 bits)."""
-    cap = problem.budget.max_average_bits
-    if budget_bytes(problem, evaluation) > problem.budget.limit_bytes:
-        return False
-    return cap is None or problem.memory.average_bits(evaluation.configuration) <= cap * (1 + 1e-12)
-
-
-def _order(evaluation: Evaluation) -> tuple[float, int, object]:
-    return (-evaluation.score, evaluation.footprint.storage_bytes, evaluation.configuration)
-
-
 class Tracker:
     """Running state of one search, fed by a reporter's own calls.
 
-    `best` is what the loop said last, or else the best that was measured at the highest rung within the budget;
-    candidates of the phase "reference" never count, since they answer other questions.
+    `best` is what the loop said last; None before it said any. Candidates of the phase "reference" never count, since
+    they answer other questions.
     """
 
     def __init__(self, plan: SearchPlan) -> None:
         self.plan = plan
         self.records: list[Record] = []
         self.measured: list[Evaluation] = []
-        self.baselines: list[Evaluation] = []
-        self._best: Evaluation | None = None
-        self._said: Evaluation | None = None
-        self._baseline_set = set(plan.baselines)
+        self.best: Evaluation | None = None
 
     def add(self, record: Record, progress: Progress | None = None) -> None:
-        """Take in a record; `measured` and `baselines` keep those at the highest rung."""
+        """Take in a record; `measured` keeps those at the highest rung."""
         self.records.append(record)
         evaluation = record.evaluation
-        if evaluation.ok and evaluation.steps == self.plan.ladder.highest:
-            self._add_measured(record.candidate, evaluation)
+        if evaluation.ok and evaluation.steps == self.plan.ladder.highest and record.candidate.phase != "reference":
+            self.measured.append(evaluation)
         if progress is not None:
             self.hear(progress.best)
 
-    def _add_measured(self, candidate: Candidate, evaluation: Evaluation) -> None:
-        if candidate.phase == "reference":
-            return
-        self.measured.append(evaluation)
-        if not fits(self.plan.problem, evaluation):
-            return
-        if evaluation.configuration in self._baseline_set:
-            self.baselines.append(evaluation)
-        if self._best is None or _order(evaluation) < _order(self._best):
-            self._best = evaluation
-
     def hear(self, best: Evaluation | None) -> None:
         """Take the loop's word for which evaluation is the best."""
-        if best is not None and best.ok and best.steps == self.plan.ladder.highest:
-            self._said = best
+        if best is not None:
+            self.best = best
 
     @property
     def replaying(self) -> bool:
@@ -72,17 +47,17 @@ class Tracker:
         return len(self.records) < self.plan.resumed
 
     @property
-    def best(self) -> Evaluation | None:
-        """The best so far; None before anything was measured at the highest rung."""
-        return self._said or self._best
+    def baselines(self) -> list[Evaluation]:
+        """The uniform configurations that fit, measured at the highest rung."""
+        uniforms = [e for e in self.measured if e.configuration in self.plan.baselines]
+        return answer.fitting(self.plan.problem, uniforms, self.plan.ladder.highest)
 
     @property
     def best_baseline(self) -> Evaluation | None:
         """The best uniform configuration so far that fits."""
-        return min(self.baselines, key=_order, default=None)
+        return answer.best(self.plan.problem, self.baselines, self.plan.ladder.highest)
 
     @property
     def front(self) -> ParetoFront:
         """Front of what was measured at the highest rung and fits."""
-        problem = self.plan.problem
-        return ParetoFront.of([e for e in self.measured if fits(problem, e)], problem.budget.scope)
+        return answer.front(self.plan.problem, self.measured, self.plan.ladder.highest)
