@@ -38,8 +38,8 @@ import torch
 from step import Stepper
 
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.module import built_quantizers
 from qratk.core import Configuration
+from qratk.training.module import built_quantizers
 
 BITS = (2, 3, 4, 8)
 

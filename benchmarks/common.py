@@ -189,7 +189,7 @@ class Subject:
 
     def make_module(self, **options: Any) -> Any:
         """A new FineTuneModule."""
-        from qratk.backbone.module import FineTuneModule
+        from qratk.training.module import FineTuneModule
 
         return FineTuneModule(self.model, **{**self.module, **options})
 

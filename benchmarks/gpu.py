@@ -33,12 +33,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.module import FineTuneModule, built_quantizers
 from qratk.core import Candidate, Configuration, Request
 from qratk.core.evaluation import FidelityLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.training.module import FineTuneModule, built_quantizers
 
 BITS = (2, 3, 4, 8)
 RANK = 16

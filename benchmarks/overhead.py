@@ -35,12 +35,12 @@ from whole_search import evaluator_options, search
 TIMED: tuple[tuple[str, str, str], ...] = (
     ("forward", "peft", "PeftModel.forward"),
     ("forward", "peft", "PeftModelForCausalLM.forward"),
-    ("forward", "qratk.backbone.module", "FineTuneModule.forward"),
-    ("forward", "qratk.backbone.module", "FineTuneModule.training_loss"),
+    ("forward", "qratk.training.module", "FineTuneModule.forward"),
+    ("forward", "qratk.training.module", "FineTuneModule.training_loss"),
     ("training", "torch.autograd", "backward"),
     ("training", "torch.nn.utils", "clip_grad_norm_"),
     ("training", "torch.optim", "Optimizer.zero_grad"),
-    ("forward", "qratk.backbone.module", "FineTuneModule.log_likelihood"),
+    ("forward", "qratk.training.module", "FineTuneModule.log_likelihood"),
     ("scorer (metric)", "qratk.data.scoring", "Scorer.update"),
     ("scorer (metric)", "qratk.data.scoring", "Scorer.compute"),
     ("scorer (metric)", "qratk.data.scoring", "Scorer.outcomes"),
@@ -50,7 +50,7 @@ TIMED: tuple[tuple[str, str, str], ...] = (
     ("checkpoints", "qratk.evaluators.finetune", "_save_state"),
     ("checkpoints", "qratk.evaluators.finetune", "_load_state"),
     ("checkpoints", "qratk.evaluators.finetune", "FineTuneEvaluator.discard"),
-    ("checkpoints", "qratk.backbone.module", "FineTuneModule.training_state"),
+    ("checkpoints", "qratk.training.module", "FineTuneModule.training_state"),
     ("journal", "qratk.journal", "Journal.append"),
     ("journal", "qratk.journal", "Journal.decide"),
     ("journal", "qratk.journal", "Journal.bind"),
@@ -71,7 +71,7 @@ TIMED: tuple[tuple[str, str, str], ...] = (
     ("switch", "qratk.backbone.backbone", "Backbone.load_adapter_state"),
     ("bank", "qratk.backbone.backbone", "Backbone.build_bank"),
     ("bank", "qratk.backbone.backbone", "Backbone.release_reference"),
-    ("load model", "qratk.backbone.module", "FineTuneModule.load_backbone"),
+    ("load model", "qratk.training.module", "FineTuneModule.load_backbone"),
     ("importance", "qratk.evaluators.finetune", "FineTuneEvaluator.importance"),
 )
 WORK = ("training", "scoring")

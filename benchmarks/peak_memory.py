@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.measure import measured_peak
-from qratk.backbone.module import built_quantizers
-from qratk.backbone.trace import traced_peak
 from qratk.core.configuration import Configuration
 from qratk.core.space import SearchSpace
+from qratk.peaks.measure import measured_peak
+from qratk.peaks.trace import traced_peak
 from qratk.quantizers.base import quantizers
+from qratk.training.module import built_quantizers
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox")
 REAL = ("stories260k", "babyllama105", "deep12")

@@ -54,14 +54,14 @@ import rivals
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qratk.backbone.adapters import initial_a
+from qratk.adapters.lora import initial_a
 from qratk.backbone.logits import labelled_logits, target_log_likelihood
-from qratk.backbone.module import learning_rate_factor
 from qratk.core import Candidate, Configuration, Evaluation, Request
 from qratk.core.evaluation import FidelityLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.training.module import learning_rate_factor
 
 STAGES = ("load", "quantise", "attach", "train", "score")
 

@@ -27,7 +27,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from transformers.utils.logging import disable_progress_bar
 
 from qratk import _names
-from qratk.backbone.module import FineTuneModule
 from qratk.core.errors import ConfigurationError
 from qratk.core.result import SearchResult
 from qratk.data.base import TaskData
@@ -40,6 +39,7 @@ from qratk.reporting._atomic import write_atomically
 from qratk.reporting._text import without_secrets
 from qratk.reporting.base import Reporter
 from qratk.reporting.standard import standard_reporters
+from qratk.training.module import FineTuneModule
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
 DATA: Final = (InstructionData, MultipleChoiceData, TextData, EmbeddedData)  # imported, so that their names resolve

@@ -14,9 +14,9 @@ from qratk.core.memory import Budget, Footprint, MemoryModel, format_bytes
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
-    from qratk.backbone.module import FineTuneModule
     from qratk.data.base import TaskData
     from qratk.loop import SearchLoop
+    from qratk.training.module import FineTuneModule
 
 _SAMPLE = 256  # rows that lengths are measured on
 _DEFAULT_LENGTH = 512

@@ -30,10 +30,10 @@ def test_recipe_is_parsed_over_its_base(base, path, monkeypatch):
 
 def build(paths, monkeypatch):
     """The search loop that the command line builds of some files."""
-    from qratk.backbone.module import FineTuneModule
     from qratk.cli import QratkCLI
     from qratk.data.base import TaskData
     from qratk.loop import SearchLoop
+    from qratk.training.module import FineTuneModule
 
     built = []
     monkeypatch.setattr(QratkCLI, "search", lambda self, model, datamodule: built.append((model, datamodule, self)))

@@ -19,7 +19,7 @@ def make_loop(**options):
 
 @pytest.fixture(scope="module")
 def module():
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
     return FineTuneModule("embedded")
 
@@ -52,7 +52,7 @@ def test_planned_storage_equals_the_bytes_of_the_stored_tensors(made, module, te
 
 
 def test_plan_loads_no_weights(data, monkeypatch):
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
     fresh = FineTuneModule("embedded")
     plan.make_plan(fresh, data, make_loop())
@@ -123,9 +123,9 @@ def test_training_peaks_are_traced_and_their_parts_sum_to_them(made):
 
 
 def test_planned_training_peak_is_the_measured_one_within_five_percent():
-    from qratk.backbone.measure import measured_peak
-    from qratk.backbone.module import FineTuneModule
     from qratk.embedded.datamodule import EmbeddedData
+    from qratk.peaks.measure import measured_peak
+    from qratk.training.module import FineTuneModule
 
     data = EmbeddedData(batch_size=2, max_train_items=16, max_validation_items=4)
     module = FineTuneModule("embedded", dense_cache="off")

@@ -1,1 +1,1 @@
-"""The model: what a layer is, the bank of packed weights, the adapters, and their bytes."""
+"""The model on its bank of packed weights: what a layer is, and the logits that count."""

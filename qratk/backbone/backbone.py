@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from qratk.backbone.adalora import AdaLoraAdapters, AdaLoraOptions, with_importance
-from qratk.backbone.adapters import AdapterOptions, Adapters
-from qratk.backbone.bank import BankLinear, ReferenceVariant, Variant
-from qratk.backbone.calibration import Calibration
-from qratk.backbone.cohort import Cohort
-from qratk.backbone.dense import DenseCache, dense_cache_mode
-from qratk.backbone.initial import BLOCK, Factors, InitialPart, Weighting, divided
+from qratk.adapters.adalora import AdaLoraAdapters, AdaLoraOptions, with_importance
+from qratk.adapters.lora import AdapterOptions, Adapters
+from qratk.adapters.starts import BLOCK, Factors, InitialPart, Weighting, divided
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.logits import without_adapters
-from qratk.backbone.memory import ModelFacts, memory_model
-from qratk.backbone.store import BankStore, Part, Plan, bank_directory, checksum, log, return_freed_memory
-from qratk.backbone.table import Chosen, Fallback, QuantizerTable, describe
+from qratk.bank.calibration import Calibration
+from qratk.bank.dense import DenseCache, dense_cache_mode
+from qratk.bank.linear import BankLinear, ReferenceVariant, Variant
+from qratk.bank.store import BankStore, Part, Plan, bank_directory, checksum, log, return_freed_memory
+from qratk.bank.table import Chosen, Fallback, QuantizerTable, describe
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
+from qratk.peaks.estimate import ModelFacts, memory_model
 from qratk.quantizers.base import Moments, Quantizer
 from qratk.quantizers.none import NoQuantizer
+from qratk.training.cohort import Cohort
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -585,7 +585,7 @@ class Backbone:
         go); of a model that cannot be traced, and without `trace`, they are estimates. With `dense_cache`, by default
         when the mode is "on", the dense weights of the configuration are counted. Serving peaks are estimates.
         """
-        from qratk.backbone.peaks import training_peaks
+        from qratk.peaks.table import training_peaks
 
         dense = self._dense.mode == "on" if dense_cache is None else dense_cache
         options: dict[str, Any] = {

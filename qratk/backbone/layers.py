@@ -12,7 +12,7 @@ from qratk.core.errors import ConfigurationError, UnsupportedModelError
 from qratk.core.memory import LayerShape
 
 if TYPE_CHECKING:
-    from qratk.backbone.bank import BankLinear
+    from qratk.bank.linear import BankLinear
 
 Granularity = Literal["block", "sublayer", "linear"]
 

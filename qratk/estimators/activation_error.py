@@ -14,7 +14,7 @@ from qratk.estimators.base import ImportanceEstimator, estimators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("activation_error")
@@ -38,7 +38,7 @@ class ActivationError(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,); the bank must hold the lowest bits. Raises `DataError` when there are no tokens."""
-        from qratk.backbone.calibration import stream_inputs
+        from qratk.bank.calibration import stream_inputs
 
         layers = module.backbone.layers
         projections = {name: projection for layer in layers for name, projection in layer.modules}

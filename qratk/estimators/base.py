@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 class ImportanceEstimator(ABC):

@@ -14,7 +14,7 @@ from qratk.estimators.base import ImportanceEstimator, estimators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("fisher_residual")
@@ -37,7 +37,7 @@ class FisherResidual(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,); the bank must hold the lowest bits. Raises `DataError` when nothing is labelled."""
-        from qratk.backbone.gradients import BatchSize, per_sequence, stream
+        from qratk.bank.gradients import BatchSize, per_sequence, stream
 
         layers = module.backbone.layers
         projections = {name: projection for layer in layers for name, projection in layer.modules}

@@ -15,7 +15,7 @@ from qratk.estimators.base import ImportanceEstimator, estimators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("gradient_norm")
@@ -51,7 +51,7 @@ class GradientNorm(ImportanceEstimator):
         return self._of_mean(module, chosen) if self.of == "mean" else _of_sequences(module, chosen)
 
     def _of_mean(self, module: FineTuneModule, batches: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-        from qratk.backbone.gradients import mean_gradients
+        from qratk.bank.gradients import mean_gradients
 
         layers = module.backbone.layers
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
@@ -63,7 +63,7 @@ class GradientNorm(ImportanceEstimator):
 
 
 def _of_sequences(module: FineTuneModule, batches: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-    from qratk.backbone.gradients import BatchSize, per_sequence, stream
+    from qratk.bank.gradients import BatchSize, per_sequence, stream
 
     layers = module.backbone.layers
     projections = {name: projection for layer in layers for name, projection in layer.modules}

@@ -15,7 +15,7 @@ from qratk.estimators.base import ImportanceEstimator, estimators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("gradient_spectrum")
@@ -46,7 +46,7 @@ class GradientSpectrum(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,). Raises `DataError` when nothing is labelled."""
-        from qratk.backbone.gradients import mean_gradients
+        from qratk.bank.gradients import mean_gradients
 
         layers = module.backbone.layers
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}

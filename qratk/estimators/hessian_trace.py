@@ -12,7 +12,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.estimators.base import ImportanceEstimator, estimators
 
 if TYPE_CHECKING:
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("hessian_trace")

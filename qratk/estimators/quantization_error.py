@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from qratk.estimators.base import ImportanceEstimator, estimators
 
 if TYPE_CHECKING:
-    from qratk.backbone.bank import BankLinear
-    from qratk.backbone.module import FineTuneModule
+    from qratk.bank.linear import BankLinear
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("quantization_error")

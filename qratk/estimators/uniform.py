@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qratk.estimators.base import ImportanceEstimator, estimators
 
 if TYPE_CHECKING:
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 
 @estimators.register("uniform")

@@ -28,9 +28,9 @@ from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 
 if TYPE_CHECKING:
-    from qratk.backbone.module import FineTuneModule, TrainingState
     from qratk.data.base import TaskData
     from qratk.estimators.base import ImportanceEstimator
+    from qratk.training.module import FineTuneModule, TrainingState
 
 
 _LARGEST_COHORT = 32
@@ -109,8 +109,8 @@ class FineTuneEvaluator(Evaluator):
         self._explained = False
 
     def _place(self) -> None:
-        from qratk.backbone.module import require_precision
-        from qratk.backbone.sharding import require_strategy
+        from qratk.training.module import require_precision
+        from qratk.training.sharding import require_strategy
 
         # The strategy of a throw-away trainer knows the device; importance is estimated there before any fit.
         trainer = self._trainer(max_steps=1)
@@ -177,8 +177,8 @@ class FineTuneEvaluator(Evaluator):
     @staticmethod
     def _caught(measure: Callable[[], list[Trained | str]]) -> list[Trained | str] | OutOfMemory:
         """What `measure` returns, or what went wrong that concerns the candidate alone."""
-        from qratk.backbone.cohort_speed import is_out_of_memory
-        from qratk.backbone.module import NonFiniteLossError
+        from qratk.training.cohort_speed import is_out_of_memory
+        from qratk.training.module import NonFiniteLossError
 
         try:
             return measure()
@@ -237,8 +237,8 @@ class FineTuneEvaluator(Evaluator):
         self._explained = True
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
-        from qratk.backbone.cohort_speed import fastest_cohort
-        from qratk.backbone.dense import available_memory
+        from qratk.bank.dense import available_memory
+        from qratk.training.cohort_speed import fastest_cohort
 
         self._prepare()
         configurations = [c for c in configurations if any(c.ranks)]
@@ -310,7 +310,7 @@ class FineTuneEvaluator(Evaluator):
 
     def _side_by_side(self, configurations: Sequence[Configuration], steps: int) -> Iterator[Trained | str]:
         """For each configuration what came of it, or why it failed."""
-        from qratk.backbone.cohort_module import CohortModule
+        from qratk.training.cohort_module import CohortModule
 
         backbone, data = self.module.backbone, self.data
         self._prepare()
@@ -506,7 +506,7 @@ def _load_state(path: Path) -> TrainingState:
     import torch
     from safetensors.torch import load_file
 
-    from qratk.backbone.module import TrainingState
+    from qratk.training.module import TrainingState
 
     moments = load_file(path / "optimizer.safetensors") if (path / "optimizer.safetensors").exists() else {}
     random, device_random = moments.pop("random", torch.get_rng_state()), moments.pop("device_random", None)

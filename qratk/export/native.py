@@ -9,7 +9,7 @@ import bitsandbytes
 import torch
 from torch import nn
 
-from qratk.backbone.bank import BankLinear, Variant, dequantized_matmul
+from qratk.bank.linear import BankLinear, Variant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.export.skeleton import empty_like, fill, replace_module

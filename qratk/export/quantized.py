@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qratk.backbone.adapters import AdapterOptions
+from qratk.adapters.lora import AdapterOptions
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.bank import BankLinear, Variant
-from qratk.backbone.table import options
+from qratk.bank.linear import BankLinear, Variant
+from qratk.bank.table import options
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.export.skeleton import empty_model, fill

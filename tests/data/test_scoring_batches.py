@@ -154,8 +154,8 @@ def in_a_trainer(data: Any, folder: Path) -> tuple[Any, dict[str, float], list[A
     """Module, metrics and predictions of the commands `qratk test` and `qratk predict` on a model directory."""
     from lightning import Trainer
 
-    from qratk.backbone.module import FineTuneModule
     from qratk.evaluators.finetune import quiet_lightning
+    from qratk.training.module import FineTuneModule
 
     module = FineTuneModule(str(folder), "16:4")
     module.setup("test")

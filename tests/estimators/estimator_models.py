@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qratk.backbone.bank import BankLinear, Variant
+from qratk.bank.linear import BankLinear, Variant
 from qratk.estimators.base import estimators
 from qratk.quantizers.base import quantizers
 

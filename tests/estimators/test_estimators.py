@@ -11,7 +11,7 @@ import pytest
 import torch
 from estimator_models import estimate
 
-from qratk.backbone.gradients import gradient_chunks, per_sequence
+from qratk.bank.gradients import gradient_chunks, per_sequence
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
 from qratk.estimators.base import estimators
 from qratk.estimators.gradient_spectrum import spectral_energy

@@ -12,10 +12,10 @@ import torch
 from finetune_runs import MIXED, evaluated, opened, resumed_fit, same_tensors, score_of_fit
 from safetensors.torch import load_file
 
-from qratk.backbone.adalora import AdaLoraAdapters
-from qratk.backbone.module import FineTuneModule
+from qratk.adapters.adalora import AdaLoraAdapters
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.training.module import FineTuneModule
 
 ADALORA: dict[str, Any] = {"adapter": "adalora", "adalora": {"delta_t": 1, "tinit": 0.2, "tfinal": 0.2}}
 
@@ -136,7 +136,7 @@ def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
 def test_the_allocator_sees_every_step_once(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qratk.backbone.adalora import RankAllocator
+    from qratk.adapters.adalora import RankAllocator
 
     seen: list[int] = []
     monkeypatch.setattr(RankAllocator, "step", lambda self, step: seen.append(step))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from finetune_runs import MIXED, evaluated, measured, opened, resumed_fit, same_tensors, score_of_fit, start
 
-from qratk.backbone.module import FineTuneModule, learning_rate_factor
 from qratk.components import REGISTRIES
 from qratk.core import Configuration, Evaluation, RunDirectoryError
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.training.module import FineTuneModule, learning_rate_factor
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from finetune_runs import LADDER, MIXED, evaluated, opened, score_of_fit
 from lightning import Trainer
 from scipy.spatial.distance import jensenshannon
 
-from qratk.backbone.module import FineTuneModule
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext, evaluators
 from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator, jensen_shannon
+from qratk.training.module import FineTuneModule
 
 OTHER_RANKS = Configuration.of(MIXED.bits, (4, 4, 4))
 

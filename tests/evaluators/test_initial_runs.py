@@ -11,11 +11,11 @@ import torch
 from finetune_runs import LADDER, MIXED, evaluated, opened
 from lightning import Trainer
 
-from qratk.backbone.module import FineTuneModule
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.embedded.world import documents, make_world
 from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.training.module import FineTuneModule
 
 OTHERS = tuple(Configuration.from_text(text) for text in ("4:2*3", "8:4 2:4 2:2", "2:4*3"))
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,10 +11,10 @@ import pytest
 import torch
 from finetune_runs import LADDER, measured, opened, start
 
-from qratk.backbone import cohort_speed
-from qratk.backbone.cohort_module import CohortModule
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.training import cohort_speed
+from qratk.training.cohort_module import CohortModule
 
 TEXTS = ("2:2 4:4 8:2", "4:2*3", "8:4 2:4 2:2", "2:4*3", "4:4 8:2 2:2")
 CONFIGURATIONS = tuple(Configuration.from_text(text) for text in TEXTS)
@@ -53,7 +53,7 @@ def test_the_losses_of_a_rung_agree_with_training_alone(
 ) -> None:
     alone: list[list[float]] = []
     together: list[torch.Tensor] = []
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
     step, whole = FineTuneModule.training_loss, CohortModule.candidate_losses
 

@@ -277,12 +277,12 @@ RISES = (0.019, 0.000, 0.001, 0.000, 0.001, 0.001, 0.002, 0.003, 0.003, 0.001, 0
 def test_gates_give_more_bits_to_the_sensitive_layers_of_the_embedded_model(tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 
-    from qratk.backbone.module import FineTuneModule
     from qratk.core.memory import resolve_budget
     from qratk.core.problem import Importance
     from qratk.core.space import SearchSpace
     from qratk.embedded.datamodule import EmbeddedData
     from qratk.evaluators.finetune import FineTuneEvaluator
+    from qratk.training.module import FineTuneModule
 
     module, data = FineTuneModule("embedded", learning_rate=5e-3, bank_dir=None), EmbeddedData(batch_size=16)
     given = EvaluationContext(tmp_path, FidelityLadder((40,)), 0, module, data, say=lambda text: None)

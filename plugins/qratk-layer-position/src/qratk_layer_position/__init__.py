@@ -12,7 +12,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.estimators.base import ImportanceEstimator
 
 if TYPE_CHECKING:
-    from qratk.backbone.module import FineTuneModule
+    from qratk.training.module import FineTuneModule
 
 __all__ = ["DepthPrior"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qratk.backbone.adapters import AdapterOptions, initial_a
+from qratk.adapters.lora import AdapterOptions, initial_a
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
-    from qratk.backbone.bank import BankLinear
+    from qratk.bank.linear import BankLinear
 
 
 @dataclass

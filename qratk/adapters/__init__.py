@@ -1,0 +1,1 @@
+"""Adapters over packed weights: LoRA, AdaLoRA, what they begin with, and how they are stored."""

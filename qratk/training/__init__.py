@@ -1,0 +1,1 @@
+"""Training: the LightningModule, candidates side by side, and several devices."""

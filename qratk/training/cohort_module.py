@@ -1,0 +1,158 @@
+"""The LightningModule of a cohort: what `FineTuneModule` does for one configuration, for several in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from qratk.backbone.logits import labelled_logits, replicate, target_log_likelihood, training_losses
+from qratk.core.errors import ConfigurationError
+from qratk.training.cohort import Cohort
+from qratk.training.module import (
+    FineTuneModule,
+    TrainingState,
+    device_random_state,
+    not_finite,
+    place_steps,
+    require_precision,
+    set_random_state,
+)
+
+
+class CohortModule(LightningModule):
+    """Trains and scores the candidates of a cohort on the same batches; to be used while it is `installed`.
+
+    Losses, gradient clipping and AdamW's state are each candidate's own, so that each is trained as it would be alone,
+    up to the order of additions. A candidate whose loss is not finite harms no other.
+
+    Args:
+        module: what is trained, with its options.
+        cohort: the candidates.
+        states: where each of them continues, all after the same number of steps; none to begin.
+
+    Attributes:
+        failures: why a candidate failed, by its index.
+        scores: of the last validation, for each candidate the score and the outcome of each item.
+    """
+
+    def __init__(self, module: FineTuneModule, cohort: Cohort, states: Sequence[TrainingState] = ()) -> None:
+        super().__init__()
+        if states and (len(states) != len(cohort) or len({state.steps for state in states}) != 1):
+            raise ConfigurationError("the candidates of a cohort must continue after the same number of steps")
+        self._module = (module,)  # not a submodule: only the model in use is
+        self.model = module.backbone.model
+        self.cohort = cohort
+        self.states = tuple(states)
+        self.failures: dict[int, str] = {}
+        self.scores: tuple[tuple[float, tuple[float, ...]], ...] = ()
+        self._scorers: list[Any] = []
+        self._scoring = ExitStack()
+        for member, state in enumerate(self.states):
+            cohort.load_state(member, state.adapter)
+
+    @property
+    def module(self) -> FineTuneModule:
+        """What is trained, for one candidate."""
+        return self._module[0]
+
+    @property
+    def shared_length(self) -> int:
+        """As of the module; it must have been asked for before the cohort was installed."""
+        return self.module.shared_length
+
+    @property
+    def first_step(self) -> int:
+        """Optimiser steps that were done before."""
+        return self.states[0].steps if self.states else 0
+
+    def setup(self, stage: str) -> None:
+        """Raise `ConfigurationError` where Lightning would cast the adapters."""
+        require_precision(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Set the random state, as for one candidate."""
+        torch.manual_seed(self.module.options.seed)  # of every device
+        if self.states:
+            set_random_state(self.states[0].random, self.states[0].device_random, self.device)
+
+    def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""
+        size, cost = len(self.cohort), self.module.pass_cost
+        if cost is not None and not self.module.options.lora_dropout:  # its draws must be those of a candidate alone
+            cost /= size
+        return training_losses(self.model, batch, size, overhead=cost)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the losses, whose gradient is each candidate's own."""
+        losses = self.candidate_losses(batch)
+        if not torch.isfinite(losses).all():
+            for member, loss in enumerate(losses.tolist()):
+                if not torch.isfinite(losses[member]):
+                    self.failures.setdefault(member, not_finite(loss, self.first_step + self.global_step))
+        return losses.sum()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the stacked adapters, continued where the rung ended, and the module's schedule."""
+        optimizer = self.module.make_optimizer([p for _, p in self.cohort.parameters()], self.trainer)
+        self.cohort.load_moments(optimizer, [state.optimizer for state in self.states])
+        place_steps(optimizer)
+        schedule = self.module.make_schedule(optimizer, self.trainer, self.first_step)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each candidate by itself."""
+        if gradient_clip_val:
+            self.cohort.clip_gradients(float(gradient_clip_val), str(gradient_clip_algorithm or "norm"))
+
+    def training_states(self) -> list[TrainingState]:
+        """What continuing each candidate needs, copied to the CPU; to be called right after `Trainer.fit`."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        steps, random = self.first_step + self.global_step, torch.get_rng_state()
+        device_random = device_random_state(self.device)
+        return [
+            TrainingState(
+                steps,
+                {name: value.cpu() for name, value in self.cohort.state(member).items()},
+                self.cohort.moments(optimizer, member),
+                random,
+                device_random,
+            )
+            for member in range(len(self.cohort))
+        ]
+
+    # Scoring
+
+    def on_validation_epoch_start(self) -> None:
+        """Round the adapters to what is stored."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._scorers = [data.scorer("validation").to(self.device) for _ in range(len(self.cohort))]
+        self._scoring.enter_context(self.cohort.stored_precision())
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score a batch for every candidate."""
+        size = len(self.cohort)
+        whole = replicate(batch, size)
+        likelihoods, tokens = target_log_likelihood(labelled_logits(self.model, whole), whole)
+        parts = zip(likelihoods.view(size, -1), tokens.view(size, -1), strict=True)
+        for scorer, (likelihood, count) in zip(self._scorers, parts, strict=True):
+            scorer.update(batch, likelihood, count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the scores in `scores`."""
+        self._scoring.close()
+        self.scores = tuple(
+            (float(scorer.compute()["score"].float()), tuple(scorer.outcomes().double().cpu().tolist()))
+            for scorer in self._scorers
+        )
+        self._scorers = []

@@ -1,0 +1,129 @@
+"""Evaluators over a tiny model, and searches in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Trainer
+from safetensors.torch import load_file
+
+from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.journal import Journal
+from qratk.training.module import FineTuneModule
+
+LADDER = FidelityLadder((2, 4, 6))
+MIXED = Configuration.from_text("2:2 4:4 8:2")
+
+
+def opened(
+    run_dir: Path,
+    model_dir: Path,
+    data_files: dict[str, str],
+    *,
+    cohort: int | Literal["auto"] = 1,
+    clip: float | None = None,
+    **options: Any,
+) -> FineTuneEvaluator:
+    module = FineTuneModule(str(model_dir), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    evaluator = FineTuneEvaluator(calibration_batches=1, calibration_batch_size=2, cohort=cohort)
+    evaluator.open(EvaluationContext(run_dir, LADDER, 0, module, data, partial(Trainer, gradient_clip_val=clip)))
+    names = tuple(shape.name for shape in evaluator.shapes)
+    evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names))
+    return evaluator
+
+
+def evaluated(evaluator: FineTuneEvaluator, configuration: Configuration, steps: int) -> Evaluation:
+    return next(iter(evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])))
+
+
+def fitted(
+    model_dir: Path, data_files: dict[str, str], steps: int = 6, *, ckpt_path: Path | None = None, **options: Any
+) -> tuple[Trainer, FineTuneModule, MultipleChoiceData]:
+    """A module after so many steps of `fit` on the mixed configuration, with its trainer and data."""
+    module = FineTuneModule(str(model_dir), str(MIXED), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    trainer = Trainer(
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, module, data
+
+
+def score_of_fit(model_dir: Path, data_files: dict[str, str], **options: Any) -> tuple[float, FineTuneModule]:
+    """Validation score after six steps of `fit`, and the module."""
+    with quiet_lightning():
+        trainer, module, data = fitted(model_dir, data_files, **options)
+        return trainer.validate(module, datamodule=data, verbose=False)[0]["validation/score"], module
+
+
+def resumed_fit(
+    checkpoint: Path, model_dir: Path, data_files: dict[str, str], **options: Any
+) -> tuple[Trainer, FineTuneModule]:
+    """A module validated after six steps of `fit`, the last three by another trainer from a checkpoint."""
+    options["schedule_steps"] = 6
+    with quiet_lightning():
+        fitted(model_dir, data_files, 3, **options)[0].save_checkpoint(checkpoint)
+        torch.manual_seed(99)
+        trainer, module, data = fitted(model_dir, data_files, ckpt_path=checkpoint, **options)
+        trainer.validate(module, datamodule=data, verbose=False)
+    return trainer, module
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from lightning import Trainer
+from qratk.training.module import FineTuneModule
+from qratk.components import REGISTRIES as R
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.loop import SearchLoop
+from qratk.reporting.terminal import TerminalReporter
+torch.set_num_threads(1)
+run_dir, model, train, validation, test, cohort = sys.argv[1:]
+make = lambda kind, name, **options: R[kind].create(name, **options)
+module = FineTuneModule(model, learning_rate=1e-2, lora_dropout=0.1)
+data = MultipleChoiceData(train, validation=validation, test=test, batch_size=4, score="log_likelihood")
+loop = SearchLoop(
+    evaluator=make("evaluators", "finetune", cohort=int(cohort)), searcher=make("searchers", "nsga2", offspring=3),
+    refiner=make("refiners", "trust_region", max_evaluations=2), surrogate=make("surrogates", "huber"),
+    mutations=[make("mutations", "sensitivity"), make("mutations", "coupled")], repair=make("repairs", "greedy"),
+    bits_importance=make("estimators", "fisher_residual"), rank_importance=make("estimators", "gradient_spectrum"),
+    bits=[2, 4], ranks=[2, 4], like=[4, 2], steps=[1, 2], generations=2, high_fidelity_candidates=1,
+)
+loop.run(run_dir=Path(run_dir), reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
+"""
+
+
+def start(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: int) -> subprocess.Popen[str]:
+    paths = [str(run_dir), str(model_dir), *(data_files[name] for name in ("train", "validation", "test")), str(cohort)]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *paths],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def measured(run_dir: Path) -> list[tuple[Any, ...]]:
+    with Journal(run_dir) as journal:
+        return [
+            (str(e.configuration), e.steps, e.score, e.outcomes, r.candidate.origin)
+            for r in journal.records
+            for e in [r.evaluation]
+        ]
