@@ -18,17 +18,25 @@ from typing import TYPE_CHECKING, Any
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
-    from qratk.testing._torch_contracts import EstimatorContract, QuantizerContract
+    from qratk.testing._torch_contracts import VOCABULARY, EstimatorContract, QuantizerContract, tiny_batches
     from qratk.testing.contracts import (
+        CASES,
+        LADDER,
         CrossoverContract,
         MutationContract,
         RefinerContract,
         RepairContract,
         SearcherContract,
         SurrogateContract,
+        default_proposer,
+        failed,
+        promoted,
     )
 
 __all__ = [
+    "CASES",
+    "LADDER",
+    "VOCABULARY",
     "CrossoverContract",
     "EstimatorContract",
     "MutationContract",
@@ -39,17 +47,22 @@ __all__ = [
     "SurrogateContract",
     "ToyEvaluator",
     "ToyLandscape",
+    "default_proposer",
+    "failed",
+    "promoted",
+    "tiny_batches",
     "toy_problem",
 ]
 
+_WITH_TORCH = ("VOCABULARY", "EstimatorContract", "QuantizerContract", "tiny_batches")
+
 
 def __getattr__(name: str) -> Any:
-    """The contract suites, imported when first asked for, with pytest's readable assertions."""
-    if not name.endswith("Contract") or name not in __all__:
+    """The contract suites and their helpers, imported when first asked for, with pytest's readable assertions."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    # Apart, so that suites without torch stay without it.
-    module = "_torch_contracts" if name in ("EstimatorContract", "QuantizerContract") else "contracts"
+    module = "_torch_contracts" if name in _WITH_TORCH else "contracts"  # suites without torch stay without it
     pytest.register_assert_rewrite(f"{__name__}.{module}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

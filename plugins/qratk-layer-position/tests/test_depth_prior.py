@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from qratk_layer_position import DepthPrior
 
-from qratk.core import ConfigurationError
-from qratk.estimators.base import estimators
+from qratk import REGISTRIES, ConfigurationError
 from qratk.testing import EstimatorContract
 
 
@@ -46,4 +45,4 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float]) -> No
 
 
 def test_it_is_found_by_its_name() -> None:
-    assert isinstance(estimators.create("depth_prior", power=1.0), DepthPrior)
+    assert isinstance(REGISTRIES["estimators"].create("depth_prior", power=1.0), DepthPrior)

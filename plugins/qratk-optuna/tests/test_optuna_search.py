@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from qratk_optuna import OptunaSearch, standings
 
-from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Evaluation, FidelityLadder, History, Request
-from qratk.core.problem import Problem
-from qratk.searchers.base import GlobalSearcher, searchers
-from qratk.testing import SearcherContract
-from qratk.testing.contracts import CASES, LADDER, default_proposer, failed, promoted
-from qratk.testing.toy import ToyEvaluator, toy_problem
+from qratk import (
+    REGISTRIES,
+    Configuration,
+    ConfigurationError,
+    Evaluation,
+    FidelityLadder,
+    GlobalSearcher,
+    History,
+    Problem,
+    Request,
+)
+from qratk.testing import CASES, LADDER, SearcherContract, ToyEvaluator, default_proposer, failed, promoted, toy_problem
 
 
 class SmallerContract(SearcherContract):
@@ -200,4 +204,4 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, object], said
 
 
 def test_it_is_found_by_its_name() -> None:
-    assert isinstance(searchers.create("optuna", sampler="random"), OptunaSearch)
+    assert isinstance(REGISTRIES["searchers"].create("optuna", sampler="random"), OptunaSearch)

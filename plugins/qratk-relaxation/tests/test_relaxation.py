@@ -17,17 +17,19 @@ from qratk_relaxation._gates import Gates, gumbel_softmax, limits_of
 from qratk_relaxation._mixture import MixtureMatmul, Weights, gated
 from qratk_relaxation._training import Price
 
-from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError, SearchError
-from qratk.core.evaluation import FidelityLadder, History
-from qratk.core.problem import Problem
-from qratk.evaluators.base import EvaluationContext
-from qratk.mutations.proposer import Proposer
-from qratk.searchers.base import GlobalSearcher, searchers
-from qratk.testing import SearcherContract
-from qratk.testing._torch_contracts import VOCABULARY, tiny_batches
-from qratk.testing.contracts import CASES, LADDER, default_proposer
-from qratk.testing.toy import toy_problem
+from qratk import (
+    REGISTRIES,
+    Configuration,
+    ConfigurationError,
+    EvaluationContext,
+    FidelityLadder,
+    GlobalSearcher,
+    History,
+    Problem,
+    Proposer,
+    SearchError,
+)
+from qratk.testing import CASES, LADDER, VOCABULARY, SearcherContract, default_proposer, tiny_batches, toy_problem
 
 pytestmark = [
     # Importing hqq makes torch warn of its own use of torch.jit.
@@ -42,8 +44,7 @@ def tiny_backbone(num_layers: int, bits: tuple[int, ...]) -> Any:
     """A random Llama whose bank holds these bit-widths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qratk.backbone.backbone import Backbone
-    from qratk.quantizers.base import quantizers
+    from qratk import REGISTRIES, Backbone
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -53,7 +54,7 @@ def tiny_backbone(num_layers: int, bits: tuple[int, ...]) -> Any:
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.1,
             )
         )  # fmt: skip
-    chosen = {b: quantizers.create("none" if b == 16 else "hqq") for b in bits}
+    chosen = {b: REGISTRIES["quantizers"].create("none" if b == 16 else "hqq") for b in bits}
     backbone = Backbone.from_model(model, quantizers=chosen, compute_dtype="float32", bank_dir=None)
     backbone.build_bank(bits)
     return backbone
@@ -277,12 +278,7 @@ RISES = (0.019, 0.000, 0.001, 0.000, 0.001, 0.001, 0.002, 0.003, 0.003, 0.001, 0
 def test_gates_give_more_bits_to_the_sensitive_layers_of_the_embedded_model(tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 
-    from qratk.core.memory import resolve_budget
-    from qratk.core.problem import Importance
-    from qratk.core.space import SearchSpace
-    from qratk.embedded.datamodule import EmbeddedData
-    from qratk.evaluators.finetune import FineTuneEvaluator
-    from qratk.training.module import FineTuneModule
+    from qratk import EmbeddedData, FineTuneEvaluator, FineTuneModule, Importance, SearchSpace, resolve_budget
 
     module, data = FineTuneModule("embedded", learning_rate=5e-3, bank_dir=None), EmbeddedData(batch_size=16)
     given = EvaluationContext(tmp_path, FidelityLadder((40,)), 0, module, data, say=lambda text: None)
@@ -345,4 +341,4 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: s
 
 
 def test_it_is_found_by_its_name() -> None:
-    assert isinstance(searchers.create("relaxation", steps=3), Relaxation)
+    assert isinstance(REGISTRIES["searchers"].create("relaxation", steps=3), Relaxation)

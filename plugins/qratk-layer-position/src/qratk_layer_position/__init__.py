@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.errors import ConfigurationError
-from qratk.estimators.base import ImportanceEstimator
+from qratk import ConfigurationError, ImportanceEstimator
 
 if TYPE_CHECKING:
-    from qratk.training.module import FineTuneModule
+    from qratk import FineTuneModule
 
 __all__ = ["DepthPrior"]
 

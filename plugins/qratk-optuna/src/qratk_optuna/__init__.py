@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, FidelityLadder, History
-from qratk.core.problem import Problem
-from qratk.mutations.proposer import Proposer
-from qratk.searchers.generations import GenerationSearcher
+from qratk import (
+    Candidate,
+    Configuration,
+    ConfigurationError,
+    FidelityLadder,
+    GenerationSearcher,
+    History,
+    Problem,
+    Proposer,
+)
 
 if TYPE_CHECKING:
     from qratk_optuna._study import Board

@@ -13,10 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from qratk.core.configuration import KNOBS, Configuration
-from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import History
-from qratk.core.problem import Problem
+from qratk import KNOBS, Configuration, ConfigurationError, History, Problem
 from qratk_optuna import standings
 
 if TYPE_CHECKING:

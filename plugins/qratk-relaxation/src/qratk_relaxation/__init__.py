@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import KNOBS, Configuration
-from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Candidate, FidelityLadder, History
-from qratk.core.problem import Problem
-from qratk.mutations.proposer import Proposer
-from qratk.searchers.generations import GenerationSearcher
+from qratk import (
+    KNOBS,
+    Candidate,
+    Configuration,
+    ConfigurationError,
+    FidelityLadder,
+    GenerationSearcher,
+    History,
+    Problem,
+    Proposer,
+)
 
 if TYPE_CHECKING:
-    from qratk.evaluators.base import EvaluationContext
+    from qratk import EvaluationContext
 
 __all__ = ["Relaxation"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qratk.core.configuration import KNOBS
+from qratk import KNOBS
 
 if TYPE_CHECKING:
-    from qratk.core.problem import Problem
+    from qratk import Problem
 
 
 class Gates(nn.Module):

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qratk.adapters.lora import AdapterOptions, initial_a
+from qratk import AdapterOptions, initial_a
 
 if TYPE_CHECKING:
-    from qratk.backbone.backbone import Backbone
-    from qratk.bank.linear import BankLinear
+    from qratk import Backbone, BankLinear
 
 
 @dataclass

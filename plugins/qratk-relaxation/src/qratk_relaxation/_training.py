@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qratk.backbone.logits import training_losses
-from qratk.core.errors import SearchError
+from qratk import SearchError, training_losses
 from qratk_relaxation._gates import Gates, Limits, limits_of
 from qratk_relaxation._mixture import Weights, gated
 
 if TYPE_CHECKING:
-    from qratk.backbone.backbone import Backbone
-    from qratk.core.problem import Problem
+    from qratk import Backbone, Problem
     from qratk_relaxation import Relaxation
 
 
