@@ -29,16 +29,17 @@ from transformers.utils.logging import disable_progress_bar
 from qratk import _names
 from qratk.core.errors import ConfigurationError
 from qratk.core.result import SearchResult
+from qratk.core.text import without_secrets
 from qratk.data.base import TaskData
 from qratk.data.instruction import InstructionData
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.data.text import TextData
 from qratk.embedded.datamodule import EmbeddedData
 from qratk.loop import SearchLoop
-from qratk.reporting._atomic import write_atomically
-from qratk.reporting._text import without_secrets
 from qratk.reporting.base import Reporter
 from qratk.reporting.standard import standard_reporters
+from qratk.run import files
+from qratk.run.atomic import write_atomically
 from qratk.training.module import FineTuneModule
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
@@ -267,7 +268,7 @@ class QratkCLI(LightningCLI):
         config = self.resolved()
         save_config(config, run_dir)
         reporter = self._reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
-        go_on = f"qratk search --config {run_dir / 'config.yaml'} --run_dir {run_dir}"
+        go_on = f"qratk search --config {run_dir / files.CONFIG} --run_dir {run_dir}"
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
                 model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=deciding(config)
@@ -366,7 +367,7 @@ def choose_run_dir(given: str | None, *, name: str) -> Path:
 
 def save_config(config: dict[str, Any], run_dir: Path) -> None:
     """Write `config.yaml` of a run; one that is there stays, for what was measured belongs to it."""
-    path = run_dir / "config.yaml"
+    path = run_dir / files.CONFIG
     if path.exists():
         return
     run_dir.mkdir(parents=True, exist_ok=True)

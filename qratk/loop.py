@@ -1,7 +1,7 @@
 """The search: baselines, a global phase, a local phase, an answer (AutoQRA).
 
 `SearchLoop` holds the settings; one `_Search` is one run of them. The loop knows strategies only by their contracts. It
-is resumed by running it again: the journal answers what was measured and decided before (see `qratk.journal`).
+is resumed by running it again: the journal answers what was measured and decided before (see `qratk.run.journal`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from qratk.core.errors import ConfigurationError, SearchError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request, SurrogateQuality
 from qratk.core.memory import Budget, MemoryModel, Scope, format_bytes, resolve_budget
 from qratk.core.pareto import ParetoFront, fronts
+from qratk.core.plain import request_data, request_of
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.space import SearchSpace
 from qratk.core.utility import Utility
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import EvaluationContext, Evaluator
-from qratk.journal import Journal
 from qratk.mutations.base import MutationOperator
 from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
 from qratk.reporting.base import Reporter
+from qratk.run.journal import Journal
 from qratk.searchers.base import GlobalSearcher
 from qratk.statistics import paired_comparison, top3_hit_rates
 from qratk.surrogates.base import PromotionSurrogate
@@ -643,12 +644,12 @@ class _Search:
                 "rng": rng.bit_generator.state,
                 "proposals": self.proposer.counts.state(),
             }
-            self.journal.decide(key, {"requests": [_plain(r) for r in requests], **state})
+            self.journal.decide(key, {"requests": [request_data(r) for r in requests], **state})
             return requests
         strategy.restore(saved["strategy"])
         rng.bit_generator.state = saved["rng"]
         self.proposer.counts.restore(saved["proposals"])
-        return tuple(_request(data) for data in saved["requests"])
+        return tuple(request_of(data) for data in saved["requests"])
 
     def _prune(self) -> None:
         """Delete checkpoints that nothing will continue or report."""
@@ -686,14 +687,3 @@ class _Search:
             yield
         finally:
             self.seconds[stage] += time.monotonic() - began  # type: ignore[assignment]
-
-
-def _plain(request: Request) -> dict[str, Any]:
-    candidate = request.candidate
-    return {**asdict(candidate), "configuration": str(candidate.configuration), "steps": request.steps}
-
-
-def _request(data: Mapping[str, Any]) -> Request:
-    fields = {**data, "configuration": Configuration.from_text(data["configuration"])}
-    steps = fields.pop("steps")
-    return Request(Candidate(**{**fields, "parents": tuple(fields["parents"])}), steps)

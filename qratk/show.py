@@ -14,6 +14,7 @@ from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError, RunDirectoryError, UnknownComponentError
 from qratk.core.memory import format_bytes
 from qratk.registry import REQUIRED, Option, Registry
+from qratk.run import files
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def gain_text(result: dict[str, Any], bits: int) -> str:
 
 
 def _result(run: Path) -> dict[str, Any]:
-    path = run / "result.json"
+    path = run / files.RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -34,6 +34,7 @@ NEVER = {"cli", "__main__", "show", "loop", "export", "compare"}
 BELOW: dict[str, set[str]] = {
     "core": {"core"},
     "registry": {"core", "registry"},
+    "run": {"core", "run"},
     "components": {"registry", *OPEN_SETS},
     **{part: {"core", "registry", "quantizers", "embedded", *MODEL} for part in MODEL},
     "data": {"core", "registry", "quantizers", "data"},
@@ -124,7 +125,7 @@ def is_light(path: Path) -> bool:
     inside = path.relative_to(ROOT).parts
     if inside[0] == "testing" and inside[-1].startswith("_torch"):
         return False  # suites of strategies that need torch, imported when asked for
-    if inside[0] in ("core", "registry.py", "components.py", "loop.py", "__init__.py", "testing"):
+    if inside[0] in ("core", "run", "registry.py", "components.py", "loop.py", "__init__.py", "testing"):
         return True
     return inside[0] in {*STRATEGIES, "evaluators"} and len(inside) == 2
 

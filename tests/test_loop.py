@@ -31,9 +31,9 @@ from qratk.core.result import (
     SearchResult,
 )
 from qratk.estimators.base import ImportanceEstimator
-from qratk.journal import Journal
 from qratk.loop import SearchLoop
 from qratk.reporting.base import Reporter
+from qratk.run.journal import Journal
 from qratk.testing import ToyEvaluator
 
 

@@ -10,8 +10,8 @@ from qratk.compare import problem_figures, search_figures
 from qratk.compare.drawing import Drawing, NoDataError, Picture, View
 from qratk.compare.read import Comparison
 from qratk.compare.table import to_csv
-from qratk.reporting._atomic import write_atomically
 from qratk.reporting.figures import to_png
+from qratk.run.atomic import write_atomically
 
 DRAWINGS: Final[Mapping[str, Drawing]] = {
     "1a_spread": problem_figures.spread,

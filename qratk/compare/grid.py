@@ -14,9 +14,10 @@ import yaml
 
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.memory import parse_bytes
-from qratk.journal import flatten
-from qratk.reporting._atomic import write_atomically
-from qratk.reporting._text import without_secrets
+from qratk.core.plain import flatten
+from qratk.core.text import without_secrets
+from qratk.run import files
+from qratk.run.atomic import write_atomically
 
 OWN: Final = "own"
 PLAN: Final = "compare.json"
@@ -108,7 +109,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether the search has ended."""
-        return (self.folder / "result.json").exists()
+        return (self.folder / files.RESULT).exists()
 
     @property
     def state(self) -> str:
@@ -117,7 +118,7 @@ class Cell:
             return "finished"
         if (self.folder / FAILURE).exists():
             return "failed"
-        return "begun" if (self.folder / "journal.sqlite").exists() else "new"
+        return "begun" if (self.folder / files.JOURNAL).exists() else "new"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qratk.compare.drawing import (
     spearman,
 )
 from qratk.compare.read import Measured, Outcome
-from qratk.reporting._text import short_names
+from qratk.core.text import short_names
 from qratk.reporting.figures import BLACK, BLUE, GREY, ORANGE, RED, SKY, layer_ticks, legend, new_figure
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from qratk.reporting._text import clean, duration
+from qratk.core.text import clean, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -12,8 +12,8 @@ from qratk.compare.grid import FAILURE, LOG, Cell, Grid
 from qratk.compare.pool import Pool
 from qratk.compare.progress import CellProgress
 from qratk.compare.worker import Answer, Task
-from qratk.reporting._atomic import write_atomically
-from qratk.reporting._text import clean
+from qratk.core.text import clean
+from qratk.run.atomic import write_atomically
 
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

@@ -24,7 +24,7 @@ from qratk.compare.drawing import (
 )
 from qratk.compare.read import Measured, Outcome
 from qratk.compare.table import difference
-from qratk.journal import flatten
+from qratk.core.plain import flatten
 from qratk.reporting.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 from qratk.compare.read import UNFINISHED, Comparison, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
-from qratk.reporting._atomic import write_atomically
-from qratk.reporting._text import clean, duration
+from qratk.core.text import clean, duration
+from qratk.run.atomic import write_atomically
 from qratk.statistics import hierarchical_interval, mean_interval
 
 ACCURACY: Final = ("acc", "accuracy")

@@ -26,6 +26,7 @@ from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
+from qratk.run import files
 
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
@@ -411,7 +412,7 @@ class FineTuneEvaluator(Evaluator):
         return next((rung for rung, _ in self._stored(request.configuration, request.steps - 1)), 0)
 
     def _path(self, configuration: Configuration, steps: int) -> Path:
-        return self.context.run_dir / "checkpoints" / configuration.digest / str(steps)
+        return self.context.run_dir / files.CHECKPOINTS / configuration.digest / str(steps)
 
     def _trainer(self, **options: Any) -> Any:
         quiet = {

@@ -16,6 +16,7 @@ from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 from qratk.evaluators._landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
+from qratk.run import files
 
 Array = NDArray[np.float64]
 
@@ -131,7 +132,7 @@ class SimulatedEvaluator(Evaluator):
             footprint,
             tuple(outcomes.tolist()),
             steps * self.seconds_per_step,
-            checkpoint=f"checkpoints/{configuration.digest}-{steps}",
+            checkpoint=f"{files.CHECKPOINTS}/{configuration.digest}-{steps}",
         )
 
     def _outcomes(self, configuration: Configuration, steps: int) -> Array:

@@ -17,7 +17,7 @@ from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Importance
 from qratk.core.result import Record, SearchResult
 from qratk.core.space import SearchSpace
-from qratk.reporting._text import label, short_names
+from qratk.core.text import label, short_names
 from qratk.reporting.tracker import Tracker
 
 if TYPE_CHECKING:

@@ -32,10 +32,11 @@ from qratk.core.result import (
     SearchPlan,
     SearchResult,
 )
-from qratk.reporting._atomic import write_atomically
-from qratk.reporting._text import clean, without_secrets
+from qratk.core.text import clean, without_secrets
 from qratk.reporting.base import Reporter
 from qratk.reporting.tracker import Tracker, budget_bytes
+from qratk.run import files
+from qratk.run.atomic import write_atomically
 
 COLUMNS = (
     "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
@@ -73,7 +74,7 @@ class RunFiles(Reporter):
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files that exist by now."""
-        names = ("evaluations.csv", "front.json", "best.yaml", "result.json")
+        names = (files.EVALUATIONS, files.FRONT, files.BEST, files.RESULT)
         return tuple(path for path in (self._folder / name for name in names) if path.exists())
 
     def started(self, plan: SearchPlan) -> None:
@@ -98,7 +99,7 @@ class RunFiles(Reporter):
         self._rows.append(line)
         with self._writing():
             if not self._pending:
-                _append(self._folder / "evaluations.csv", line)
+                _append(self._folder / files.EVALUATIONS, line)
             elif not tracker.replaying:
                 self._refresh()
 
@@ -119,7 +120,7 @@ class RunFiles(Reporter):
             self._write_table()
             self._write_front(result.front)
             self._write_best(result.best)
-            write_atomically(self._folder / "result.json", to_json(result_data(result)))
+            write_atomically(self._folder / files.RESULT, to_json(result_data(result)))
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -139,15 +140,15 @@ class RunFiles(Reporter):
         self._write_best(tracker.best)
 
     def _write_table(self) -> None:
-        write_atomically(self._folder / "evaluations.csv", "".join(self._rows))
+        write_atomically(self._folder / files.EVALUATIONS, "".join(self._rows))
 
     def _write_front(self, front: ParetoFront) -> None:
-        write_atomically(self._folder / "front.json", to_json(front_data(self._known().plan, front)))
+        write_atomically(self._folder / files.FRONT, to_json(front_data(self._known().plan, front)))
 
     def _write_best(self, best: Evaluation | None) -> None:
         if best is not None:
             text = best_text(self._known().plan.problem, best, self._fit_config)
-            write_atomically(self._folder / "best.yaml", text)
+            write_atomically(self._folder / files.BEST, text)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

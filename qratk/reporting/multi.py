@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.reporting._text import clean
+from qratk.core.text import clean
 from qratk.reporting.base import Reporter
 
 _log = logging.getLogger("qratk")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.reporting._atomic import write_atomically
 from qratk.reporting._throttle import Throttle
 from qratk.reporting.base import Reporter
 from qratk.reporting.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
 from qratk.reporting.tracker import Tracker
+from qratk.run import files
+from qratk.run.atomic import write_atomically
 
 
 @final
@@ -58,13 +59,13 @@ class Pictures(Reporter):
             return
         problem, space = tracker.plan.problem, tracker.plan.problem.space
         with self._throttle.drawing():
-            self._write("front.png", to_png(front_figure(parts)))
+            self._write(files.FRONT_PICTURE, to_png(front_figure(parts)))
             picture = progress_figure(tracker.records, tracker.plan.ladder.highest, baseline=tracker.best_baseline)
-            self._write("progress.png", to_png(picture))
+            self._write(files.PROGRESS_PICTURE, to_png(picture))
             if parts.best is not None:
                 best = parts.best.configuration
                 picture = allocation_figure(best, space.layer_names, importance=problem.importance, space=space)
-                self._write("allocation.png", to_png(picture))
+                self._write(files.ALLOCATION_PICTURE, to_png(picture))
 
     def _write(self, name: str, data: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

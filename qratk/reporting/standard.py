@@ -12,6 +12,7 @@ from qratk.reporting.multi import Reporters
 from qratk.reporting.pictures import Pictures
 from qratk.reporting.tensorboard import TensorBoardReporter
 from qratk.reporting.terminal import TerminalReporter
+from qratk.run import files
 
 
 def standard_reporters(
@@ -29,5 +30,5 @@ def standard_reporters(
     if pictures:
         reporters.append(Pictures(folder))
     if tensorboard:
-        reporters.append(TensorBoardReporter(folder / "tensorboard"))
+        reporters.append(TensorBoardReporter(folder / files.TENSORBOARD))
     return Reporters([*reporters, TerminalReporter(stream, plain, run_dir=folder)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.reporting._text import clean
+from qratk.core.text import clean
 from qratk.reporting._throttle import Throttle
 from qratk.reporting.base import Reporter
 from qratk.reporting.figures import MIB, FrontParts, allocation_figure, front_figure, to_array

@@ -25,9 +25,10 @@ from qratk.core.result import (
     SearchPlan,
     SearchResult,
 )
-from qratk.reporting._text import clean, duration, label
+from qratk.core.text import clean, duration, label
 from qratk.reporting.base import Reporter
 from qratk.reporting.tracker import Tracker, budget_bytes
+from qratk.run import files
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 _LEVELS = "▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = ".:-=+*#@"
 _MAX_STRIP_ROWS = 3
-FILES = (
-    "config.yaml", "journal.sqlite", "evaluations.csv", "front.json", "best.yaml", "result.json", "front.png",
-    "allocation.png", "progress.png", "tensorboard", "checkpoints",
-)  # fmt: skip
 _MESSAGES = 3
 _LONG = 200
 
@@ -466,7 +463,7 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
     if result.seconds:
         yield "time", ", ".join(f"{clean(stage)} {duration(seconds)}" for stage, seconds in result.seconds.items())
     if run_dir is not None:
-        yield f"files in {run_dir}", ", ".join(name for name in FILES if (run_dir / name).exists()) or "none"
+        yield f"files in {run_dir}", ", ".join(name for name in files.ALL if (run_dir / name).exists()) or "none"
 
 
 _HEADS = ("", "configuration", "score", "bytes (of the budget)", "bits / rank", "best minus it [interval]")

@@ -17,7 +17,7 @@ from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Req
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
-from qratk.journal import Journal
+from qratk.run.journal import Journal
 from qratk.training.module import FineTuneModule
 
 LADDER = FidelityLadder((2, 4, 6))

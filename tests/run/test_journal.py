@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qratk.core import Candidate, Configuration, Evaluation, Footprint, RunDirectoryError
-from qratk.journal import Journal, flatten
+from qratk.run import files
+from qratk.run.journal import Journal, read_journal
 
 FOOTPRINT = Footprint(weights=10, metadata=2, adapters=3, fixed=5, training_bytes=40, serving_bytes=30)
 
@@ -116,5 +118,98 @@ def test_a_full_disk_ends_in_an_error_that_says_what_to_do(tmp_path: Path) -> No
         assert len(journal) == kept
 
 
-def test_flatten_joins_keys_with_dots() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+def test_what_a_running_search_has_recorded_can_be_read_beside_it(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.bind("content", {"model": "abc"})
+        written = journal.append(candidate(), evaluation())
+        journal.decide("a", [1])
+        found = read_journal(journal.path)
+    assert found == read_journal(journal.path)
+    assert found.records == (written,)
+    assert found.decisions == {"a": "[1]"}
+    assert found.meta["content.model"] == '"abc"'
+
+
+def test_a_score_of_minus_zero_is_no_damage(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.append(candidate(), evaluation(score=-0.0))
+    assert read_journal(journal.path).records[0].evaluation.score == 0.0
+
+
+def finished(folder: Path) -> Path:
+    with Journal(folder) as journal:
+        journal.bind("config", {"search": {"seed": 0, "bits": [2, 4]}})
+        for steps in range(11, 31):
+            journal.append(candidate(), evaluation(steps=steps, score=steps / 7))
+            journal.decide(f"generation/{steps}", {"rng": 2**127 + steps, "requests": ["4:8"] * 20})
+    return folder / files.JOURNAL
+
+
+@pytest.mark.parametrize("size", [1, 16, 400])
+def test_a_damaged_journal_is_unharmed_or_refused_in_one_message(tmp_path: Path, size: int) -> None:
+    path = finished(tmp_path)
+    whole, before = path.read_bytes(), read_journal(path)
+    rng = np.random.default_rng(size)
+    messages = []
+    for _ in range(40):
+        at = int(rng.integers(len(whole)))
+        path.write_bytes(whole[:at] + rng.bytes(size) + whole[at + size :])
+        for opened in (read_journal, lambda path: Journal(path.parent).close()):
+            try:
+                assert opened(path) in (before, None)
+            except RunDirectoryError as error:
+                messages.append(str(error))
+    assert len(messages) > 10
+    assert all(str(path) in message for message in messages)
+
+
+def test_a_journal_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    whole = path.read_bytes()
+    for length in range(100, len(whole), 1500):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RunDirectoryError, match="no usable journal"):
+            read_journal(path)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE evaluations SET score = 0.5 WHERE position = 3",
+        "UPDATE decisions SET value = '[]' WHERE key = 'generation/12'",
+        "DELETE FROM evaluations WHERE position = 19",
+        "DELETE FROM checks WHERE part = 'decisions'",
+        "DROP TABLE decisions",
+    ],
+)
+def test_a_journal_that_somebody_edited_is_refused(tmp_path: Path, statement: str) -> None:
+    path = finished(tmp_path)
+    with sqlite3.connect(path) as database:
+        database.execute(statement)
+    database.close()
+    for opened in (read_journal, lambda path: Journal(path.parent)):
+        with pytest.raises(RunDirectoryError, match="no usable journal"):
+            opened(path)
+
+
+def test_a_journal_from_before_digests_opens_and_has_them_from_then_on(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    before = read_journal(path)
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE checks")
+    database.close()
+    assert read_journal(path) == before
+    Journal(tmp_path).close()
+    assert read_journal(path) == before
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT count(*) FROM checks").fetchone() == (20 + 20 + 3,)
+        database.execute("UPDATE evaluations SET seconds = 7 WHERE position = 3")
+    database.close()
+    with pytest.raises(RunDirectoryError, match="no usable journal"):
+        read_journal(path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        Journal(tmp_path / "run")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qratk.core import Configuration
-from qratk.reporting._text import clean, duration, label, short_names
+from qratk.core.text import clean, duration, label, short_names
 
 
 @pytest.mark.parametrize(
