@@ -35,6 +35,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=("plain", "avx512_bf16"))
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with bitsandbytes as on a processor without AVX512-BF16, and as on one with it."""
+    from processors import imitate
+
+    imitate(request.param, monkeypatch)
+    kind: str = request.param
+    return kind
+
+
 @pytest.fixture(autouse=True)
 def _no_process_group_is_left() -> Iterator[None]:
     """A process group that a test leaves behind would make Lightning warn in every later one of the same worker."""

@@ -64,18 +64,29 @@ class NF4Quantizer(Quantizer):
             compress_statistics=self.double_quantization,
             quant_type="nf4",
         )
-        packed = {self.CODES: codes, "absmax": state.absmax}
-        if self.double_quantization:
-            packed |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
-        return packed
+        return self.packed_of(codes, state)
 
     def dequantize(
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Weight (d_out, d_in), by bitsandbytes' own function."""
+        """Weight (d_out, d_in), by bitsandbytes' own function.
+
+        On CPUs with AVX512 that function takes every row to begin with a block of its own. Where blocks go on from one
+        row to the next it is asked for one long row instead: the same numbers, in the same order.
+        """
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(packed[self.CODES], self.quant_state(packed, shape, dtype))
+        whole_blocks = shape[1] % self.block_size == 0
+        # An odd row is dequantised by another kernel, which is right as it is.
+        asked = shape if whole_blocks or shape[1] % 2 else (1, shape[0] * shape[1])
+        return dequantize_4bit(packed[self.CODES], self.quant_state(packed, asked, dtype)).reshape(shape)
+
+    def packed_of(self, codes: torch.Tensor, state: Any) -> dict[str, torch.Tensor]:
+        """The packed tensors, shared and not copied, of codes and their `QuantState`."""
+        packed = {self.CODES: codes, "absmax": state.absmax}
+        if self.double_quantization:
+            packed |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+        return packed
 
     def quant_state(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Any:
         """bitsandbytes' `QuantState` over the packed tensors (shared, not copied) and the shared code tables."""

@@ -93,6 +93,21 @@ def test_nf4_equals_bitsandbytes_to_the_bit(shape, dtype):
     assert torch.equal(quantizer.dequantize(packed, shape, 4, dtype), dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (32, 96), (48, 80), (33, 65), (6, 10)])
+def test_nf4_reads_back_its_codes_times_their_scales_on_every_processor(shape, dtype, block_size, processor):
+    from bitsandbytes.functional import dequantize_blockwise
+
+    quantizer, count = quantizers.create("nf4", block_size=block_size), shape[0] * shape[1]
+    packed = quantizer.quantize(gaussian(shape), 4)
+    state = quantizer.quant_state(packed, shape, dtype)
+    scales = (dequantize_blockwise(state.absmax, state.state2) + state.offset).repeat_interleave(block_size)[:count]
+    codes = torch.stack((packed["codes"] >> 4, packed["codes"] & 0xF), dim=1).flatten()[:count]
+    expected = (state.code[codes.int()] * scales).to(dtype).reshape(shape)
+    assert torch.equal(quantizer.dequantize(packed, shape, 4, dtype), expected)
+
+
 def test_nf4_code_tables_are_shared_and_counted_once():
     quantizer = quantizers.create("nf4")
     packed = quantizer.quantize(gaussian((64, 64)), 4)
