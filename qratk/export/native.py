@@ -35,11 +35,13 @@ def native_model(
     """Plain Hugging Face model at a configuration: `Linear4bit`, `Linear8bitLt`, `HQQLinear` and `nn.Linear` layers.
 
     They hold copies of the bank's packed codes, so `PeftModel.from_pretrained(native_model(...), adapter_directory)`
-    with an adapter written by `Backbone.save_adapter` gives the backbone's logits to the bit. One thing stands against
-    that: in eval mode bitsandbytes' `Linear8bitLt` quantises activations too (about 0.2 % on logits), on CUDA always.
-    The adapters were trained and scored without that, so by default the 8-bit layers are `WeightOnlyLinear8bitLt`,
-    a subclass that PEFT takes for the original and that multiplies by the dequantised weight in both modes.
-    `int8_activations=True` gives the original, for whoever wants its speed more than equality.
+    with an adapter written by `Backbone.save_adapter` gives the backbone's logits to the bit, on every processor. Two
+    things of bitsandbytes stand against that in eval mode. `Linear8bitLt` quantises activations too (about 0.2 % on
+    logits), on CUDA always; `Linear4bit` multiplies in bfloat16, with scales in bfloat16, on CPUs with AVX512-BF16
+    (about 0.4 % on a layer), where it also repacks its weight in place and takes no layer whose outputs are no multiple
+    of 32. The adapters were trained and scored without that, so the layers are `WeightOnlyLinear8bitLt` and
+    `WeightOnlyLinear4bit`, subclasses that PEFT takes for the originals and that multiply by the dequantised weight in
+    both modes. `int8_activations=True` gives the original at 8 bits, for whoever wants its speed more than equality.
 
     Raises `QuantizationError` when a projection is packed by a quantizer without a native layer, or is not in the bank
     at the wanted bits.
@@ -75,6 +77,20 @@ class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         dtype = x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return dequantized_matmul(x, lambda: Int8Quantizer().dequantize(packed, shape, 8, dtype), bias)
+
+
+class WeightOnlyLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A `Linear4bit` that never repacks its weight: the same product in training and evaluation, on every processor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Product with the dequantised weight in `compute_dtype`, (..., d_out), in the dtype of `x`."""
+        bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
+        state, dtype = self.weight.quant_state, self.compute_dtype
+        quantizer = NF4Quantizer(state.blocksize, state.nested)
+        packed = quantizer.packed_of(self.weight.data, state)
+        shape = (self.out_features, self.in_features)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return dequantized_matmul(x.to(dtype), lambda: quantizer.dequantize(packed, shape, 4, dtype), bias).to(x.dtype)
 
 
 def _native_layer(
@@ -124,11 +140,10 @@ def _int8(bank: BankLinear, variant: Variant, dtype: torch.dtype, activations: b
 def _nf4(bank: BankLinear, variant: Variant, dtype: torch.dtype) -> Any:
     quantizer = variant.quantizer
     assert isinstance(quantizer, NF4Quantizer)
-    # Copies: on CPUs with AVX512-BF16, Linear4bit repacks its weight in place.
     packed = {key: tensor.clone() for key, tensor in variant.packed.items()}
     state = quantizer.quant_state(packed, bank.shape, dtype)
     state.code = state.code.clone()
-    module: Any = bnb.nn.Linear4bit(
+    module: Any = WeightOnlyLinear4bit(
         bank.in_features,
         bank.out_features,
         bias=bank.bias is not None,

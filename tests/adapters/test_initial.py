@@ -308,6 +308,7 @@ def test_what_is_kept_for_a_fit_gives_the_same_logits(
 # Pooled inputs
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_pooled_adapter_is_a_plain_one_with_repeated_columns(
     tiny_backbone: Callable[..., Backbone], tiny_batch: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_allocators_state_is_what_makes_it_so(
     assert evaluated(evaluator, MIXED, 6).outcomes != straight[1].outcomes
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_fit_of_as_many_steps_has_the_score_of_the_search_and_so_has_the_file_in_plain_peft(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_fit_of_as_many_steps_has_the_score_of_the_search_and_so_has_the_file_
         assert not torch.equal(plain(**batch).logits, module(batch))  # the masters are no such thing
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merged_weights_are_those_of_the_stored_adapters(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], rslora: bool

@@ -86,6 +86,7 @@ def test_candidates_side_by_side_have_the_scores_of_one_after_another(
     assert len({round(e.score, 4) for e in together}) > 5
 
 
+@pytest.mark.usefixtures("processor")
 def test_what_a_search_found_is_exported_with_its_own_weights_and_loads_in_plain_peft(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], tiny_batch: dict[str, Any]
 ) -> None:

@@ -31,6 +31,7 @@ def stored_logits(backbone, batch):
         return backbone.model(**batch).logits
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_saved_adapter_over_native_layers_gives_the_same_logits_to_the_bit(family, tiny_backbone, tiny_batch, tmp_path):
     from peft import PeftModel
@@ -42,6 +43,7 @@ def test_saved_adapter_over_native_layers_gives_the_same_logits_to_the_bit(famil
         assert torch.equal(native(**tiny_batch).logits, stored_logits(backbone, tiny_batch))
 
 
+@pytest.mark.usefixtures("processor")
 def test_original_int8_layers_quantise_activations_and_only_agree_roughly(tiny_backbone, tiny_batch):
     backbone = tiny_backbone(bits=(8,))
     configuration = Configuration.uniform(8, 0, 3)
@@ -60,6 +62,7 @@ def test_original_int8_layers_quantise_activations_and_only_agree_roughly(tiny_b
         assert torch.equal(original.train()(**tiny_batch).logits, ours)
 
 
+@pytest.mark.usefixtures("processor")
 def test_native_layers_are_copies_that_leave_the_bank_alone(tiny_backbone, tiny_batch):
     backbone = mixed_backbone(tiny_backbone, "llama")
     expected = stored_logits(backbone, tiny_batch)
@@ -70,6 +73,7 @@ def test_native_layers_are_copies_that_leave_the_bank_alone(tiny_backbone, tiny_
     assert torch.equal(stored_logits(backbone, tiny_batch), expected)
 
 
+@pytest.mark.usefixtures("processor")
 def test_fallbacks_and_plain_statistics_survive_every_export(tiny_backbone, tiny_batch, tmp_path):
     from peft import PeftModel
 
@@ -88,6 +92,49 @@ def test_fallbacks_and_plain_statistics_survive_every_export(tiny_backbone, tiny
     with torch.no_grad():
         assert torch.equal(native(**tiny_batch).logits, expected)
         assert torch.equal(loaded(**tiny_batch).logits, expected)
+
+
+def test_native_4_bit_layers_multiply_as_the_bank_does_in_every_mode_and_keep_their_bytes(
+    processor, tiny_backbone, tiny_batch
+):
+    backbone = tiny_backbone(bits=(4,))
+    configuration = Configuration.uniform(4, 0, 3)
+    backbone.activate(configuration, seed=0)
+    ours, native = stored_logits(backbone, tiny_batch), native_model(backbone, configuration)
+    before = {name: tensor.clone() for name, tensor in native.state_dict().items()}
+    with torch.no_grad():
+        for mode in (True, False, True):
+            assert torch.equal(native.train(mode)(**tiny_batch).logits, ours)
+    after = native.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def original_4_bit_layer(rows, columns):
+    """A layer of bitsandbytes' own, and the weight that it dequantises to."""
+    import bitsandbytes as bnb
+
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
+    layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    return layer.eval(), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def test_original_4_bit_layers_round_to_bfloat16_where_the_processor_can(processor):
+    (layer, weight), x = original_4_bit_layer(64, 128), torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.linear(x, weight)
+    with torch.no_grad():
+        error = float((layer(x) - expected).norm() / expected.norm())
+    assert error == 0 if processor == "plain" else 1e-4 < error < 1e-2
+
+
+def test_original_4_bit_layers_take_no_odd_number_of_outputs_where_the_processor_can(processor):
+    layer, _ = original_4_bit_layer(27, 128)
+    if processor == "plain":
+        assert layer(torch.ones(1, 128)).shape == (1, 27)
+    else:
+        with pytest.raises(AssertionError, match="N must be divisible"):
+            layer(torch.ones(1, 128))
 
 
 def test_a_quantizer_without_a_native_layer_is_refused_with_the_alternatives(tiny_backbone):
