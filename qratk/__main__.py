@@ -30,15 +30,17 @@ class Command:
 
 
 COMMANDS: Final[dict[str, Command]] = {
-    "search": Command("qratk.cli:search", "find bits and ranks under a memory budget"),
-    "plan": Command("qratk.cli:plan", "bytes, evaluations and time of a search, before weights are loaded"),
-    "fit": Command("qratk.cli:fit", "fine-tune one configuration and save its adapter"),
-    "validate": Command("qratk.cli:validate", "score on the validation data"),
-    "test": Command("qratk.cli:test", "score on the test data, and with lm-eval"),
-    "predict": Command("qratk.cli:predict", "predictions for the data's prediction set"),
-    "compare": Command("qratk.compare.command:compare", "recipes, seeds and budgets in one table, with figures"),
-    "gain": Command("qratk.show:gain", "what a finished search won over uniform bits and ranks"),
-    "components": Command("qratk.show:components", "strategies that can be chosen, their options and packages"),
+    "search": Command("qratk.cli.search:search", "find bits and ranks under a memory budget"),
+    "plan": Command("qratk.cli.plan:plan", "bytes, evaluations and time of a search, before weights are loaded"),
+    "fit": Command("qratk.cli.fit:fit", "fine-tune one configuration and save its adapter"),
+    "validate": Command("qratk.cli.validate:validate", "score on the validation data"),
+    "test": Command("qratk.cli.test:test", "score on the test data, and with lm-eval"),
+    "predict": Command("qratk.cli.predict:predict", "predictions for the data's prediction set"),
+    "compare": Command("qratk.cli.compare:compare", "recipes, seeds and budgets in one table, with figures"),
+    "gain": Command("qratk.cli.gain:gain", "what a finished search won over uniform bits and ranks"),
+    "components": Command(
+        "qratk.cli.components:components", "strategies that can be chosen, their options and packages"
+    ),
 }
 
 _EPILOG: Final = """\

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import DataError
-from qratk.core.memory import Budget, Footprint, MemoryModel, format_bytes
+from qratk.core.memory import Budget, Footprint, MemoryModel
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
@@ -228,78 +228,6 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
     return 2.0 * x.shape[0] * d_in * d_out * repeats / timed(repeats)
 
 
-def as_text(plan: Plan) -> str:
-    """The plan for people."""
-    budget = plan.budget
-    cap = "" if budget.max_average_bits is None else f", at most {budget.max_average_bits:g} bits on average"
-    lines = [
-        f"layers       {plan.num_layers} ({plan.parameters:,} weights to quantise)",
-        f"space        10^{plan.log10_size:.1f} configurations",
-        f"budget       {format_bytes(budget.limit_bytes)} ({budget.limit_bytes:,} bytes) of {budget.scope}{cap}"
-        + ("" if plan.binds else "; it never binds"),
-        "",
-        *_table(plan.rows),
-        "",
-        *_peaks(plan),
-        "",
-        f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
-        f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
-        f"time         at least {_duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
-        f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
-        "             multiplications alone, without dequantising, attention and overhead",
-    ]
-    return "\n".join([*lines, *(f"note         {text}" for text in plan.fallbacks)])
-
-
-def _table(rows: Sequence[PlanRow]) -> list[str]:
-    head = ("", "bits:rank", "weights", "metadata", "adapters", "storage", "fixed", "training", "serving", "fits")
-    body = []
-    for row in rows:
-        f = row.footprint
-        sizes = (f.weights, f.metadata, f.adapters, f.storage_bytes, f.fixed, row.training_bytes, f.serving_bytes)
-        name = row.configuration.partition("*")[0]
-        body.append((row.name, name, *map(format_bytes, sizes), "yes" if row.fits else "no"))
-    return _aligned((head, *body))
-
-
-def _peaks(plan: Plan) -> list[str]:
-    """Training peaks by part, and what the search holds besides."""
-    batch = f"{plan.batch[0]} x {plan.batch[1]} tokens, all labelled"
-    if plan.peak_source == "estimate":
-        lines = [f"training     an estimate of the peak of fine-tuning one configuration ({batch})"]
-    else:
-        lines = [f"training     peak of fine-tuning one configuration ({batch}), by part:"]
-        shown = [row for row in plan.rows if row.name == "uniform"]
-        names = list(shown[0].training_parts)
-        body = [
-            (row.name, row.configuration.partition("*")[0], *(format_bytes(row.training_parts[n]) for n in names))
-            for row in shown
-        ]
-        lines += _aligned((("", "bits:rank", *names), *body))
-    if plan.budget.scope == "training" and plan.peak_source == "trace":
-        lines.append(
-            "             the search counts a little more: for every layer, the largest workspace of the space"
-        )
-    memory = plan.search_memory
-    if memory is not None:
-        bits = ", ".join(map(str, memory.bits))
-        lines.append(
-            f"bank         {format_bytes(memory.bank_bytes)}: the packed weights of {bits} bits that a search holds"
-        )
-        if memory.dense_cache != "off":
-            kept = "kept" if memory.dense_cache == "on" else "kept while memory allows"
-            lines.append(f"dense cache  up to {format_bytes(memory.dense_limit)} more a configuration, {kept}")
-    return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in rows
-    ]
-
-
 def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
     if backbone.tokenizer is None:
         return _DEFAULT_LENGTH
@@ -310,10 +238,3 @@ def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
 def _head_parameters(backbone: Backbone) -> int:
     text = backbone.config.get_text_config()
     return int(text.hidden_size) * int(text.vocab_size)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

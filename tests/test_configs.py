@@ -30,18 +30,20 @@ def test_recipe_is_parsed_over_its_base(base, path, monkeypatch):
 
 def build(paths, monkeypatch):
     """The search loop that the command line builds of some files."""
-    from qratk.cli import QratkCLI
+    from qratk.cli.search import SearchCommand
     from qratk.data.base import TaskData
     from qratk.loop import SearchLoop
     from qratk.training.module import FineTuneModule
 
     built = []
-    monkeypatch.setattr(QratkCLI, "search", lambda self, model, datamodule: built.append((model, datamodule, self)))
-    QratkCLI("search", [word for path in paths for word in ("--config", str(path))])
+    monkeypatch.setattr(
+        SearchCommand, "search", lambda self, model, datamodule: built.append((model, datamodule, self))
+    )
+    SearchCommand([word for path in paths for word in ("--config", str(path))])
     ((model, datamodule, cli),) = built
     assert isinstance(model, FineTuneModule)
     assert isinstance(datamodule, TaskData)
-    loop = cli._loop()
+    loop = cli.loop()
     assert isinstance(loop, SearchLoop)
     return loop
 

@@ -30,7 +30,7 @@ OPEN_SETS = (
 )  # fmt: skip
 STRATEGIES = {"estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers"}
 MODEL = ("adapters", "bank", "backbone", "training", "peaks")
-NEVER = {"cli", "__main__", "show", "loop", "export", "compare"}
+NEVER = {"cli", "__main__", "loop", "export", "compare"}
 BELOW: dict[str, set[str]] = {
     "core": {"core"},
     "registry": {"core", "registry"},
@@ -111,11 +111,11 @@ def test_loop_sees_only_the_contracts():
 
 def test_loop_does_not_import_the_commands():
     parts = {other for other, _ in own_parts(imported(ast.parse((ROOT / "loop.py").read_text())))}
-    assert not parts & {"cli", "__main__", "show", "compare", "data", "export", *MODEL}
+    assert not parts & {"cli", "__main__", "compare", "data", "export", *MODEL}
 
 
 def test_only_the_command_imports_the_comparison():
-    for path in (path for path in modules() if part(path) not in ("compare", "__main__")):
+    for path in (path for path in modules() if part(path) not in ("compare", "cli")):
         for other, line in own_parts(imported(ast.parse(path.read_text()))):
             assert other != "compare", f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
 
@@ -145,7 +145,7 @@ def test_light_module_imports_nothing_heavy_at_its_top(path):
         "from qratk.components import REGISTRIES\nfor registry in REGISTRIES.values(): registry.names()",
         "from qratk.testing import ToyEvaluator, toy_problem\ntoy_problem()",
         "import qratk.loop",
-        "import qratk.compare.command, qratk.compare.figures",
+        "import qratk.cli.compare, qratk.compare.figures",
     ],
     ids=["package", "core", "components", "names of all components", "toy problem", "loop", "comparison"],
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qratk import plan
+from qratk.cli.plan import as_text
 from qratk.core.configuration import Configuration
 from qratk.core.errors import InfeasibleBudgetError
 from qratk.recipe import autoqra
@@ -108,7 +109,7 @@ def test_plan_for_machines_is_json_with_the_same_bytes(made):
 
 
 def test_plan_for_people_names_budget_space_and_time(made):
-    text = plan.as_text(made)
+    text = as_text(made)
     assert f"{made.budget.limit_bytes:,} bytes" in text
     assert f"10^{made.log10_size:.1f}" in text
     assert "an estimate" in text
@@ -146,7 +147,7 @@ def test_bank_of_a_search_is_that_of_all_its_bits(made, module):
 
 
 def test_plan_for_people_shows_parts_of_the_peak_and_the_bank(made):
-    text = plan.as_text(made)
+    text = as_text(made)
     assert "all labelled), by part:" in text
     assert "activations" in text
     assert "2, 4, 8, 16 bits that a search holds" in text

@@ -25,7 +25,7 @@ IDENTITY: Final = "cell.json"
 FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
-# Options of the model that say where and how fast it computes, never what (see `cli.deciding`).
+# Options of the model that say where and how fast it computes, never what (see `cli.search.deciding`).
 _EXECUTION: Final = ("bank_dir", "dense_cache")
 
 

@@ -78,12 +78,12 @@ def _release_memory() -> None:
 
 
 def _search(task: Task) -> None:
-    from qratk.cli import run
+    from qratk.cli.search import search
     from qratk.reporting.standard import standard_reporters
 
     full = task.full_reports
     reporters = partial(standard_reporters, plain=True, pictures=full, tensorboard=full)
-    run("search", task.arguments, reporters=reporters)
+    search(task.arguments, reporters=reporters)
 
 
 def _stopped(stop: SystemExit, log: Path) -> Answer:

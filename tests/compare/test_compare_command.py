@@ -100,7 +100,7 @@ def test_interrupt_ends_with_the_command_that_goes_on(files, monkeypatch, capsys
     def interrupted(grid, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qratk.compare.command.run_grid", interrupted)
+    monkeypatch.setattr("qratk.cli.compare.run_grid", interrupted)
     arguments = ["--config", "base.yaml", "--seeds", "0", "1", "--budgets", "[4, 8]", "--run_dir", "out"]
     assert main(["compare", *arguments]) == 130
     goes_on = "qratk compare --config base.yaml --seeds 0 1 --budgets '[4, 8]' --run_dir out"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from example_comparison import compare
 
-from qratk.compare.command import print_table, report
+from qratk.cli.compare import print_table, report
 from qratk.compare.grid import OWN
 from qratk.compare.read import Comparison, Outcome, read_comparison
 from qratk.compare.table import (

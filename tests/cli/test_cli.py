@@ -228,11 +228,12 @@ def test_checkpoints_are_loaded_without_running_code(capsys, config):
 
 
 def test_secrets_are_not_saved(monkeypatch, config, tmp_path):
-    from qratk import cli
+    from qratk.cli import application
+    from qratk.cli.trainer import SearchTrainer
 
-    monkeypatch.setattr(cli.SearchTrainer, "search", lambda self, *a, **options: None)
+    monkeypatch.setattr(SearchTrainer, "search", lambda self, *a, **options: None)
     logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: hidden}}"
-    monkeypatch.setattr(cli, "without_secrets", lambda document: {**document, "cleaned": True})
+    monkeypatch.setattr(application, "without_secrets", lambda document: {**document, "cleaned": True})
     assert main(["search", "--config", config, "--run_dir=run", f"--trainer.logger={logger}"]) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["cleaned"] is True
@@ -240,7 +241,7 @@ def test_secrets_are_not_saved(monkeypatch, config, tmp_path):
 
 
 def test_interrupt_tells_how_to_go_on(monkeypatch, capsys, config):
-    from qratk import cli
+    from qratk.cli.trainer import SearchTrainer
 
     def interrupted(self, *arguments, **options):
         try:
@@ -249,7 +250,7 @@ def test_interrupt_tells_how_to_go_on(monkeypatch, capsys, config):
             raise SystemExit(1) from None  # as Lightning does inside a fit
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli.SearchTrainer, "search", interrupted)
+    monkeypatch.setattr(SearchTrainer, "search", interrupted)
     status, error = failed(capsys, "search", "--config", config, "--run_dir=run")
     assert status == 130
     assert "to go on: qratk search --config run/config.yaml --run_dir run" in error
@@ -257,7 +258,7 @@ def test_interrupt_tells_how_to_go_on(monkeypatch, capsys, config):
 
 
 def test_run_directory_defaults_to_time_and_name(tmp_path):
-    from qratk.cli import choose_run_dir
+    from qratk.cli.search import choose_run_dir
 
     first = choose_run_dir(None, name="mine")
     first.mkdir(parents=True)
@@ -268,7 +269,7 @@ def test_run_directory_defaults_to_time_and_name(tmp_path):
 
 
 def test_fsdp_means_the_strategy_that_shards_adapters() -> None:
-    from qratk.cli import SearchTrainer
+    from qratk.cli.trainer import SearchTrainer
 
     trainer = SearchTrainer(strategy="fsdp", accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     assert type(trainer.strategy).__name__ == "ShardedStrategy"

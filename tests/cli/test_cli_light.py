@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from qratk import __version__, show
+from qratk import __version__
 from qratk.__main__ import COMMANDS, main
+from qratk.cli.components import rows
+from qratk.cli.gain import gain_text
 from qratk.components import REGISTRIES
 
 _PROBE = """
@@ -51,10 +53,10 @@ def test_unknown_command_names_the_nearest(capsys):
 
 def test_components_tells_options_with_defaults(capsys):
     assert main(["components", "searchers", "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == set(REGISTRIES["searchers"].names())
-    assert rows["random"]["options"]["offspring"] == "int = 25"
-    assert rows["random"]["owner"] == "qratk"
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(told) == set(REGISTRIES["searchers"].names())
+    assert told["random"]["options"]["offspring"] == "int = 25"
+    assert told["random"]["owner"] == "qratk"
 
 
 def test_components_of_unknown_kind_is_one_line(capsys):
@@ -72,7 +74,7 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
 
 def test_every_component_has_a_summary():
     for registry in REGISTRIES.values():
-        assert all(row.summary or row.problem for row in show.rows(registry)), registry.kind
+        assert all(row.summary or row.problem for row in rows(registry)), registry.kind
 
 
 def row(configuration: str, score: float, size: int) -> dict:
@@ -90,7 +92,7 @@ def test_gain_is_told_for_the_asked_bits_only():
         ],
         "test_scores": {"8:4 2:8": {"score": 0.7}, "4:8*2": {"score": 0.6}},
     }
-    text = show.gain_text(result, 4)
+    text = gain_text(result, 4)
     assert "over uniform 4:8: +0.2500 [+0.1000, +0.4000] at 90% of its bytes; on test data +0.1000" in text
     assert "2:8" not in text.splitlines()[-1]
 

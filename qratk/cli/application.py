@@ -1,0 +1,181 @@
+"""Lightning's command line on our parser: what all commands that work on a model and data have in common."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from abc import ABC
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from qratk import _names
+from qratk.cli.parser import (
+    COMMANDS,
+    LIGHTNING_COMMANDS,
+    SHARED,
+    YAML_MODE,
+    CommandParser,
+    LmEvalOptions,
+    add_own_arguments,
+    prepare_parsing,
+)
+from qratk.cli.trainer import SearchTrainer
+from qratk.core.errors import ConfigurationError
+from qratk.core.text import without_secrets
+from qratk.data.base import TaskData
+from qratk.loop import SearchLoop
+from qratk.training.module import FineTuneModule
+
+
+class QratkCLI(LightningCLI, ABC):
+    """Builds module, data, trainer and search loop from YAML and the command line, and runs a command.
+
+    One file serves all commands: every command accepts all sections, and builds only what it needs. A command is a
+    subclass with its name in `command`; Lightning calls its methods `before_<command>`, `<command>` and
+    `after_<command>`.
+    """
+
+    command: ClassVar[str]
+
+    def __init__(self, arguments: Sequence[str] = ()) -> None:
+        prepare_parsing()
+        super().__init__(
+            FineTuneModule,
+            TaskData,
+            save_config_callback=SaveCleanConfig,
+            trainer_class=SearchTrainer,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": YAML_MODE, "prog": "qratk", "description": "Commands of qratk."},
+            parser_class=CommandParser,
+            subclass_mode_data=True,
+            trainer_defaults={"use_distributed_sampler": False},  # the data share their batches out themselves
+            args=[self.command, *arguments],
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, with the arguments that the command line does not give."""
+        ours: dict[str, set[str]] = {"search": set(), "plan": set()}
+        return {**LightningCLI.subcommands(), **ours}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections `search` and `lm_eval`."""
+        parser.add_class_arguments(SearchLoop, _names.SECTION, instantiate=False, sub_configs=True)
+        parser.set_defaults({f"{_names.SECTION}.{slot}": value for slot, value in _names.defaults().items()})
+        parser.add_class_arguments(LmEvalOptions, "lm_eval")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the command that was asked for: the parser of each takes about half a second.
+        command = self.command
+        prepared = self._prepare_subcommand_parser(SearchTrainer, command)
+        self._subcommand_parsers = {command: prepared}
+        parser.add_subcommands().add_subcommand(command, prepared)
+        for known in (parser, prepared):
+            assert isinstance(known, CommandParser)
+            known.prog = f"qratk {command}"
+            known.settings = [option.removeprefix("--") for option in prepared._option_string_actions]
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # Ours are prepared by hand: `add_method_arguments` would make a second group named "search".
+        if subcommand in LIGHTNING_COMMANDS:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        else:
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            self._subcommand_method_arguments[subcommand] = []
+        add_own_arguments(parser, subcommand, present=self._subcommand_method_arguments[subcommand])
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; unlike Lightning's, without a warning when arguments are given from Python."""
+        if isinstance(args, dict | Namespace):
+            document = args.as_dict() if isinstance(args, Namespace) else args
+            self.config = parser.parse_object(_names.resolve_document(document, COMMANDS))
+        else:
+            self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning takes the checkpoint's model settings over the given ones in silence: say so. A search or a plan
+        # starts from no checkpoint, even when the file of a fit names one.
+        if self.command not in LIGHTNING_COMMANDS:
+            return
+        given = _plain(self.settings.get("model"))
+        super()._parse_ckpt_path()
+        used = _plain(self.settings.get("model"))
+        for key in (key for key in used if used[key] != given.get(key)):
+            text = f"model.{key}: {used[key]!r} of the checkpoint is used, not {given.get(key)!r}"
+            print(f"qratk {self.command}: {text}", file=sys.stderr)
+
+    @property
+    def settings(self) -> Namespace:
+        """All settings of the command, as parsed."""
+        found: Namespace = self.config[self.command]
+        return found
+
+    def instantiate_classes(self) -> None:
+        """Build what the command needs; strategies of the search are left out where there is none."""
+        needed = self.config.clone()
+        needed[self.command].pop(_names.SECTION)
+        self._build(needed)
+
+    def _build(self, config: Namespace) -> None:
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain data, without secrets and without what names a single run."""
+        text = self._parser(self.command).dump(self.settings, skip_none=False)
+        document = without_secrets(yaml.safe_load(text))
+        return {key: value for key, value in document.items() if key not in ("config", *SHARED)}
+
+
+class SearchingCLI(QratkCLI, ABC):
+    """A command that builds a search: of no run beside those of the search, which save and log by themselves."""
+
+    def __init__(self, arguments: Sequence[str] = ()) -> None:
+        for name in ("lightning.pytorch", "lightning.fabric"):  # two trainers an evaluation have much to say
+            logging.getLogger(name).setLevel(logging.WARNING)
+        super().__init__(arguments)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data, trainer and the strategies of the search."""
+        self.save_config_callback = None  # a search saves its configuration itself, once
+        self._build(self.config.clone())
+
+    def loop(self) -> SearchLoop:
+        """The search that the settings describe."""
+        section = self._get(self.config_init, _names.SECTION)
+        return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
+
+
+class SaveCleanConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        clean = parser.parse_object(without_secrets(config.as_dict()))
+        super().__init__(parser, clean, **{"overwrite": True, **options})
+
+
+def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) -> int:
+    """Exit status of a command with its arguments."""
+    # Classes named in a configuration may live in the working directory; last, so that they shadow nothing.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        command(arguments)
+    except MisconfigurationException as error:
+        raise ConfigurationError(str(error)) from error
+    return 0
+
+
+def _plain(namespace: Any) -> dict[str, Any]:
+    return dict(namespace.as_dict()) if isinstance(namespace, Namespace) else dict(namespace or {})

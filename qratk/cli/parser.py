@@ -1,0 +1,105 @@
+"""The command line's parser: components by their names, one file for all commands, a mistake in one message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from qratk import _names
+from qratk.cli.messages import explained
+from qratk.data.instruction import InstructionData
+from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.data.text import TextData
+from qratk.embedded.datamodule import EmbeddedData
+
+LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
+COMMANDS: Final = (*LIGHTNING_COMMANDS, "search", "plan")
+DATA: Final = (InstructionData, MultipleChoiceData, TextData, EmbeddedData)  # imported, so that their names resolve
+YAML_MODE: Final = "qratk"  # the parser mode: YAML in which components go by their names
+SHARED: Final = {"ckpt_path": str, "weights_only": bool, "verbose": bool, "return_predictions": bool, "run_dir": str}
+"""What one command saves and another must accept: the commands that use it declare it by themselves."""
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """What `qratk test` runs with lm-eval beside the data's own scores.
+
+    Args:
+        tasks: names of lm-eval tasks; none by default.
+        task_folders: folders with task files of your own.
+        limit: only so many items of each task.
+        batch_size: sequences in one pass.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    task_folders: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+
+
+class CommandParser(LightningArgumentParser):
+    """Lightning's parser; components go by their registered names, and a mistake ends in one line."""
+
+    settings: Sequence[str] = ()  # what may be set, to suggest the nearest
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """Namespace of command-line arguments."""
+        given = sys.argv[1:] if args is None else args
+        parsed: Namespace = super().parse_args(_names.resolve_arguments(given), *more, **options)
+        return parsed
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        text = explained(message, self.settings, [cls.__name__ for cls in DATA])
+        print(f"qratk: error: {text}", file=sys.stderr)
+        print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def prepare_parsing() -> None:
+    """Teach jsonargparse our YAML, and keep off what other libraries say that a user cannot act on."""
+    yaml_loader = get_loader("yaml")
+    set_loader(YAML_MODE, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
+    set_dumper(YAML_MODE, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    # Lightning calls methods that jsonargparse has renamed; nothing a user could do.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # Lightning recommends its paid services at every start.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    # PEFT asks transformers for a name that is on its way out; nothing a user could do.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Quantisers are given as plain data and built by the module, from the registry alone.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def add_own_arguments(parser: LightningArgumentParser, command: str, *, present: Sequence[str]) -> None:
+    """Add what a command takes beside the sections; `present` are arguments that Lightning has added."""
+    if command == "plan":
+        parser.add_argument("--json", action="store_true", help="Print the plan for machines.")
+    if "weights_only" in present:  # a checkpoint is data: nothing in it may run
+        parser.set_defaults(weights_only=True)
+    for name, kind in SHARED.items():
+        if name == "run_dir" and command == "search":
+            text = "Folder of the run; one that holds a search continues it. Default: runs/<time>-<name>."
+        else:
+            text = "Accepted so that one file serves all commands; unused here."
+        if name not in present:
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in str(record.msg)
