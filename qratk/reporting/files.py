@@ -5,46 +5,30 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
-import math
 import os
-import platform
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, final
 
 import yaml
 
 from qratk.core.errors import RunDirectoryError
-from qratk.core.evaluation import Evaluation, SurrogateQuality
+from qratk.core.evaluation import Evaluation
 from qratk.core.memory import format_bytes
 from qratk.core.pareto import ParetoFront
+from qratk.core.plain import plain
 from qratk.core.problem import Problem
-from qratk.core.result import (
-    Comparison,
-    GenerationSummary,
-    Progress,
-    Record,
-    RefinementSummary,
-    SearchPlan,
-    SearchResult,
-)
+from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean, without_secrets
 from qratk.reporting.base import Reporter
 from qratk.reporting.tracker import Tracker, budget_bytes
 from qratk.run import files
 from qratk.run.atomic import write_atomically
+from qratk.run.document import FrontDocument, ResultDocument, to_json
 
 COLUMNS = (
     "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
     "average_rank", "seconds", "status", "reason",
-)  # fmt: skip
-LIBRARIES = (
-    "qratk", "bitsandbytes", "botorch", "datasets", "gpytorch", "hqq", "lightning", "lm-eval", "matplotlib", "numpy",
-    "peft", "pymoo", "safetensors", "scipy", "tensorboard", "torch", "torchmetrics", "transformers",
 )  # fmt: skip
 
 
@@ -120,7 +104,7 @@ class RunFiles(Reporter):
             self._write_table()
             self._write_front(result.front)
             self._write_best(result.best)
-            write_atomically(self._folder / files.RESULT, to_json(result_data(result)))
+            write_atomically(self._folder / files.RESULT, to_json(ResultDocument.of(result)))
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -143,7 +127,7 @@ class RunFiles(Reporter):
         write_atomically(self._folder / files.EVALUATIONS, "".join(self._rows))
 
     def _write_front(self, front: ParetoFront) -> None:
-        write_atomically(self._folder / files.FRONT, to_json(front_data(self._known().plan, front)))
+        write_atomically(self._folder / files.FRONT, to_json(FrontDocument.of(self._known().plan, front)))
 
     def _write_best(self, best: Evaluation | None) -> None:
         if best is not None:
@@ -219,181 +203,4 @@ def best_text(problem: Problem, best: Evaluation, fit_config: Mapping[str, Any])
         f"# average bits: {problem.memory.average_bits(best.configuration):.4g}, "
         f"average rank: {problem.memory.average_rank(best.configuration):.4g}",
     )
-    return "\n".join(lines) + "\n" + yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=1000)
-
-
-def evaluation_data(problem: Problem, evaluation: Evaluation) -> dict[str, Any]:
-    """One evaluation as plain data; `bytes` are those of the budget's scope."""
-    configuration = evaluation.configuration
-    return {
-        "configuration": str(configuration),
-        "digest": configuration.digest,
-        "steps": evaluation.steps,
-        "score": evaluation.score,
-        "bytes": budget_bytes(problem, evaluation),
-        "fits": problem.fits(evaluation),
-        "storage_bytes": evaluation.footprint.storage_bytes,
-        "training_bytes": evaluation.footprint.training_bytes,
-        "serving_bytes": evaluation.footprint.serving_bytes,
-        "fixed_bytes": evaluation.footprint.fixed,
-        "average_bits": problem.memory.average_bits(configuration),
-        "average_rank": problem.memory.average_rank(configuration),
-        "seconds": evaluation.seconds,
-        "status": evaluation.status,
-        "reason": clean(evaluation.reason),
-        "checkpoint": evaluation.checkpoint,
-    }
-
-
-def front_data(plan: SearchPlan, front: ParetoFront) -> dict[str, Any]:
-    """The measured front as plain data, by ascending bytes."""
-    return {
-        "scope": front.scope,
-        "limit_bytes": plan.problem.budget.limit_bytes,
-        "steps": plan.ladder.highest,
-        "evaluations": [evaluation_data(plan.problem, e) for e in front.evaluations],
-    }
-
-
-def _comparison_data(problem: Problem, comparison: Comparison) -> dict[str, Any]:
-    return {
-        "baseline": evaluation_data(problem, comparison.baseline),
-        "difference": comparison.difference,
-        "low": comparison.low,
-        "high": comparison.high,
-        "confidence": comparison.confidence,
-    }
-
-
-def _quality_data(quality: SurrogateQuality | None) -> dict[str, Any] | None:
-    if quality is None:
-        return None
-    return {
-        "pairs": quality.pairs,
-        "spearman": quality.spearman,
-        "pearson": quality.pearson,
-        "low_fidelity_spearman": quality.low_fidelity_spearman,
-    }
-
-
-def _generation_data(summary: GenerationSummary) -> dict[str, Any]:
-    return {
-        "generation": summary.number,
-        "hypervolume": summary.hypervolume,
-        "relative_progress": summary.relative_progress,
-        "front_size": len(summary.front),
-        "best_score": None if summary.best is None else summary.best.score,
-        "surrogate": _quality_data(summary.surrogate),
-        "surrogate_used": summary.surrogate_used,
-        "seconds": summary.seconds,
-    }
-
-
-def _refinement_data(summary: RefinementSummary) -> dict[str, Any]:
-    return {
-        "step": summary.number,
-        "best_score": None if summary.best is None else summary.best.score,
-        "improved": summary.improved,
-        "diagnostics": dict(summary.diagnostics),
-        "seconds": summary.seconds,
-    }
-
-
-def result_data(result: SearchResult) -> dict[str, Any]:
-    """All of `result.json` as plain data."""
-    plan, problem = result.plan, result.plan.problem
-    failed = [r for r in result.records if not r.evaluation.ok]
-    return {
-        "name": clean(plan.name),
-        "best": evaluation_data(problem, result.best),
-        "baselines": [evaluation_data(problem, e) for e in result.baselines],
-        "references": [evaluation_data(problem, e) for e in result.references],
-        "comparisons": [_comparison_data(problem, c) for c in result.comparisons],
-        "test_scores": result.test_scores,
-        "front": front_data(plan, result.front),
-        "stop_reasons": {phase: clean(reason) for phase, reason in result.stop_reasons.items()},
-        "hypervolume_by_generation": [summary.hypervolume for summary in result.generations],
-        "generations": [_generation_data(summary) for summary in result.generations],
-        "refinements": [_refinement_data(summary) for summary in result.refinements],
-        "evaluations_by_rung": evaluations_by_rung(result),
-        "failed_evaluations": len(failed),
-        "item_weights": result.item_weights,
-        "top3_hit_rates": result.top3_hit_rates,
-        "proposals": result.proposals,
-        "seconds": result.seconds,
-        "utility": {
-            "alpha": result.utility.alpha,
-            "scores": result.utility.scores,
-            "bytes": result.utility.bytes,
-            "scope": result.utility.scope,
-            "best": result.utility.of(result.best),
-        },
-        "problem": _problem_data(plan),
-        "environment": environment(),
-    }
-
-
-def evaluations_by_rung(result: SearchResult) -> dict[int, int]:
-    """Number of evaluations, failed ones too, at each rung of the ladder."""
-    counts = Counter(evaluation.steps for evaluation in result.history)
-    return {steps: counts[steps] for steps in sorted({*result.plan.ladder.steps, *counts})}
-
-
-def _problem_data(plan: SearchPlan) -> dict[str, Any]:
-    problem = plan.problem
-    return {
-        "layers": list(problem.space.layer_names),
-        "bits": problem.space.bits,
-        "ranks": problem.space.ranks,
-        "log10_configurations": problem.space.log10_size,
-        "limit_bytes": problem.budget.limit_bytes,
-        "scope": problem.budget.scope,
-        "max_average_bits": problem.budget.max_average_bits,
-        "fixed_bytes": problem.memory.fixed_bytes,
-        "importance": {"bits": problem.importance.bits, "rank": problem.importance.rank},
-        "steps": plan.ladder.steps,
-        "reduction_factor": plan.ladder.reduction_factor,
-        "resumed": plan.resumed,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What ran the search: library versions, interpreter, platform, and torch's threads and device if it is loaded."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "libraries": _versions(),
-    }
-    torch = sys.modules.get("torch")  # not imported for this: a search without torch stays without it
-    if torch is not None:
-        found["torch_threads"] = torch.get_num_threads()
-        found["device"] = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-    return found
-
-
-def _versions() -> dict[str, str]:
-    import qratk
-
-    versions = {"qratk": getattr(qratk, "__version__", "unknown")}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def to_json(value: Any) -> str:
-    """Strict JSON: figures that are not finite become null."""
-    return json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, str):  # a numpy scalar
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return "\n".join(lines) + "\n" + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000)

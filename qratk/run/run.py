@@ -1,0 +1,154 @@
+"""A run folder as one object: settings, records, front, best and result, of a search that has ended or still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.core.evaluation import Evaluation, History
+from qratk.core.result import Record
+from qratk.run import files
+from qratk.run.document import (
+    EvaluationEntry,
+    FrontDocument,
+    ResultDocument,
+    Settings,
+    read_front,
+    read_result,
+    read_settings,
+)
+from qratk.run.journal import Contents, read_journal
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, each part read when it is first asked for.
+
+    Every part raises `RunDirectoryError`, which names the file, when that is missing, damaged or of another make.
+    """
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in a folder; raises `RunDirectoryError` when it holds none."""
+        found = cls(Path(folder))
+        if not (found.begun or found.finished):
+            raise RunDirectoryError(f"{folder} holds no run: neither {files.JOURNAL} nor {files.RESULT} is there")
+        return found
+
+    @property
+    def begun(self) -> bool:
+        """Whether a search was begun here."""
+        return (self.folder / files.JOURNAL).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has ended."""
+        return (self.folder / files.RESULT).is_file()
+
+    @cached_property
+    def settings(self) -> Settings:
+        """All settings, as the command line saved them."""
+        return read_settings(self.folder / files.CONFIG)
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """Every evaluation with its candidate, in the order of measurement."""
+        return self._contents.records
+
+    @cached_property
+    def history(self) -> History:
+        """What was measured for the search: all but the references."""
+        return History(r.evaluation for r in self.records if r.candidate.phase != "reference")
+
+    @cached_property
+    def result(self) -> ResultDocument:
+        """What the search ended with."""
+        path = self.folder / files.RESULT
+        if not path.exists():
+            raise RunDirectoryError(f"{path} is missing: {self.folder} holds no finished search")
+        return read_result(path)
+
+    @property
+    def front(self) -> tuple[Evaluation, ...]:
+        """The measured front by ascending bytes, as of the last generation or step; empty before the first."""
+        document = self._front
+        return () if document is None else self._recorded(document.evaluations)
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The answer, or the best so far; None before there is one."""
+        if self.finished:
+            return self._recorded([self.result.best])[0]
+        path, front = self.folder / files.BEST, self._front
+        if front is None or not path.exists():
+            return None
+        return self._measured(_fitted(path, read_settings(path)), front.steps, path)
+
+    @property
+    def baselines(self) -> tuple[Evaluation, ...]:
+        """The uniform configurations measured so far at the highest rung, failed ones too."""
+        if self.finished:
+            return self._recorded(self.result.baselines)
+        highest = max((r.evaluation.steps for r in self.records), default=0)
+        uniform = (r.evaluation for r in self.records if r.candidate.phase == "baseline")
+        return tuple(e for e in uniform if e.steps == highest)
+
+    def checkpoint(self, evaluation: Evaluation) -> Path | None:
+        """Folder with the adapter and the optimiser's state of an evaluation; None where it was not kept."""
+        path = None if evaluation.checkpoint is None else self.folder / evaluation.checkpoint
+        return path if path is not None and path.exists() else None
+
+    @cached_property
+    def _contents(self) -> Contents:
+        path = self.folder / files.JOURNAL
+        if not path.exists():
+            raise RunDirectoryError(f"{path} is missing: what was measured in {self.folder} is not known")
+        return read_journal(path)
+
+    @property
+    def _front(self) -> FrontDocument | None:
+        path = self.folder / files.FRONT
+        if self.finished:
+            return self.result.front
+        return read_front(path) if path.exists() else None
+
+    @cached_property
+    def _index(self) -> History:
+        return History(record.evaluation for record in self.records)
+
+    def _recorded(self, entries: Iterable[EvaluationEntry]) -> tuple[Evaluation, ...]:
+        """What the journal holds of entries; raises `RunDirectoryError` when it says otherwise."""
+        name = self.folder / (files.RESULT if self.finished else files.FRONT)
+        found = tuple(self._measured(entry.configuration, entry.steps, name) for entry in entries)
+        for entry, evaluation in zip(entries, found, strict=True):
+            if evaluation.ok and entry.score != evaluation.score:
+                raise RunDirectoryError(
+                    f"{name} and {files.JOURNAL} differ: {entry.configuration} scored {entry.score} there and "
+                    f"{evaluation.score} here; one of them is damaged, or of another run"
+                )
+        return found
+
+    def _measured(self, configuration: Configuration, steps: int, name: Path) -> Evaluation:
+        found = self._index.get(configuration, steps)
+        if found is None:
+            raise RunDirectoryError(
+                f"{name} tells of {configuration} at {steps} steps, which {files.JOURNAL} does not hold; one of them "
+                "is damaged, or of another run"
+            )
+        return found
+
+
+def _fitted(path: Path, settings: Settings) -> Configuration:
+    """The configuration in a `best.yaml`."""
+    model = settings.section("model")
+    text = model.get("configuration", (model.get("init_args") or {}).get("configuration"))
+    try:
+        return Configuration.from_text(str(text))
+    except ConfigurationError as error:
+        raise RunDirectoryError(f"{path} is damaged: model.configuration: {error}") from error
