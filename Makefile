@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	@touch $@
 
 quickstart: $(STAMP)
-	$(ONE) $(BIN)/qratk search --config configs/quickstart.yaml --run_dir $(RUN)
+	$(ONE) $(BIN)/qratk search --config quickstart --run_dir $(RUN)
 	$(ONE) $(BIN)/qratk fit --config $(RUN)/best.yaml --trainer.default_root_dir=$(RUN)/fit
 	@$(BIN)/qratk gain $(RUN)
 

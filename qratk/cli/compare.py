@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from qratk.cli.shipped import configuration, recipes
 from qratk.compare.grid import Grid
 from qratk.compare.read import UNFINISHED, read_comparison
 from qratk.compare.run import run_grid
@@ -30,8 +31,9 @@ from qratk.compare.table import (
 _DESCRIPTION = """\
 Run a search for every recipe, budget and seed, and tell them apart in one table and the paper's figures.
 
-A recipe is a YAML file laid over the base, usually with a `search:` section only; its name is the file's stem. A cell
-is `qratk search --config BASE --config RECIPE` with a seed. Cells that are finished are only read, begun ones are
+A recipe is a YAML file laid over the base, usually with a `search:` section only; its name is the file's stem. Those
+that travel with the package go by name: --config quickstart --recipes qlora adalora, or all of --recipes baselines. A
+cell is `qratk search --config BASE --config RECIPE` with a seed. Cells that are finished are only read, begun ones are
 continued. Settings for all cells are given by their path: --model.model=DIR --search.generations=5"""
 
 _WIDTH: Final = 240  # of what is printed to a file
@@ -45,8 +47,15 @@ def compare(arguments: Sequence[str]) -> int:
     _check(parser, given, extra)
     if given.only_report:
         return report(given.run_dir, given.reference, figures=not given.no_figures, target=given.target)
+    configs = [Path(configuration(name)) for name in given.config]
     grid = Grid.of(
-        given.run_dir, given.config, given.recipes, given.budgets, given.seeds, extra=extra, base=not given.no_base
+        given.run_dir,
+        configs,
+        recipes(given.recipes),
+        given.budgets,
+        given.seeds,
+        extra=extra,
+        base=not given.no_base,
     )
     if given.reference is not None and given.reference not in {recipe.name for recipe in grid.recipes}:
         parser.error(f"--reference {given.reference}: there is no such recipe")
@@ -129,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
-    add("--config", action="append", type=Path, default=[], help="file of the base; later ones lie over earlier ones")
-    add("--recipes", nargs="+", type=Path, default=[], help="recipe files")
+    add("--config", action="append", default=[], help="file or name of the base; later ones lie over earlier ones")
+    add("--recipes", nargs="+", default=[], help="recipes: files, names, or folders, also 'baselines' and 'ablations'")
     add("--budgets", nargs="+", default=[], help="pairs such as '[4, 16]' or sizes such as 300KiB; default: the base's")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")

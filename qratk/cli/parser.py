@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qratk import _names
 from qratk.cli.messages import explained
+from qratk.cli.shipped import with_paths
 from qratk.data.instruction import InstructionData
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.data.text import TextData
@@ -55,7 +56,7 @@ class CommandParser(LightningArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Namespace of command-line arguments."""
         given = sys.argv[1:] if args is None else args
-        parsed: Namespace = super().parse_args(_names.resolve_arguments(given), *more, **options)
+        parsed: Namespace = super().parse_args(_names.resolve_arguments(with_paths(given)), *more, **options)
         return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
