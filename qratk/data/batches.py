@@ -1,8 +1,10 @@
-"""Scoring batches: rows by length, and the rows of an item that begin alike as one row of a shared prompt.
+"""Batches of rows: of training, and of scoring, where rows of an item that begin alike are one row of a shared prompt.
 
-A batch holds `input_ids` and `attention_mask`, (B, T); `row`, (R,), the scorer rows in it; `predictor`, (P,), flat
-indices b * T + t of the positions that predict; `target`, (N,), the tokens predicted; `target_at`, (N,), the index of
-each target's predictor; `target_row`, (N,), its index in `row`. With shared prompts, row b is a trunk followed by
+A training batch holds `input_ids`, `attention_mask` and `labels`, each (B, T).
+
+A scoring batch holds `input_ids` and `attention_mask`, (B, T); `row`, (R,), the scorer rows in it; `predictor`, (P,),
+flat indices b * T + t of the positions that predict; `target`, (N,), the tokens predicted; `target_at`, (N,), the index
+of each target's predictor; `target_row`, (N,), its index in `row`. With shared prompts, row b is a trunk followed by
 branches: `segments`, (B, T), is 0 in the trunk, i in the i-th branch and -1 in the padding, and `position_ids`, (B, T),
 restart after the trunk with every branch. All are int64.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qratk.core.batching import cheapest_cuts
+from qratk.data.encoding import Encoded
+from qratk.data.scoring import IGNORE
 
-if TYPE_CHECKING:
-    from qratk.data.base import Encoded
+Batch = dict[str, Tensor]
 
 # Attention of a shared row grows with the square of its length: it must save more than it can cost.
 _LARGEST_SHARE = 0.8
@@ -40,9 +43,23 @@ class Packed:
     length: int
 
 
+def training_batch(rows: Sequence[Encoded], pad_id: int) -> Batch:
+    """One batch, padded at the right to its longest row: input_ids, attention_mask, labels, each (B, T) int64."""
+    width = max(len(row.tokens) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORE)
+    for index, row in enumerate(rows):
+        size = len(row.tokens)
+        tokens = torch.from_numpy(row.tokens.astype(np.int64))
+        ids[index, :size], mask[index, :size] = tokens, 1
+        labels[index, :size] = torch.where(torch.from_numpy(row.labelled), tokens, IGNORE)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def scoring_batches(
     rows: Sequence[Encoded], *, size: int, pad_id: int, shared_length: int = 0, replicas: int = 1
-) -> list[dict[str, Tensor]]:
+) -> list[Batch]:
     """Batches of all rows, longest first, padded at the right to their longest row.
 
     A batch has at most as many tokens, padding included, as `size` of the longest rows. Items share prompts in rows of
@@ -112,7 +129,7 @@ def _joined(packs: Sequence[Packed], trunk: int) -> Packed:
     return Packed(branches, trunk, trunk + sum(pack.length - trunk for pack in packs))
 
 
-def _collate(packs: Sequence[Packed], rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+def _collate(packs: Sequence[Packed], rows: Sequence[Encoded], pad_id: int) -> Batch:
     width = max(pack.length for pack in packs)
     shape = (len(packs), width)
     ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)

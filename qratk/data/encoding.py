@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qratk.core.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokens of a row, (T,), which are labelled, (T,), whether some were cut off, and the item it belongs to."""
+
+    tokens: NDArray[np.int32]
+    labelled: NDArray[np.bool_]
+    truncated: bool = False
+    item: int = 0
+
+
+def encoded(tokens: Sequence[int], labelled: Sequence[bool], *, truncated: bool = False, item: int = 0) -> Encoded:
+    """A row from plain lists."""
+    return Encoded(np.array(tokens, dtype=np.int32), np.array(labelled, dtype=np.bool_), truncated, item)
+
+
+def learnable(rows: Iterable[Encoded], max_length: int) -> tuple[Encoded, ...]:
+    """The rows that have something to learn. Raises DataError when none has."""
+    kept = tuple(row for row in rows if row.labelled[1:].any())
+    if not kept:
+        raise DataError(f"no training row has anything to learn within max_length {max_length}: raise it")
+    return kept
 
 
 def prefix_token_id(tokenizer: Any) -> int | None:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData, encoded
-from qratk.data.encoding import encode_pieces, special_ids
+from qratk.data.base import TaskData
+from qratk.data.encoding import Encoded, encode_pieces, encoded, special_ids
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
+from qratk.data.splits import Item, Split
 from qratk.data.text import scored_tokens
 
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
@@ -107,7 +108,7 @@ class InstructionData(TaskData):
                 raise DataError(f"{items[row.item].where}: there is no answer to score; remove the row")
             yield row
 
-    def build_scorer(self, split: Split) -> LikelihoodScorer:
+    def scorer(self, split: Split = "validation") -> LikelihoodScorer:
         """Scorer of nats per answer token."""
         return LikelihoodScorer([row.item for row in self.scoring_rows(split)], len(self.items(split)))
 

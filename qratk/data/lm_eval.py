@@ -16,8 +16,8 @@ from qratk.core.errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qratk.data.base import Split
     from qratk.data.multiple_choice import Choices, MultipleChoiceData
+    from qratk.data.splits import Split
 
 
 def evaluate_lm_eval(

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData, encoded
-from qratk.data.encoding import PairEncoder
+from qratk.data.base import TaskData
+from qratk.data.encoding import Encoded, PairEncoder, encoded
 from qratk.data.scoring import ChoiceScore, ChoiceScorer
 from qratk.data.sources import Row
+from qratk.data.splits import SPLITS, Item, Split
 
 _BLANK = re.compile(r"(?<!\w)_(?!\w)")
 DEFAULT_PROMPT = "{{ [context, question] | select | join('\\n') }}"
@@ -117,7 +118,7 @@ class MultipleChoiceData(TaskData):
         """Whether choices are put in the place of a blank."""
         if self.blank != "auto":
             return self.blank == "substitute"
-        return all(_BLANK.search(item.content[0]) for items in self._items.values() for item in items)
+        return all(_BLANK.search(item.content[0]) for split in SPLITS if self.has(split) for item in self.items(split))
 
     def choices(self, item: Item) -> Choices:
         """What lm-eval would score of an item. Raises DataError when a blank is missing."""
@@ -163,7 +164,7 @@ class MultipleChoiceData(TaskData):
             labelled = [False] * (len(tokens) - scored) + [True] * scored
             yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
 
-    def build_scorer(self, split: Split) -> ChoiceScorer:
+    def scorer(self, split: Split = "validation") -> ChoiceScorer:
         """Scorer of acc, acc_norm, log_likelihood and nats."""
         chosen = [self.choices(item) for item in self.items(split)]
         lengths = [len(text) for c in chosen for text in c.texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -15,9 +15,10 @@ class StepSampler(Sampler[list[int]]):
 
     A run that stopped anywhere continues with `start=k` as if it had never stopped. The items are an endless
     concatenation of permutations, one an epoch, each from its own generator; the last short batch of an epoch is
-    completed from the next permutation, so that no item is ever skipped. Endless unless `length` says how many batches
-    an epoch of the Trainer has; then `set_epoch` (which Lightning calls) moves on, so that no epoch repeats another.
-    With several replicas, replica `rank` takes batches `rank, rank + replicas, ...` of the same sequence.
+    completed from the next permutation, so that no item is ever skipped. A pass over the sampler begins `done()`
+    micro-batches after `start`: those that were trained on already, in however many passes. It is endless unless
+    `length` says how many batches an epoch of the Trainer has. With several replicas, replica `rank` takes batches
+    `rank, rank + replicas, ...` of the same sequence, and counts its own.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class StepSampler(Sampler[list[int]]):
         length: int | None = None,
         rank: int = 0,
         replicas: int = 1,
+        done: Callable[[], int] | None = None,
     ) -> None:
         if num_items < 1 or batch_size < 1 or start < 0:
             raise DataError(
@@ -37,18 +39,8 @@ class StepSampler(Sampler[list[int]]):
                 f"got {num_items}, {batch_size} and {start}"
             )
         self.num_items, self.batch_size, self.seed, self.start = num_items, batch_size, seed, start
-        self.length, self.rank, self.replicas = length, rank, replicas
-        self._epoch = 0
+        self.length, self.rank, self.replicas, self.done = length, rank, replicas, done
         self._cached: tuple[int, torch.Tensor] | None = None
-
-    @property
-    def sampler(self) -> StepSampler:
-        """Itself: Lightning calls `set_epoch` of `loader.batch_sampler.sampler`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start at the given epoch of the Trainer; no effect on an endless sampler."""
-        self._epoch = epoch
 
     def permutation(self, epoch: int) -> torch.Tensor:
         """Order of the items in an epoch, (num_items,)."""
@@ -69,7 +61,7 @@ class StepSampler(Sampler[list[int]]):
         return indices
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.start + (self._epoch * self.length if self.length is not None else 0)
+        first = self.start + (self.done() if self.done is not None else 0)
         count = 0
         while self.length is None or count < self.length:
             yield self.batch((first + count) * self.replicas + self.rank)

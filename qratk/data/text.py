@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qratk.core.errors import DataError
-from qratk.data.base import Encoded, Item, Split, TaskData, encoded
-from qratk.data.encoding import bare_ids, prefix_token_id
+from qratk.data.base import TaskData
+from qratk.data.encoding import Encoded, bare_ids, encoded, prefix_token_id
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
+from qratk.data.splits import Item, Split, permutation
 
 
 class TextData(TaskData):
@@ -66,7 +67,7 @@ class TextData(TaskData):
             return
         stream: list[int] = []
         labelled: list[bool] = []
-        for index in self._permutation(len(documents), "packing"):
+        for index in permutation(len(documents), seed=self.seed, purpose="packing"):
             tokens = documents[index]
             if stream and stream[-1] == tokens[0]:  # one token both ends and begins: once is enough
                 tokens = tokens[1:]
@@ -95,7 +96,7 @@ class TextData(TaskData):
                 yield encoded(window, [False] * (len(window) - new) + [True] * new, item=index)
                 done = end
 
-    def build_scorer(self, split: Split) -> LikelihoodScorer:
+    def scorer(self, split: Split = "validation") -> LikelihoodScorer:
         """Scorer of nats per token."""
         return LikelihoodScorer([row.item for row in self.scoring_rows(split)], len(self.items(split)))
 

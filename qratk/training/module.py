@@ -181,8 +181,7 @@ class FineTuneModule(LightningModule):
     @property
     def context_length(self) -> int | None:
         """Tokens that the model can see; None when its configuration does not say."""
-        length: int | None = getattr(self.backbone.config, "max_position_embeddings", None)
-        return length
+        return context_length(self.backbone.config)
 
     def load_backbone(self, *, weights: bool = True) -> Backbone:
         """A new backbone with these options; without weights it lies on the meta device."""
@@ -407,9 +406,6 @@ class FineTuneModule(LightningModule):
         self._loaded_allocation = checkpoint.get("allocation", {})
         if (random := checkpoint.get("random")) is not None:
             self._loaded_random = random, checkpoint.get("device_random")
-        if self._trainer is not None and self._trainer.training and self._trainer.max_steps != -1:
-            # Batches are a function of their number alone: go on with the next one. (Epochs count by themselves.)
-            self._data().start_batch = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
 
     # Scoring
 
@@ -486,6 +482,12 @@ class FineTuneModule(LightningModule):
         """Write the adapter for plain PEFT."""
         assert self.configuration is not None
         self.backbone.save_adapter(directory, self.configuration)
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model of a configuration can see; of a composite one, as of vision and language, its text part."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def require_precision(trainer: Any) -> None:

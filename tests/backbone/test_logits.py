@@ -23,8 +23,8 @@ from qratk.backbone.logits import (
     training_losses,
 )
 from qratk.core.configuration import Configuration
-from qratk.data.base import encoded
 from qratk.data.batches import scoring_batches
+from qratk.data.encoding import encoded
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt_neox", "opt", "gpt2")
 

@@ -8,7 +8,7 @@ import torch
 
 from qratk.core import DataError
 from qratk.data import InstructionData
-from qratk.data.base import Encoded
+from qratk.data.encoding import Encoded
 from qratk.data.instruction import ALPACA_INPUT, ALPACA_NO_INPUT
 
 Write = Callable[[str, list[Any]], str]

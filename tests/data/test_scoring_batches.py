@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from qratk.core.batching import cheapest_cuts
 from qratk.core.configuration import Configuration
 from qratk.data import MultipleChoiceData, TextData, write_task
 from qratk.data import batches as batches_module
-from qratk.data.base import Encoded, encoded
 from qratk.data.batches import pack_rows, scoring_batches
+from qratk.data.encoding import Encoded, encoded
 from qratk.data.lm_eval import run_lm_eval
 
 Write = Callable[[str, list[Any]], str]
@@ -143,7 +144,7 @@ def test_no_replica_goes_without_a_batch(write: Write, tokenizer: Any, monkeypat
     data.attach(tokenizer)
     seen = []
     for rank in range(5):
-        monkeypatch.setattr(data, "_replica", lambda rank=rank: (rank, 5))
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(global_rank=rank, world_size=5))
         batches = data.scoring_batches("test")
         assert len(batches) == 1
         seen += batches[0]["row"].tolist()
@@ -246,7 +247,7 @@ def test_figures_with_and_without_shared_prompts_agree(write: Write, model_folde
         module, metrics, _ = in_a_trainer(data, model_folder)
         assert module.configuration == Configuration.uniform(16, 4, 2)
         figures.append(metrics)
-        (batches,) = data._batches.values()
+        (batches,) = data._batches._kept.values()
         assert any("segments" in batch for batch in batches) == share
     assert figures[0] == pytest.approx(figures[1], rel=1e-6)
     assert all(figures[0][f"test/{name}"] == figures[1][f"test/{name}"] for name in ("acc", "acc_norm"))

@@ -1,0 +1,139 @@
+"""Which rows make up training, validation and test: read, kept apart, carved and subsampled by seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qratk.core.errors import DataError
+from qratk.data.sources import Row, Source, content_key, read_rows
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A checked row: what a task made of it, and the digest by which equal rows are found."""
+
+    content: Any
+    key: str
+    where: str
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Where rows come from and how many are used; the arguments of `TaskData` by the same names."""
+
+    sources: Mapping[Split, Source | None]
+    limits: Mapping[Split, int | None]
+    validation_items: int | None
+    validation_fraction: float
+    rename: Mapping[str, str] | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_at_least("seed", self.seed, 0)
+        sizes = {f"max_{split}_items": limit for split, limit in self.limits.items()}
+        for name, size in {**sizes, "validation_items": self.validation_items}.items():
+            if size is not None:
+                require_at_least(name, size, 1)
+        if not 0 < self.validation_fraction < 1:
+            raise DataError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        if all(source is None for source in self.sources.values()):
+            raise DataError("no data: give at least one of train, validation and test")
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raise DataError for an option that is too small."""
+    if value < least:
+        raise DataError(f"{name} must be at least {least}, got {value}")
+
+
+class Splits:
+    """Items of each split, disjoint in content; files are read when they are first asked for.
+
+    `parse` makes the content of a row, and raises DataError when the row is not right.
+    """
+
+    def __init__(self, options: SplitOptions, parse: Callable[[Row], Any]) -> None:
+        self.options = options
+        self._parse = parse
+        self.notes: list[str] = []
+
+    @cached_property
+    def items(self) -> dict[Split, tuple[Item, ...]]:
+        """Items of every split, none where there is no source. Raises DataError."""
+        read = {split: self._read(split) for split in SPLITS}
+        for split in ("validation", "train"):
+            read[split] = self._without(read[split], read["test"], split, "test")
+        if self.options.sources["validation"] is None and read["train"]:
+            read["train"], read["validation"] = self._carve(read["train"])
+        read["train"] = self._without(read["train"], read["validation"], "train", "validation")
+        return {split: self._subsample(read[split], split) for split in SPLITS}
+
+    def of(self, split: Split) -> tuple[Item, ...]:
+        """Items of a split. Raises DataError when it has none."""
+        if not self.items[split]:
+            raise DataError(f"there is no {split} data: give the option `{split}`")
+        return self.items[split]
+
+    def _read(self, split: Split) -> list[Item]:
+        source = self.options.sources[split]
+        if source is None:
+            return []
+        rows = read_rows(source, split, rename=self.options.rename)
+        return [_item(self._parse(row), row) for row in rows]
+
+    def _without(self, items: list[Item], other: Sequence[Item], split: str, other_split: str) -> list[Item]:
+        keys = {item.key for item in other}
+        kept = [item for item in items if item.key not in keys]
+        if dropped := len(items) - len(kept):
+            self.notes.append(f"{dropped} of {len(items)} {split} rows are also in {other_split}: dropped")
+        if items and not kept:
+            raise DataError(f"every {split} row is also in the {other_split} data; give other files")
+        return kept
+
+    def _carve(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        options = self.options
+        number = options.validation_items or max(1, round(options.validation_fraction * len(items)))
+        if number >= len(items):
+            raise DataError(
+                f"cannot take {number} validation items off {len(items)} training rows: "
+                f"lower validation_items or give a validation file"
+            )
+        chosen = set(permutation(len(items), seed=options.seed, purpose="carve")[:number].tolist())
+        return (
+            [item for index, item in enumerate(items) if index not in chosen],
+            [item for index, item in enumerate(items) if index in chosen],
+        )
+
+    def _subsample(self, items: list[Item], split: Split) -> tuple[Item, ...]:
+        limit = self.options.limits[split]
+        if limit is None or limit >= len(items):
+            return tuple(items)
+        order = permutation(len(items), seed=self.options.seed, purpose=split)
+        return tuple(items[index] for index in sorted(order[:limit]))
+
+
+def _item(content: Any, row: Row) -> Item:
+    """The item of a parsed row. Raises DataError when its texts cannot be encoded."""
+    try:
+        return Item(content, content_key(content), row.where)
+    except UnicodeEncodeError as error:
+        broken = error.object[error.start : error.end]
+        raise row.error(f"holds {broken!r}, half of a surrogate pair, which is no character; remove it") from error
+    except RecursionError as error:
+        raise row.error("is nested too deeply to be read") from error
+
+
+def permutation(size: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
+    """Order of `size` things, (size,), that depends on the seed and on what it is for."""
+    entropy = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, entropy]).permutation(size)

@@ -1,0 +1,40 @@
+"""What a task defines: how a row is read, what is learnt and scored of it, and by what figures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qratk.data.encoding import Encoded
+from qratk.data.scoring import Scorer
+from qratk.data.sources import Row
+from qratk.data.splits import Item, Split
+
+
+class Task(ABC):
+    """A kind of rows; `TaskData` does with them what is the same for all kinds."""
+
+    @abstractmethod
+    def parse(self, row: Row) -> Any:
+        """Content of a row, made of tuples, texts and numbers. Raises DataError (`row.error`) when it is not right."""
+
+    @abstractmethod
+    def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """Rows to train on."""
+
+    @abstractmethod
+    def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """Rows to score, each naming its item by index; rows of an item follow one another."""
+
+    @abstractmethod
+    def scorer(self, split: Split = "validation") -> Scorer:
+        """Scorer over `scoring_rows(split)`."""
+
+    @abstractmethod
+    def options(self) -> Mapping[str, Any]:
+        """Options of the task that decide tokens or scores."""
+
+    def item_weights(self, stage: Split = "validation") -> tuple[float, ...] | None:
+        """Weight of each item in the score; None when all are equal."""
+        return None
