@@ -30,9 +30,9 @@ from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchResult
 from qratk.evaluators._landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
-from qratk.recipe import from_section, laid_over
 from qratk.reporting.multi import Reporters
 from qratk.searchers._sampling import sample_feasible
+from qratk.settings.recipe import from_section, laid_over
 
 ROOT = Path(__file__).parent.parent
 MARKS = (1, 4, 6, 18, 40)

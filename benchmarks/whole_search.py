@@ -228,8 +228,8 @@ def search(subject: Subject, folder: Path, options: dict[str, Any]) -> Any:
 
     from lightning import Trainer as LightningTrainer
 
-    from qratk.recipe import autoqra
     from qratk.reporting.standard import standard_reporters
+    from qratk.settings.recipe import autoqra
 
     loop = autoqra(evaluator={"finetune": options}, test=False, **subject.search)
     with contextlib.closing(standard_reporters(folder, stream=io.StringIO())) as reporter:

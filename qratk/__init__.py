@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from qratk.mutations.base import MutationOperator as MutationOperator
     from qratk.mutations.proposer import Proposer as Proposer
     from qratk.quantizers.base import Quantizer as Quantizer
-    from qratk.recipe import autoqra as autoqra
     from qratk.refiners.base import LocalRefiner as LocalRefiner
     from qratk.repairs.base import RepairPolicy as RepairPolicy
     from qratk.reporting.base import Reporter as Reporter
     from qratk.reporting.standard import standard_reporters as standard_reporters
     from qratk.searchers.base import GlobalSearcher as GlobalSearcher
     from qratk.searchers.generations import GenerationSearcher as GenerationSearcher
+    from qratk.settings.recipe import autoqra as autoqra
     from qratk.surrogates.base import PromotionSurrogate as PromotionSurrogate
     from qratk.training.module import FineTuneModule as FineTuneModule
 
@@ -85,7 +85,7 @@ _HOMES = {
     "qratk.mutations.base": ("MutationOperator",),
     "qratk.mutations.proposer": ("Proposer",),
     "qratk.quantizers.base": ("Quantizer",),
-    "qratk.recipe": ("autoqra",),
+    "qratk.settings.recipe": ("autoqra",),
     "qratk.refiners.base": ("LocalRefiner",),
     "qratk.repairs.base": ("RepairPolicy",),
     "qratk.reporting.base": ("Reporter",),

@@ -36,7 +36,7 @@ from qratk.mutations.proposer import Proposer
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
 from qratk.reporting.base import Reporter
-from qratk.run.journal import Journal
+from qratk.run.journal import Comparable, Journal
 from qratk.searchers.base import GlobalSearcher
 from qratk.statistics import paired_comparison, top3_hit_rates
 from qratk.surrogates.base import PromotionSurrogate
@@ -202,6 +202,7 @@ class SearchLoop:
         run_dir: Path,
         reporter: Reporter,
         config: Mapping[str, Any],
+        comparable: Comparable = dict,
         module: Any = None,
         datamodule: Any = None,
         trainer: Any = None,
@@ -212,12 +213,13 @@ class SearchLoop:
             run_dir: a new directory, or that of an interrupted search with the same `config`, which is resumed.
             reporter: is told what happens.
             config: plain data that decides the outcome; a run directory is resumed only on an equal one.
+            comparable: the form in which settings by dotted key, stored and given, are compared.
             module, datamodule, trainer: handed on to the evaluator.
 
         Raises `RunDirectoryError`, `InfeasibleBudgetError`, or `SearchError` when nothing could be measured.
         """
         with Journal(run_dir) as journal:
-            journal.bind("config", config)
+            journal.bind("config", config, comparable=comparable)
             context = EvaluationContext(
                 run_dir,
                 self.ladder,

@@ -112,6 +112,25 @@ class Registry(Generic[T]):
         """Import path of the class registered under a name."""
         return _path(self.get(name))
 
+    def name_of(self, path: str) -> str | None:
+        """Name of the class with an import path, if it has one here.
+
+        Package and class name decide, so that the path of a file from which the class has moved is understood too.
+        """
+        self._scan()
+        package, class_name = path.partition(".")[0], path.rpartition(".")[2]
+        plugins = self._find_plugins()
+        for name, entry in plugins.items():
+            if name not in self._registered and (_top(entry.module), entry.attr) == (package, class_name):
+                return name
+        named = {
+            name: _path(cls)
+            for name, cls in self._registered.items()
+            if (name in plugins or package == "qratk") and (_top(cls.__module__), cls.__name__) == (package, class_name)
+        }
+        exact = [name for name, known in named.items() if known == path]
+        return next(iter([*exact, *named]), None)
+
     def owner(self, name: str) -> str:
         """The package that provides a name."""
         plugin = self._find_plugins().get(name)
@@ -162,6 +181,10 @@ def _nearest(name: str, known: Any) -> str:
 
 def _path(cls: type[Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _package(entry: EntryPoint) -> str:

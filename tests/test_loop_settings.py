@@ -10,8 +10,8 @@ import pytest
 
 from qratk.core import ConfigurationError, ParetoFront
 from qratk.core.result import SearchResult
-from qratk.recipe import autoqra
 from qratk.reporting.multi import Reporters
+from qratk.settings.recipe import autoqra
 from qratk.testing import ToyEvaluator
 
 

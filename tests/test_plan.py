@@ -11,7 +11,7 @@ from qratk import plan
 from qratk.cli.plan import as_text
 from qratk.core.configuration import Configuration
 from qratk.core.errors import InfeasibleBudgetError
-from qratk.recipe import autoqra
+from qratk.settings.recipe import autoqra
 
 
 def make_loop(**options):

@@ -85,5 +85,5 @@ def test_plugin_is_chosen_from_yaml_by_its_name(tmp_path: Path, capsys: pytest.C
         main(["search", "--config", str(tmp_path / "recipe.yaml"), "--print_config"])
     assert stop.value.code in (0, None)
     chosen = yaml.safe_load(capsys.readouterr().out)["search"]["bits_importance"]
-    assert chosen["class_path"] == "qratk_layer_position.DepthPrior"
+    assert chosen["class_path"] == NAME
     assert chosen["init_args"]["last"] == 3.0

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from qratk import _names
 from qratk.cli.parser import (
     COMMANDS,
     LIGHTNING_COMMANDS,
@@ -30,6 +29,8 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.text import without_secrets
 from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
+from qratk.settings import names
+from qratk.settings.recipe import defaults
 from qratk.training.module import FineTuneModule
 
 
@@ -67,8 +68,8 @@ class QratkCLI(LightningCLI, ABC):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `search` and `lm_eval`."""
-        parser.add_class_arguments(SearchLoop, _names.SECTION, instantiate=False, sub_configs=True)
-        parser.set_defaults({f"{_names.SECTION}.{slot}": value for slot, value in _names.defaults().items()})
+        parser.add_class_arguments(SearchLoop, names.SECTION, instantiate=False, sub_configs=True)
+        parser.set_defaults({f"{names.SECTION}.{slot}": value for slot, value in defaults().items()})
         parser.add_class_arguments(LmEvalOptions, "lm_eval")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -97,7 +98,7 @@ class QratkCLI(LightningCLI, ABC):
         """Parse; unlike Lightning's, without a warning when arguments are given from Python."""
         if isinstance(args, dict | Namespace):
             document = args.as_dict() if isinstance(args, Namespace) else args
-            self.config = parser.parse_object(_names.resolve_document(document, COMMANDS))
+            self.config = parser.parse_object(names.resolve_document(document, COMMANDS))
         else:
             self.config = parser.parse_args(args)
 
@@ -122,7 +123,7 @@ class QratkCLI(LightningCLI, ABC):
     def instantiate_classes(self) -> None:
         """Build what the command needs; strategies of the search are left out where there is none."""
         needed = self.config.clone()
-        needed[self.command].pop(_names.SECTION)
+        needed[self.command].pop(names.SECTION)
         self._build(needed)
 
     def _build(self, config: Namespace) -> None:
@@ -153,7 +154,7 @@ class SearchingCLI(QratkCLI, ABC):
 
     def loop(self) -> SearchLoop:
         """The search that the settings describe."""
-        section = self._get(self.config_init, _names.SECTION)
+        section = self._get(self.config_init, names.SECTION)
         return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
 

@@ -15,17 +15,12 @@ from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_pars
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from qratk import _names
 from qratk.cli.messages import explained
 from qratk.cli.shipped import with_paths
-from qratk.data.instruction import InstructionData
-from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.data.text import TextData
-from qratk.embedded.datamodule import EmbeddedData
+from qratk.settings import names
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
 COMMANDS: Final = (*LIGHTNING_COMMANDS, "search", "plan")
-DATA: Final = (InstructionData, MultipleChoiceData, TextData, EmbeddedData)  # imported, so that their names resolve
 YAML_MODE: Final = "qratk"  # the parser mode: YAML in which components go by their names
 SHARED: Final = {"ckpt_path": str, "weights_only": bool, "verbose": bool, "return_predictions": bool, "run_dir": str}
 """What one command saves and another must accept: the commands that use it declare it by themselves."""
@@ -56,15 +51,14 @@ class CommandParser(LightningArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Namespace of command-line arguments."""
         given = sys.argv[1:] if args is None else args
-        parsed: Namespace = super().parse_args(_names.resolve_arguments(with_paths(given)), *more, **options)
+        parsed: Namespace = super().parse_args(names.resolve_arguments(with_paths(given)), *more, **options)
         return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
         if not self.exit_on_error:
             super().error(message, ex)
-        text = explained(message, self.settings, [cls.__name__ for cls in DATA])
-        print(f"qratk: error: {text}", file=sys.stderr)
+        print(f"qratk: error: {explained(message, self.settings)}", file=sys.stderr)
         print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -72,8 +66,8 @@ class CommandParser(LightningArgumentParser):
 def prepare_parsing() -> None:
     """Teach jsonargparse our YAML, and keep off what other libraries say that a user cannot act on."""
     yaml_loader = get_loader("yaml")
-    set_loader(YAML_MODE, lambda text: _names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
-    set_dumper(YAML_MODE, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    set_loader(YAML_MODE, lambda text: names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
+    set_dumper(YAML_MODE, _as_yaml)
     # Lightning calls methods that jsonargparse has renamed; nothing a user could do.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # Lightning recommends its paid services at every start.
@@ -100,6 +94,10 @@ def add_own_arguments(parser: LightningArgumentParser, command: str, *, present:
             text = "Accepted so that one file serves all commands; unused here."
         if name not in present:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+
+
+def _as_yaml(data: Any) -> str:
+    return yaml.safe_dump(names.named_document(data, COMMANDS), sort_keys=False, allow_unicode=True)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,9 +21,7 @@ from qratk.reporting.base import Reporter
 from qratk.reporting.standard import standard_reporters
 from qratk.run import files
 from qratk.run.atomic import write_atomically
-
-# Options of the model that say where and how fast it computes, never what: a search is resumed with other ones too.
-_EXECUTION: Final = ("bank_dir", "dense_cache")
+from qratk.settings.identity import deciding
 
 
 class SearchCommand(SearchingCLI):
@@ -72,12 +70,6 @@ def save_config(config: dict[str, Any], run_dir: Path) -> None:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a search finds: all but those of how the model is held."""
-    model = {key: value for key, value in config["model"].items() if key not in _EXECUTION}
-    return {**config, "model": model}
 
 
 def fit_config(config: Mapping[str, Any], *, steps: int) -> dict[str, Any]:

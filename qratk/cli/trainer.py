@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from qratk.core.result import SearchResult
 from qratk.loop import SearchLoop
 from qratk.reporting.base import Reporter
+from qratk.settings.identity import comparable
 
 
 class SearchTrainer(Trainer):
@@ -41,6 +42,7 @@ class SearchTrainer(Trainer):
             run_dir=run_dir,
             reporter=reporter,
             config=config or {},
+            comparable=comparable,
             module=model,
             datamodule=datamodule,
             trainer=self.another,

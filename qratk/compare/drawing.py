@@ -78,8 +78,7 @@ def is_random(outcome: Outcome) -> bool:
     search = outcome.config.get("search") or {}
     searcher, refiner = (search.get(slot) or {} for slot in ("searcher", "refiner"))
     everywhere = (searcher.get("init_args") or {}).get("around", "space") == "space"
-    random = str(searcher.get("class_path", "")).endswith("RandomSearch") and everywhere
-    return random and str(refiner.get("class_path", "NoRefiner")).endswith("NoRefiner")
+    return bool(searcher.get("class_path") == "random" and everywhere and refiner.get("class_path", "none") == "none")
 
 
 def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:

@@ -18,6 +18,8 @@ from qratk.core.plain import flatten
 from qratk.core.text import without_secrets
 from qratk.run import files
 from qratk.run.atomic import write_atomically
+from qratk.settings.identity import comparable, deciding
+from qratk.settings.names import named_document
 
 OWN: Final = "own"
 PLAN: Final = "compare.json"
@@ -25,8 +27,6 @@ IDENTITY: Final = "cell.json"
 FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
-# Options of the model that say where and how fast it computes, never what (see `cli.search.deciding`).
-_EXECUTION: Final = ("bank_dir", "dense_cache")
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,8 @@ class Grid:
         merged: dict[str, Any] = {}
         for document in (*documents, cell.recipe.document):
             merged = _merged(merged, document)
-        if isinstance(merged.get("model"), Mapping):
-            merged["model"] = {key: value for key, value in merged["model"].items() if key not in _EXECUTION}
-        return dict(without_secrets({"seed": cell.seed, "settings": merged}))
+        settings = named_document(deciding(merged))
+        return dict(without_secrets({"seed": cell.seed, "settings": settings}))
 
     def prepare(self) -> None:
         """Write budgets, the plan, and what each cell is; raises `RunDirectoryError` if a cell is another one."""
@@ -330,8 +329,7 @@ def _check(cell: Cell, identity: Mapping[str, Any]) -> None:
         if cell.state != "new":
             raise RunDirectoryError(f"{cell.folder} holds a search that `qratk compare` did not begin; move it away")
         return
-    stored = flatten(json.loads(path.read_text(encoding="utf-8")))
-    given = flatten(identity)
+    stored, given = (_compared(found) for found in (json.loads(path.read_text(encoding="utf-8")), identity))
     keys = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]
     if keys:
         lines = [f"  {key}: {stored.get(key, 'not set')} there, {given.get(key, 'not set')} now" for key in keys[:5]]
@@ -341,3 +339,7 @@ def _check(cell: Cell, identity: Mapping[str, Any]) -> None:
             + "\nGive those settings again to "
             "go on with it, remove the folder to measure it anew, or give another --run_dir."
         )
+
+
+def _compared(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {"seed": identity.get("seed"), **comparable(flatten(identity.get("settings") or {}))}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qratk.compare.grid import FAILURE, OWN, read_plan
 from qratk.core.errors import RunDirectoryError
+from qratk.settings.names import named_document
 
 Array = NDArray[np.float64]
 UNFINISHED: Final = ("not finished", "not begun")
@@ -116,7 +117,7 @@ class Outcome:
     def frozen(self) -> bool:
         """Whether the lowest rung trains nothing: it measures the divergence of the frozen model."""
         evaluator = (self.config.get("search") or {}).get("evaluator") or {}
-        return "frozen_divergence" in str(evaluator.get("class_path", ""))
+        return bool(evaluator.get("class_path") == "frozen_divergence")
 
     @cached_property
     def costs(self) -> Array:
@@ -269,7 +270,7 @@ def read_cell(folder: Path, recipe: str, budget: str, seed: int) -> Outcome | Fa
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(_rows(folder / "evaluations.csv"))
-        config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
+        config = named_document(yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER))
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"the files in {folder} are not those of a finished search: {error}") from error
     items = _items(folder / "journal.sqlite", result["best"])

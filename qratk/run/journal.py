@@ -28,6 +28,9 @@ from qratk.run import files
 
 FORMAT: Final = "1"
 
+Comparable = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Settings by dotted key in the form in which those of two searches are compared."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (
@@ -111,23 +114,27 @@ class Journal:
         """All evaluations in the order of measurement."""
         return tuple(sorted(self._records.values(), key=lambda record: record.index))
 
-    def bind(self, part: str, identity: Mapping[str, Any]) -> None:
+    def bind(self, part: str, identity: Mapping[str, Any], *, comparable: Comparable = dict) -> None:
         """Tie a new journal to what is searched; raises `RunDirectoryError` naming the difference on an old one.
 
         `identity` is nested plain data: the settings (part "config"), or digests of model and data ("content").
+        `comparable` brings settings by dotted key, those of old and new, into the form in which they are compared.
         """
-        flat = {f"{part}.{key}": json.dumps(value, sort_keys=True) for key, value in flatten(identity).items()}
-        flat[f"{part}.format"] = json.dumps(FORMAT)
-        stored = {key: value for key, value in self._meta.items() if key.startswith(f"{part}.")}
+        given = {"format": FORMAT, **flatten(identity)}
+        prefix = f"{part}."
+        stored = {key[len(prefix) :]: json.loads(text) for key, text in self._meta.items() if key.startswith(prefix)}
         if not stored:
+            flat = {prefix + key: text for key, text in _texts(given).items()}
             with self._transaction():
                 self._insert("meta", sorted(flat.items()))
             self._meta |= flat
             return
-        differences = [key for key in sorted({*flat, *stored}) if flat.get(key) != stored.get(key)]
+        there, here = (_texts(comparable(settings)) for settings in (stored, given))
+        differences = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
         if differences:
             lines = [
-                f"  {key}: {stored.get(key, 'not set')} there, {flat.get(key, 'not set')} now" for key in differences
+                f"  {prefix}{key}: {there.get(key, 'not set')} there, {here.get(key, 'not set')} now"
+                for key in differences
             ]
             raise RunDirectoryError(
                 f"{self.path.parent} holds a search with other settings:\n"
@@ -216,6 +223,10 @@ class Journal:
                 f"cannot write {self.path}: {error}. Free some space, then run the same command to go on; "
                 "what was measured before is kept."
             ) from error
+
+
+def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
 
 
 def _locked(run_dir: Path) -> int:

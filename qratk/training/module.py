@@ -560,19 +560,18 @@ def built_quantizers(specified: Mapping[Any, Any] | None) -> dict[int, Quantizer
         if isinstance(chosen, Quantizer):
             built[bits] = chosen
             continue
-        name, options = (chosen, {}) if isinstance(chosen, str) else _named(chosen)
+        given, options = (chosen, {}) if isinstance(chosen, str) else _class_and_options(chosen)
+        name = quantizers.name_of(given) or given
         built[bits] = quantizers.create(name, **options)
         if bits not in built[bits].supported_bits:
             raise ConfigurationError(f"quantiser {name!r} does {built[bits].supported_bits} bits, not {bits}")
     return built
 
 
-def _named(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _class_and_options(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if "class_path" not in chosen:
         raise ConfigurationError(f"a quantiser is a name or {{class_path, init_args}}, got {dict(chosen)}")
-    path = str(chosen["class_path"])
-    names: Sequence[str] = [n for n in quantizers.names() if path in (n, quantizers.class_path(n))]
-    return (names[0] if names else path), dict(chosen.get("init_args") or {})
+    return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
 
 
 def _model_path(model: str) -> str:

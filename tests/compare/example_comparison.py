@@ -11,8 +11,8 @@ import yaml
 
 from qratk.compare.grid import FAILURE, OWN
 from qratk.compare.read import Comparison, read_comparison
-from qratk.recipe import autoqra
 from qratk.reporting.files import RunFiles
+from qratk.settings.recipe import autoqra
 from qratk.testing.toy import ToyEvaluator
 
 BASE: dict[str, Any] = {
@@ -40,11 +40,10 @@ def search(folder: Path, settings: Mapping[str, Any], seed: int, *, layers: int 
 
 
 def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Components as class paths, as the command saves them."""
-    paths = {"random": "qratk.searchers.random.RandomSearch", "nsga2": "qratk.searchers.nsga2.NSGA2Searcher"}
+    """Components by name with their options, as the command saves them."""
     (name,) = settings["searcher"]
-    searcher = {"class_path": paths[name], "init_args": settings["searcher"][name]}
-    return {**settings, "searcher": searcher, "refiner": {"class_path": "qratk.refiners.none.NoRefiner"}}
+    searcher = {"class_path": name, "init_args": settings["searcher"][name]}
+    return {**settings, "searcher": searcher, "refiner": {"class_path": "none"}}
 
 
 def compare(folder: Path, *, seeds: tuple[int, ...] = (0, 1), recipes: tuple[str, ...] = tuple(RECIPES)) -> Comparison:

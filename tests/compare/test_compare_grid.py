@@ -103,14 +103,14 @@ def test_duplicates_are_errors(files, tmp_path):
 def test_cell_with_other_settings_is_refused_before_anything_runs(files):
     grid(files, "random").prepare()
     files["random"].write_text("search: {searcher: nsga2}")
-    with pytest.raises(RunDirectoryError, match=r"settings.search.searcher: random there, nsga2 now"):
+    with pytest.raises(RunDirectoryError, match=r"  search.searcher: random there, nsga2 now"):
         grid(files, "random").prepare()
 
 
 def test_cell_is_the_same_however_the_model_is_held(files):
     grid(files).prepare()
     grid(files, extra=["--model.dense_cache=off"]).prepare()
-    with pytest.raises(RunDirectoryError, match=r"settings.model.rank"):
+    with pytest.raises(RunDirectoryError, match=r"  model.rank"):
         grid(files, extra=["--model.rank=3"]).prepare()
 
 

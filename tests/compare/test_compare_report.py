@@ -75,8 +75,7 @@ def test_continued_training_costs_once(comparison):
 
 def test_frozen_rung_costs_nothing(comparison):
     cell = comparison.of("full")[0]
-    name = "qratk.evaluators.frozen_divergence.FrozenDivergenceEvaluator"
-    frozen = replace(cell, config={"search": {"evaluator": {"class_path": name}}})
+    frozen = replace(cell, config={"search": {"evaluator": {"class_path": "frozen_divergence"}}})
     higher: dict = {}
     for row in cell.searched:
         if row.steps > 10:

@@ -13,8 +13,8 @@ from qratk.core.problem import Importance, Problem
 from qratk.evaluators._landscape import Landscape, LandscapeOptions, best_known
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.simulated import SimulatedEvaluator
-from qratk.recipe import autoqra
 from qratk.reporting.multi import Reporters
+from qratk.settings.recipe import autoqra
 from qratk.testing import ToyEvaluator, toy_problem
 
 RICH = {"neighbours": 0.5, "crossing": 0.05, "slowness_spread": 0.5, "interaction": 0.3, "error_per_bit": (1.5, 4.0)}

@@ -10,12 +10,12 @@ import yaml
 
 from qratk.core import History, RunDirectoryError
 from qratk.core.result import Progress, Record, SearchResult
-from qratk.recipe import autoqra
 from qratk.reporting.files import RunFiles
 from qratk.reporting.multi import Reporters
 from qratk.run import files
 from qratk.run.journal import Journal
 from qratk.run.run import Run
+from qratk.settings.recipe import autoqra
 from qratk.testing.toy import ToyEvaluator
 
 SETTINGS = {

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from qratk.core.result import SearchResult
-from qratk.recipe import from_section, laid_over
 from qratk.reporting.multi import Reporters
+from qratk.settings.recipe import from_section, laid_over
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 ABLATIONS = sorted(CONFIGS.glob("ablations/**/*.yaml"))
 BASELINES = sorted(CONFIGS.glob("baselines/*.yaml"))
 SMALL: dict[str, Any] = {

@@ -9,18 +9,7 @@ from typing import Any, Final
 from qratk.components import REGISTRIES
 from qratk.core.errors import ConfigurationError
 from qratk.loop import SearchLoop
-
-SLOTS: Final[Mapping[str, str]] = {
-    "searcher": "searchers",
-    "refiner": "refiners",
-    "surrogate": "surrogates",
-    "mutations": "mutations",
-    "repair": "repairs",
-    "bits_importance": "estimators",
-    "rank_importance": "estimators",
-    "evaluator": "evaluators",
-}
-"""Which open set each component of a search comes from."""
+from qratk.settings.names import SLOTS, registered_name
 
 RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
     "searcher": "nsga2",
@@ -48,6 +37,18 @@ def autoqra(**settings: Any) -> SearchLoop:
         given = settings.pop(slot, RECIPE[slot])
         built[slot] = [_built(kind, item) for item in given] if slot == "mutations" else _built(kind, given)
     return SearchLoop(**built, **settings)
+
+
+def defaults() -> dict[str, Any]:
+    """The published recipe as values of the search section: one `{class_path: ...}` for each component."""
+    chosen: dict[str, Any] = {}
+    for slot, names in RECIPE.items():
+        registry = REGISTRIES[SLOTS[slot]]
+        if isinstance(names, str):
+            chosen[slot] = {"class_path": registry.class_path(names)}
+        else:
+            chosen[slot] = [{"class_path": registry.class_path(name)} for name in names]
+    return chosen
 
 
 def from_section(section: Mapping[str, Any]) -> SearchLoop:
@@ -85,10 +86,10 @@ def _from_file(given: Any) -> Any:
 
 def _built(kind: str, given: Any) -> Any:
     if isinstance(given, str):
-        return REGISTRIES[kind].create(given)
+        return REGISTRIES[kind].create(registered_name(kind, given))
     if not isinstance(given, Mapping):
         return given
     if len(given) != 1:
         raise ConfigurationError(f"{kind}: a component is given as {{name: options}}, got {dict(given)}")
     ((name, options),) = given.items()
-    return REGISTRIES[kind].create(name, **(options or {}))
+    return REGISTRIES[kind].create(registered_name(kind, name), **(options or {}))

@@ -1,57 +1,74 @@
-"""Short names become import paths, wherever a component may be named."""
+"""Names become import paths for the parser, and import paths become names in what is saved."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib.metadata import EntryPoint
 
 import pytest
 
-from qratk import _names
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError, UnknownComponentError
 from qratk.registry import Registry
+from qratk.settings import names
+from qratk.settings.recipe import defaults
 
 RANDOM = "qratk.searchers.random.RandomSearch"
 NSGA2 = "qratk.searchers.nsga2.NSGA2"
+TEXT = names.DATA_CLASSES["TextData"]
 
 
-@pytest.mark.parametrize("slot", _names.SLOTS)
+@pytest.mark.parametrize("slot", names.SLOTS)
 def test_every_slot_of_the_search_takes_every_name_of_its_registry(slot):
-    registry = REGISTRIES[_names.SLOTS[slot]]
+    registry = REGISTRIES[names.SLOTS[slot]]
     for name in registry.names():
-        assert _names.resolve_section({slot: name}) == {slot: registry.class_path(name)}
+        assert names.resolve_section({slot: name}) == {slot: registry.class_path(name)}
 
 
 def test_name_inside_class_path_is_resolved_and_options_stay():
     given = {"class_path": "nsga2", "init_args": {"population": 20}}
-    assert _names.resolve_component("searchers", given) == {"class_path": NSGA2, "init_args": {"population": 20}}
+    assert names.resolve_component("searchers", given) == {"class_path": NSGA2, "init_args": {"population": 20}}
 
 
 def test_lists_are_resolved_item_by_item():
-    resolved = _names.resolve_component("mutations", ["sensitivity", {"class_path": "coupled"}])
+    resolved = names.resolve_component("mutations", ["sensitivity", {"class_path": "coupled"}])
     registry = REGISTRIES["mutations"]
     assert resolved == [registry.class_path("sensitivity"), {"class_path": registry.class_path("coupled")}]
 
 
 def test_import_paths_and_partial_options_stay_as_they_are():
     for given in ("my_package.Searcher", {"init_args": {"population": 3}}, None):
-        assert _names.resolve_component("searchers", given) == given
+        assert names.resolve_component("searchers", given) == given
 
 
-def test_only_the_search_section_is_touched():
-    document = {"searcher": "random", "data": {"class_path": "TextData"}, "search": {"name": "random"}}
-    assert _names.resolve_document(document) == document
+def test_only_components_are_touched():
+    document = {"searcher": "random", "search": {"name": "random"}, "trainer": {"logger": {"class_path": "CSVLogger"}}}
+    assert names.resolve_document(document) == document
+
+
+def test_data_module_is_resolved_by_its_class_name():
+    given = {"data": {"class_path": "TextData", "init_args": {"train": "a.jsonl"}}}
+    path = names.DATA_CLASSES["TextData"]
+    assert names.resolve_document(given)["data"] == {"class_path": path, "init_args": {"train": "a.jsonl"}}
+    assert names.resolve_document({"data": "my_module.MyData"}) == {"data": "my_module.MyData"}
+
+
+@pytest.mark.parametrize(("name", "path"), names.DATA_CLASSES.items())
+def test_every_data_module_is_where_its_name_says(name, path):
+    module, _, class_name = path.rpartition(".")
+    assert class_name == name
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_document_below_a_command_name_is_resolved():
     document = {"search": {"search": {"searcher": "random"}, "model": {}}}
-    assert _names.resolve_document(document, ("search",))["search"]["search"] == {"searcher": RANDOM}
+    assert names.resolve_document(document, ("search",))["search"]["search"] == {"searcher": RANDOM}
 
 
 def test_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(UnknownComponentError, match=r"'nsga3'; known are .*nsga2.*Did you mean 'nsga2'\?"):
-        _names.resolve_section({"searcher": "nsga3"})
+        names.resolve_section({"searcher": "nsga3"})
 
 
 @pytest.mark.parametrize(
@@ -64,16 +81,20 @@ def test_unknown_name_lists_the_known_ones_and_the_nearest():
         (["--search.searcher.population=20"], ["--search.searcher.population=20"]),
         (["--search.name=random", "--searcher=random"], ["--search.name=random", "--searcher=random"]),
         (["--search.searcher.help", "--x"], ["--search.searcher.help", "--x"]),
+        (["--data=TextData"], [f"--data={TEXT}"]),
+        (["--data", "TextData"], ["--data", TEXT]),
+        (["--data.class_path", "qratk.former.TextData"], ["--data.class_path", TEXT]),
+        (["--data.train=TextData"], ["--data.train=TextData"]),
     ],
 )
 def test_arguments_are_resolved(given, expected):
-    assert _names.resolve_arguments(given) == expected
-    assert _names.resolve_arguments(expected) == expected
+    assert names.resolve_arguments(given) == expected
+    assert names.resolve_arguments(expected) == expected
 
 
 def test_inline_lists_and_mappings_of_arguments_are_resolved():
     given = ["--search.mutations=[uniform]", "--search={searcher: random}"]
-    first, second = (json.loads(text.partition("=")[2]) for text in _names.resolve_arguments(given))
+    first, second = (json.loads(text.partition("=")[2]) for text in names.resolve_arguments(given))
     assert first == [REGISTRIES["mutations"].class_path("uniform")]
     assert second == {"searcher": RANDOM}
 
@@ -81,7 +102,7 @@ def test_inline_lists_and_mappings_of_arguments_are_resolved():
 def test_file_named_by_an_argument_is_resolved(tmp_path):
     path = tmp_path / "searcher.yaml"
     path.write_text("class_path: random\ninit_args: {offspring: 3}\n")
-    (argument,) = _names.resolve_arguments([f"--search.searcher={path}"])
+    (argument,) = names.resolve_arguments([f"--search.searcher={path}"])
     assert json.loads(argument.partition("=")[2]) == {"class_path": RANDOM, "init_args": {"offspring": 3}}
 
 
@@ -95,22 +116,22 @@ def with_entry_point(monkeypatch, value: str) -> None:
 def test_third_party_name_resolves_to_its_class(monkeypatch):
     with_entry_point(monkeypatch, "qratk.searchers.random:RandomSearch")
     monkeypatch.setattr("qratk.searchers.random.RandomSearch.component_name", "random")
-    assert _names.resolve_component("searchers", "third") == RANDOM
+    assert names.resolve_component("searchers", "third") == RANDOM
 
 
 def test_broken_plugin_names_where_it_comes_from(monkeypatch):
     with_entry_point(monkeypatch, "no_such_package:Searcher")
     with pytest.raises(PluginError, match="no_such_package"):
-        _names.resolve_component("searchers", "third")
+        names.resolve_component("searchers", "third")
 
 
 def test_defaults_are_the_published_recipe():
-    defaults = _names.defaults()
-    assert set(defaults) == set(_names.SLOTS)
-    assert defaults["searcher"] == {"class_path": NSGA2}
-    assert len(defaults["mutations"]) == 2
+    found = defaults()
+    assert set(found) == set(names.SLOTS)
+    assert found["searcher"] == {"class_path": NSGA2}
+    assert len(found["mutations"]) == 2
 
 
 def test_option_hint_lists_options_and_the_nearest():
-    assert "offspring" in _names.option_hint(RANDOM, "ofspring")
-    assert _names.option_hint(RANDOM, "ofspring").endswith("Did you mean 'offspring'?")
+    assert "offspring" in names.option_hint(RANDOM, "ofspring")
+    assert names.option_hint(RANDOM, "ofspring").endswith("Did you mean 'offspring'?")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qratk.core import ConfigurationError, UnknownComponentError
-from qratk.recipe import autoqra
 from qratk.repairs.reject import RejectInfeasible
+from qratk.settings.recipe import autoqra
 from qratk.testing import ToyEvaluator
 
 

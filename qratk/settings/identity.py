@@ -1,0 +1,49 @@
+"""What decides a search: the settings that a run directory is tied to, in a form that can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qratk.core.plain import flatten
+from qratk.settings.names import named_document
+
+UNDECIDING: Final = frozenset({
+    "model.bank_dir", "model.dense_cache",
+    "search.name", "search.test",
+    "trainer.default_root_dir", "trainer.enable_model_summary", "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps", "trainer.logger", "trainer.profiler",
+    "lm_eval",
+})  # fmt: skip
+"""Settings that say where and how a search computes, what is shown and what is asked at its end: no measurement."""
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a search measures: all but those of `UNDECIDING`."""
+    return _without(config, "")
+
+
+def comparable(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key in the form in which two searches are compared: what decides, components by their names.
+
+    Takes what a run directory of any age holds. Empty mappings are left out: they set nothing.
+    """
+    compared: dict[str, Any] = {}
+    for key, value in flat.items():
+        if not any(key == other or key.startswith(f"{other}.") for other in UNDECIDING):
+            compared.update(flatten(named_document(_nested(key, value))))
+    return {key: value for key, value in compared.items() if value != {}}
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _without(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        key: _without(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in UNDECIDING
+    }
