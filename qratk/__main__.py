@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from qratk import __version__
-from qratk.core.errors import QratkError
 
 
 @dataclass(frozen=True)
@@ -83,17 +82,19 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
     debug = os.environ.get("QRATK_DEBUG", "") not in ("", "0")
     try:
         return command.load()(arguments)
-    except QratkError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"qratk: error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `qratk components | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("qratk: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # also what nobody foresaw ends in one message
+        from qratk.cli.outcome import told
+
+        if debug:
+            traceback.print_exc()
+        print(f"qratk: error: {told(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from qratk.cli.application import SearchingCLI, run
 from qratk.cli.trainer import SearchTrainer
+from qratk.core.errors import SearchError
 from qratk.reporting.base import Reporter
 from qratk.reporting.standard import standard_reporters
 from qratk.run import files
@@ -42,7 +44,7 @@ class SearchCommand(SearchingCLI):
         config = self.resolved()
         save_config(config, run_dir)
         reporter = self._reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
-        go_on = f"qratk search --config {run_dir / files.CONFIG} --run_dir {run_dir}"
+        go_on = shlex.join(["qratk", "search", "--config", str(run_dir / files.CONFIG), "--run_dir", str(run_dir)])
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
                 model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=deciding(config)
@@ -98,7 +100,10 @@ def resumable(command: str) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         if not interrupted and isinstance(stop, SystemExit):
-            raise
+            raise SearchError(
+                f"something in the search asked the process to exit (SystemExit({stop.code!r})) before there was a "
+                f"result; to go on: {command}"
+            ) from stop
         print(f"interrupted; to go on: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:

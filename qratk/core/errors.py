@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 
 class QratkError(Exception):
     """Base of every error that a user can cause and cure."""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """An option, by its name within its section or object, and what is wrong with it."""
+
+    option: str
+    text: str
+
+
 class ConfigurationError(QratkError, ValueError):
-    """A configuration, ladder or option has a value outside what is allowed."""
+    """A configuration, ladder or option has a value outside what is allowed; `problems` tell each where they can."""
+
+    def __init__(self, *arguments: object, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(*arguments)
+        self.problems = tuple(problems)
 
 
 class InfeasibleBudgetError(QratkError, ValueError):

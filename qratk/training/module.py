@@ -28,6 +28,7 @@ from qratk.backbone.logits import (
     training_losses,
 )
 from qratk.core.batching import BATCH_COST
+from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
 from qratk.quantizers.base import Quantizer, quantizers
@@ -131,10 +132,17 @@ class FineTuneModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if init_batches < 1 or init_batch_size < 1:
-            raise ConfigurationError(
-                f"init_batches and init_batch_size must be at least 1, got {init_batches} and {init_batch_size}"
-            )
+        checks = Checks()
+        checks.at_least(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+        checks.at_least(1, init_batches=init_batches, init_batch_size=init_batch_size, schedule_steps=schedule_steps)
+        checks.at_least(1, init_iterations=init_iterations, input_groups=input_groups)
+        checks.at_least(1, calibration_sequences=calibration_sequences)
+        checks.require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "must be two in [0, 1)")
+        checks.require(0 <= lora_dropout < 1, "lora_dropout", lora_dropout, "must lie in [0, 1)")
+        checks.require(alpha_over_rank > 0, "alpha_over_rank", alpha_over_rank, "must be positive")
+        checks.require(bank_dir != "", "bank_dir", bank_dir, "must be a folder, 'auto' or null")
+        _check_quantizers(checks, quantizers)
+        checks.finish()
         if adapter not in ("lora", "adalora") or (adalora and adapter != "adalora"):
             raise ConfigurationError(
                 f"adapter must be 'lora' or 'adalora', and only the latter has the options adalora; got {adapter!r} "
@@ -204,7 +212,7 @@ class FineTuneModule(LightningModule):
             adalora=AdaLoraOptions.of(options.adalora) if options.adapter == "adalora" else None,
             compute_dtype=options.compute_dtype,
             trust_remote_code=options.trust_remote_code,
-            tokenizer=options.tokenizer,
+            tokenizer=None if options.tokenizer is None else str(Path(options.tokenizer).expanduser()),
             weights=weights,
             bank_dir=options.bank_dir,
         )
@@ -568,6 +576,12 @@ def built_quantizers(specified: Mapping[Any, Any] | None) -> dict[int, Quantizer
     return built
 
 
+def _check_quantizers(checks: Checks, specified: Mapping[Any, Any] | None) -> None:
+    for bits, chosen in (specified or {}).items():
+        named = isinstance(chosen, str | Quantizer) or (isinstance(chosen, Mapping) and "class_path" in chosen)
+        checks.require(named, "quantizers", {bits: chosen}, "must be names, or {class_path, init_args}, by bits")
+
+
 def _class_and_options(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if "class_path" not in chosen:
         raise ConfigurationError(f"a quantiser is a name or {{class_path, init_args}}, got {dict(chosen)}")
@@ -576,7 +590,7 @@ def _class_and_options(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _model_path(model: str) -> str:
     if model != "embedded":
-        return model
+        return str(Path(model).expanduser())
     from qratk.embedded import model_directory
 
     return str(model_directory())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -255,6 +256,30 @@ def test_interrupt_tells_how_to_go_on(monkeypatch, capsys, config):
     assert status == 130
     assert "to go on: qratk search --config run/config.yaml --run_dir run" in error
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_command_to_go_on_can_be_pasted_where_a_folder_has_a_space(monkeypatch, capsys, config):
+    from qratk.cli.trainer import SearchTrainer
+
+    def interrupted(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SearchTrainer, "search", interrupted)
+    _, error = failed(capsys, "search", "--config", config, "--run_dir=my run")
+    go_on = shlex.split(error.partition("to go on: ")[2])
+    assert go_on == ["qratk", "search", "--config", "my run/config.yaml", "--run_dir", "my run"]
+
+
+def test_search_that_is_ended_from_within_is_no_success(monkeypatch, capsys, config):
+    from qratk.cli.trainer import SearchTrainer
+
+    def leaves(self, *arguments, **options):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(SearchTrainer, "search", leaves)
+    status, error = failed(capsys, "search", "--config", config, "--run_dir=run")
+    assert status == 1
+    assert "before there was a result" in error
 
 
 def test_run_directory_defaults_to_time_and_name(tmp_path):

@@ -1,0 +1,42 @@
+"""What a command says when it fails: one message, whatever was raised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from qratk.core.errors import QratkError
+
+_NO_MEMORY: Final = re.compile(r"out of memory|cannot allocate memory|can't allocate memory|not enough memory", re.I)
+
+
+def told(error: BaseException) -> str:
+    """The one message of an error: a user's mistake in its own words, anything else with what can be done."""
+    known = next((link for link in _chain(error) if isinstance(link, QratkError)), None)
+    if known is not None:
+        return str(known)
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    return _foreign(error) + notes
+
+
+def _foreign(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return f"memory ran out: {text or type(error).__name__}. A smaller batch or max_length needs less of it."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken: {text}"
+    return (
+        f"{type(error).__name__}: {text or 'no text'}. "
+        "This looks like a fault of qratk: QRATK_DEBUG=1 shows the traceback."
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__

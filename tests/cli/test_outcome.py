@@ -1,0 +1,60 @@
+"""Whatever is raised ends in one message and status 1."""
+
+from __future__ import annotations
+
+import pytest
+
+from qratk.__main__ import COMMANDS, Command, main
+from qratk.cli.outcome import told
+from qratk.core.errors import DataError
+
+
+def raising(error: BaseException):
+    """A command that fails."""
+
+    def command(arguments):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("the sky\nfell"), "RuntimeError: the sky fell. This looks like a fault of qratk: QRATK_DEBUG=1"),
+        (RecursionError(), "RecursionError: no text. This looks like a fault"),
+        (FileNotFoundError(2, "No such file or directory", "rows.jsonl"), "rows.jsonl: No such file or directory"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+        (MemoryError(), "memory ran out: MemoryError"),
+        (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "memory ran out: unable to mmap"),
+        (ModuleNotFoundError("No module named 'wandb'"), "a package is missing or broken: No module named 'wandb'"),
+        (DataError("rows.jsonl, line 3: no answer"), "error: rows.jsonl, line 3: no answer\n"),
+    ],
+)
+def test_any_exception_is_one_message(monkeypatch, capsys, error, text):
+    monkeypatch.setattr(Command, "load", lambda self: raising(error))
+    monkeypatch.delenv("QRATK_DEBUG", raising=False)
+    assert main([next(iter(COMMANDS))]) == 1
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert printed.startswith("qratk: error: ")
+    assert "Traceback" not in printed
+
+
+def test_debug_shows_the_traceback_of_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr(Command, "load", lambda self: raising(RuntimeError("x")))
+    monkeypatch.setenv("QRATK_DEBUG", "1")
+    assert main(["search"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_users_mistake_within_a_wrapper_is_told_in_its_own_words():
+    wrapper = ValueError("Parser key 'data': a hundred lines")
+    wrapper.__cause__ = DataError("batch_size must be at least 1, got 0")
+    assert told(wrapper) == "batch_size must be at least 1, got 0"
+
+
+def test_notes_say_where():
+    error = RuntimeError("x")
+    error.add_note("rows.jsonl, line 7")
+    assert told(error).endswith("\n  rows.jsonl, line 7")

@@ -1,0 +1,56 @@
+"""Options of the module that cannot be are refused before anything is loaded, all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qratk.core.errors import ConfigurationError
+from qratk.training.module import FineTuneModule
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("learning_rate", -0.1),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -1.0),
+        ("betas", (1.5, 0.9)),
+        ("betas", (0.9, 0.99, 0.999)),
+        ("warmup_steps", -5),
+        ("schedule_steps", 0),
+        ("schedule_steps", -3),
+        ("seed", -1),
+        ("lora_dropout", 1.0),
+        ("alpha_over_rank", 0.0),
+        ("init_iterations", 0),
+        ("input_groups", 0),
+        ("calibration_sequences", 0),
+        ("bank_dir", ""),
+        ("quantizers", {4: 3}),
+    ],
+)
+def test_option_that_cannot_be_is_refused_by_its_name(option, value):
+    with pytest.raises(ConfigurationError, match=option) as caught:
+        FineTuneModule("nowhere", **{option: value})
+    assert [problem.option for problem in caught.value.problems] == [option]
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        FineTuneModule("nowhere", learning_rate=-1.0, warmup_steps=-5, bank_dir="")
+    assert {problem.option for problem in caught.value.problems} == {"learning_rate", "warmup_steps", "bank_dir"}
+
+
+def test_home_folder_is_expanded_in_the_models_name(monkeypatch):
+    given = []
+    monkeypatch.setenv("HOME", "/homes/somebody")
+    monkeypatch.setattr(
+        "qratk.backbone.backbone.Backbone.load", lambda model, **options: given.append((model, options))
+    )
+    FineTuneModule("~/model", tokenizer="~/words").load_backbone()
+    FineTuneModule("Qwen/Qwen3-0.6B").load_backbone()
+    assert [Path(model) for model, _ in given] == [Path("/homes/somebody/model"), Path("Qwen/Qwen3-0.6B")]
+    assert given[0][1]["tokenizer"] == "/homes/somebody/words"
+    assert given[1][1]["tokenizer"] is None
