@@ -149,7 +149,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
 
 def search_memory(backbone: Backbone, loop: SearchLoop, dense_cache: str) -> SearchMemory:
     """What a search holds: the bank of its bit-widths and of its references."""
-    bits = tuple(sorted({*loop.bits, *(choice.bits for choice in loop.references)}))
+    bits = tuple(sorted({*loop.bits, *(choice.bits for choice in loop.reference_choices)}))
     packed = [backbone.table.layer_bytes(shape, b) for shape in backbone.shapes for b in bits]
     biases = sum(shape.constant_bytes for shape in backbone.shapes)
     dense = sum(shape.parameters for shape in backbone.shapes) * backbone.compute_dtype.itemsize

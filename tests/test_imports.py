@@ -26,7 +26,8 @@ HEAVY = (
     "sklearn",
 )
 OPEN_SETS = (
-    "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators", "reporting"
+    "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators",
+    "executors", "reporting",
 )  # fmt: skip
 STRATEGIES = {"estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers"}
 MODEL = ("adapters", "bank", "backbone", "training", "peaks")
@@ -100,17 +101,15 @@ def test_strategies_do_not_import_the_evaluators():
             assert other != "evaluators", f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
 
 
-def test_loop_sees_only_the_contracts():
+@pytest.mark.parametrize("path", [p for p in modules() if part(p) == "loop"], ids=lambda p: p.name)
+def test_loop_sees_only_the_contracts(path):
     """No strategy is imported by the loop: only `base` modules, and the proposer that all of them share."""
-    tree = ast.parse((ROOT / "loop.py").read_text())
-    for name, line in imported(tree):
+    names = imported(ast.parse(path.read_text()))
+    for name, line in names:
         words = name.split(".")
         if words[0] == "qratk" and len(words) > 2 and words[1] in OPEN_SETS:
-            assert words[2] in ("base", "proposer"), f"loop.py:{line} imports {name}"
-
-
-def test_loop_does_not_import_the_commands():
-    parts = {other for other, _ in own_parts(imported(ast.parse((ROOT / "loop.py").read_text())))}
+            assert words[2] in ("base", "proposer"), f"{path.name}:{line} imports {name}"
+    parts = {other for other, _ in own_parts(names)}
     assert not parts & {"cli", "__main__", "compare", "data", "export", *MODEL}
 
 
@@ -125,9 +124,9 @@ def is_light(path: Path) -> bool:
     inside = path.relative_to(ROOT).parts
     if inside[0] == "testing" and inside[-1].startswith("_torch"):
         return False  # suites of strategies that need torch, imported when asked for
-    if inside[0] in ("core", "run", "registry.py", "components.py", "loop.py", "__init__.py", "testing"):
+    if inside[0] in ("core", "run", "registry.py", "components.py", "loop", "__init__.py", "testing"):
         return True
-    return inside[0] in {*STRATEGIES, "evaluators"} and len(inside) == 2
+    return inside[0] in {*STRATEGIES, "evaluators", "executors"} and len(inside) == 2
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if is_light(p)], ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qratk.core import Configuration, Evaluation, Footprint, History
-from qratk.statistics import hierarchical_interval, mean_interval, paired_comparison, top3_hit_rates
+from qratk.loop.statistics import hierarchical_interval, mean_interval, paired_comparison, top3_hit_rates
 from qratk.surrogates.base import surrogates
 from qratk.testing import toy_problem
 

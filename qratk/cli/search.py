@@ -14,16 +14,17 @@ from types import FrameType
 from typing import Any, cast
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from qratk.cli.application import SearchingCLI, run
 from qratk.cli.trainer import SearchTrainer
 from qratk.core.errors import SearchError
+from qratk.data.base import TaskData
 from qratk.reporting.base import Reporter
 from qratk.reporting.standard import standard_reporters
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.settings.identity import deciding
+from qratk.training.module import FineTuneModule
 
 
 class SearchCommand(SearchingCLI):
@@ -37,7 +38,7 @@ class SearchCommand(SearchingCLI):
         self._reporters = reporters
         super().__init__(arguments)
 
-    def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+    def search(self, model: FineTuneModule, datamodule: TaskData) -> None:
         """Run the search, or continue it."""
         loop = self.loop()
         run_dir = choose_run_dir(self.settings.run_dir, name=loop.name)

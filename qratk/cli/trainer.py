@@ -6,12 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from qratk.core.result import SearchResult
+from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
 from qratk.reporting.base import Reporter
 from qratk.settings.identity import comparable
+from qratk.training.module import FineTuneModule
 
 
 class SearchTrainer(Trainer):
@@ -29,8 +31,8 @@ class SearchTrainer(Trainer):
 
     def search(
         self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
+        model: FineTuneModule,
+        datamodule: TaskData,
         search: SearchLoop,
         *,
         run_dir: Path,

@@ -16,8 +16,8 @@ from qratk.compare.read import UNFINISHED, Comparison, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
 from qratk.core.text import clean, duration
+from qratk.loop.statistics import hierarchical_interval, mean_interval
 from qratk.run.atomic import write_atomically
-from qratk.statistics import hierarchical_interval, mean_interval
 
 ACCURACY: Final = ("acc", "accuracy")
 NAN: Final = float("nan")

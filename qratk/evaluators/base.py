@@ -17,7 +17,11 @@ from qratk.core.space import SearchSpace
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from qratk.data.base import TaskData
     from qratk.estimators.base import ImportanceEstimator
+    from qratk.training.module import FineTuneModule
 
 
 def _just_decide(key: str, decide: Callable[[], Any]) -> Any:
@@ -28,17 +32,18 @@ def _just_decide(key: str, decide: Callable[[], Any]) -> Any:
 class EvaluationContext:
     """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
 
-    `reference_bits` and `reference_ranks` are those of uniform references that will be measured after the search;
-    `say` tells a person something, such as a fallback. `decided` returns what was decided under a key, as plain data:
-    in a new run directory what its second argument returns, in a resumed one what was recorded.
+    `trainer` makes a Trainer from keyword arguments. `reference_bits` and `reference_ranks` are those of uniform
+    references that will be measured after the search; `say` tells a person something, such as a fallback. `decided`
+    returns what was decided under a key, as plain data: in a new run directory what its second argument returns, in a
+    resumed one what was recorded.
     """
 
     run_dir: Path
     ladder: FidelityLadder
     seed: int
-    module: Any = None
-    datamodule: Any = None
-    trainer: Any = None
+    module: FineTuneModule | None = None
+    datamodule: TaskData | None = None
+    trainer: Callable[..., Trainer] | None = None
     reference_bits: tuple[int, ...] = ()
     say: Callable[[str], None] = print
     decided: Callable[[str, Callable[[], Any]], Any] = _just_decide

@@ -29,9 +29,8 @@ from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 from qratk.run import files
 
 if TYPE_CHECKING:
-    from qratk.data.base import TaskData
     from qratk.estimators.base import ImportanceEstimator
-    from qratk.training.module import FineTuneModule, TrainingState
+    from qratk.training.module import TrainingState
 
 
 _LARGEST_COHORT = 32
@@ -93,10 +92,14 @@ class FineTuneEvaluator(Evaluator):
         """Load model and data. `context.trainer` makes a Trainer from keyword arguments; the default is Lightning's."""
         from lightning import Trainer
 
+        if context.module is None or context.datamodule is None:
+            raise ConfigurationError(
+                "this evaluator fine-tunes: it needs a model and data, and was given neither or one"
+            )
         self.context = context
-        self.module: FineTuneModule = context.module
-        self.data: TaskData = context.datamodule
-        self.make_trainer: Callable[..., Any] = context.trainer or Trainer
+        self.module = context.module
+        self.data = context.datamodule
+        self.make_trainer: Callable[..., Trainer] = context.trainer or Trainer
         self.module.schedule_steps = self.module.schedule_steps or context.ladder.highest
         self._place()
         self.data.attach(self.module.tokenizer, context_length=self.module.context_length)

@@ -35,6 +35,7 @@ SLOTS: Final[Mapping[str, str]] = {
     "bits_importance": "estimators",
     "rank_importance": "estimators",
     "evaluator": "evaluators",
+    "executor": "executors",
 }
 """Which open set each component of a search comes from."""
 

@@ -20,6 +20,7 @@ RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
     "bits_importance": "fisher_residual",
     "rank_importance": "gradient_spectrum",
     "evaluator": "finetune",
+    "executor": "serial",
 }
 """The default of each component: AutoQRA as published."""
 

@@ -1,0 +1,1 @@
+"""Places where evaluations happen: an open set."""

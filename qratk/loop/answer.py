@@ -1,0 +1,94 @@
+"""What a search ended with: the best, what it is compared with, scores on test data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Candidate, Evaluation, Request
+from qratk.core.result import SearchResult
+from qratk.core.utility import Utility
+from qratk.executors.base import Executor
+from qratk.loop.measuring import Measuring
+from qratk.loop.settings import SearchSettings
+from qratk.loop.state import Clock, SearchState, Stage
+from qratk.loop.statistics import paired_comparison, top3_hit_rates
+from qratk.mutations.proposer import ProposalCounts
+from qratk.run.journal import Journal
+
+
+def conclude(
+    settings: SearchSettings,
+    measuring: Measuring,
+    *,
+    utility: Utility,
+    proposals: ProposalCounts,
+    stop_reasons: dict[str, str],
+    tests: bool,
+) -> SearchResult:
+    """The result of a search; references are measured and test data scored only here, after the last decision.
+
+    `tests`: whether test data are scored.
+    """
+    plan, state, evaluator = measuring.plan, measuring.state, measuring.evaluator
+    highest = plan.ladder.highest
+    best = state.best
+    assert best is not None, "a search in which nothing was measured has no answer"
+    references = measuring.measure(_references(settings, plan.problem.num_layers), Stage("reference"))
+    baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
+    weights = evaluator.item_weights
+    scores = [best, *baselines, *references] if tests else []
+    return SearchResult(
+        plan=plan,
+        best=best,
+        item_weights=None if weights is None else tuple(weights),
+        front=state.front(highest),
+        baselines=tuple(baselines),
+        references=tuple(references),
+        comparisons=tuple(paired_comparison(best, e, weights=weights) for e in (*baselines, *references)),
+        history=state.history,
+        records=tuple(state.records),
+        generations=tuple(state.generations),
+        refinements=tuple(state.refinements),
+        stop_reasons=stop_reasons,
+        utility=utility,
+        test_scores=_tested(scores, measuring.executor, measuring.journal, measuring.clock),
+        proposals=asdict(proposals),
+        top3_hit_rates=_hit_rates(settings, state, measuring),
+        seconds=_spent(state, measuring.clock),
+    )
+
+
+def _references(settings: SearchSettings, layers: int) -> list[Request]:
+    """Uniform configurations outside the search."""
+    uniform = [Configuration((choice,) * layers) for choice in settings.reference_choices]
+    return [Request(Candidate(c, "reference", phase="reference"), settings.ladder.highest) for c in uniform]
+
+
+def _tested(
+    evaluations: Sequence[Evaluation], executor: Executor, journal: Journal, clock: Clock
+) -> dict[str, dict[str, float]]:
+    """Scores on test data by the configuration's text, of what succeeded."""
+    wanted = {str(e.configuration): e for e in evaluations if e.ok}
+    if not wanted:
+        return {}
+    lacking = [e for text, e in wanted.items() if journal.decision(f"test/{text}") is None]
+    with clock.timed("test"):
+        for evaluation, scores in executor.tested(lacking):
+            journal.decide(f"test/{evaluation.configuration}", scores)
+    return {text: journal.decision(f"test/{text}") for text in wanted}
+
+
+def _hit_rates(settings: SearchSettings, state: SearchState, measuring: Measuring) -> dict[str, float]:
+    ladder, problem = settings.ladder, measuring.plan.problem
+    if ladder.lowest == ladder.highest:
+        return {}
+    with measuring.clock.timed("strategy"):
+        return top3_hit_rates(settings.surrogate, problem, state.history, low=ladder.lowest, high=ladder.highest)
+
+
+def _spent(state: SearchState, clock: Clock) -> dict[str, float]:
+    """Seconds by stage and in all. Evaluations count those of interrupted runs too, the other stages do not."""
+    stages = {"evaluation": sum(record.evaluation.seconds for record in state.records), **clock.stages}
+    return {**stages, "total": sum(stages.values())}

@@ -1,0 +1,82 @@
+"""Measuring what is asked for: history and journal first, then the executor; the one way into the state."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import dropwhile
+
+from qratk.core.evaluation import Evaluation, Request
+from qratk.core.result import Record, SearchPlan
+from qratk.evaluators.base import Evaluator
+from qratk.executors.base import Executor, Group
+from qratk.loop.state import Clock, SearchState, Stage
+from qratk.reporting.base import Reporter
+from qratk.run.journal import Journal
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Has requests measured, writes down what comes of them, and tells the reporter."""
+
+    evaluator: Evaluator
+    executor: Executor
+    journal: Journal
+    reporter: Reporter
+    plan: SearchPlan
+    state: SearchState
+    clock: Clock
+
+    def measure(self, requests: Sequence[Request], stage: Stage) -> list[Evaluation]:
+        """Evaluation of each request, in order; only what neither history nor journal knows is evaluated.
+
+        References enter no history: they decide nothing.
+        """
+        measured, history = list[Evaluation](), self.state.history
+        add = self.state.add_reference if stage.phase == "reference" else self.state.add
+        lacking = [r for r in requests if history.get(r.configuration, r.steps) is None]
+        with closing(self._arriving(lacking, stage)) as arriving:
+            for request in requests:
+                known = history.get(request.configuration, request.steps)
+                if known is None:
+                    record = self._recorded(request, arriving)
+                    known = record.evaluation
+                    add(record)
+                    self._tell(record, stage)
+                measured.append(known)
+        return measured
+
+    def _tell(self, record: Record, stage: Stage) -> None:
+        rung = record.evaluation.steps
+        self.reporter.evaluated(record, self.state.progress(self.plan, stage, rung, self.clock))
+
+    def _recorded(self, request: Request, arriving: Iterator[None]) -> Record:
+        """What the journal holds of a request, after as many groups were measured as that takes."""
+        while (record := self.journal.evaluation(request.configuration, request.steps)) is None:
+            next(arriving)
+        return record
+
+    def _arriving(self, requests: Sequence[Request], stage: Stage) -> Generator[None, None, None]:
+        """Measures and records, group by group, what the journal lacks of the requests: one group at each `next`."""
+        # What was recorded first was recorded whole groups at a time. The rest is cut as it was the first time, and
+        # of that, whatever was recorded too is left out: groups end in any order.
+        rest = list(dropwhile(self._holds, dict.fromkeys(requests)))
+        if not rest:
+            return
+        rung = rest[0].steps
+        self.reporter.progress(self.state.progress(self.plan, stage, rung, self.clock))
+        groups = self._groups(rest) if stage.phase != "reference" else ((request,) for request in rest)
+        for group, evaluations in self.executor.finished(groups):
+            self.journal.extend([(r.candidate, e) for r, e in zip(group, evaluations, strict=True)])
+            yield
+            self.reporter.progress(self.state.progress(self.plan, stage, rung, self.clock))
+
+    def _groups(self, requests: Sequence[Request]) -> Iterator[Group]:
+        for group in self.evaluator.groups(requests):
+            lacking = [request for request in group if not self._holds(request)]
+            if lacking:
+                yield lacking
+
+    def _holds(self, request: Request) -> bool:
+        return self.journal.evaluation(request.configuration, request.steps) is not None

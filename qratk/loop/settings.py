@@ -1,0 +1,209 @@
+"""What a search is asked for: its strategies, ladders, budget, rungs and stopping rules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qratk.core.configuration import Configuration, LayerChoice
+from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import FidelityLadder
+from qratk.core.memory import Budget, MemoryModel, Scope, resolve_budget
+from qratk.core.result import SearchResult
+from qratk.core.space import SearchSpace
+from qratk.estimators.base import ImportanceEstimator
+from qratk.evaluators.base import Evaluator
+from qratk.executors.base import Executor, executors
+from qratk.mutations.base import MutationOperator
+from qratk.refiners.base import LocalRefiner
+from qratk.repairs.base import RepairPolicy
+from qratk.reporting.base import Reporter
+from qratk.run.journal import Comparable
+from qratk.searchers.base import GlobalSearcher
+from qratk.surrogates.base import PromotionSurrogate
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from qratk.data.base import TaskData
+    from qratk.training.module import FineTuneModule
+
+Schedule = tuple[tuple[int, int], ...]
+"""Rungs of a race, ascending, and how many candidates run at each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(ABC):
+    """Settings of a search, checked; `SearchLoop` runs them.
+
+    Args:
+        evaluator: fine-tunes and scores a configuration.
+        searcher: global searcher (phase I).
+        refiner: local refiner (phase II).
+        surrogate: decides which short runs are continued.
+        mutations: operators that vary a configuration, drawn in equal parts.
+        repair: brings a configuration back under the budget.
+        bits_importance: scores layers for their bit-width, I_q.
+        rank_importance: scores layers for their rank, I_r.
+        bits: ladder of bit-widths; 16 keeps a layer in 16 bits.
+        ranks: ladder of adapter ranks; 0 means no adapter.
+        limit: budget as a size with a unit, as in "5.5GiB".
+        like: budget as what a uniform [bits, rank] takes, on or off the ladders, as in [4, 16].
+        scope: which bytes the budget limits: storage (Eq. 21), training or serving peak.
+        max_average_bits: cap on the mean bit-width over weights, beside or instead of bytes.
+        steps: optimiser steps of the rungs, T_1 < ... < T_S.
+        multi_fidelity: whether the lower rungs are used; without them every candidate runs to T_S at once.
+        reduction_factor: eta, how many candidates are dropped from rung to rung.
+        high_fidelity_candidates: N_HF, how many of a generation reach T_S.
+        promotion: whether the best of each generation go on to higher rungs ("each"), or once, after the last
+            generation, the best of them all ("last": phase I then judges by T_1 alone).
+        promote_by: what is best: the predicted or measured score, or the front of score and bytes.
+        uniform_baselines: whether the uniform configurations that fit are measured too, first and at every rung; only
+            then is the answer known to be no worse than they are.
+        max_evaluations: cap on the evaluations at T_S in both phases, baselines included.
+        generations: cap on the generations of phase I.
+        hypervolume_tolerance: epsilon_hv; phase I stops when the hypervolume grows by less, relatively,
+        hypervolume_patience: for this many generations in a row (Eq. 28).
+        alpha: weight of the score against bytes in the utility of phase II and of the answer (Eq. 4). The budget is
+            a hard limit already, so by default (1) the answer is what scores best within it.
+        references: uniform [bits, rank] pairs measured for comparison only, on or off the ladders, as in [[16, 16]].
+        test: whether the best, the baselines and the references are scored on test data after the search.
+        seed: seed of every random choice of the search.
+        name: name of the run.
+        executor: where evaluations happen; it decides nothing of what they come to.
+    """
+
+    evaluator: Evaluator
+    searcher: GlobalSearcher
+    refiner: LocalRefiner
+    surrogate: PromotionSurrogate
+    mutations: list[MutationOperator]
+    repair: RepairPolicy
+    bits_importance: ImportanceEstimator
+    rank_importance: ImportanceEstimator
+    bits: Sequence[int] = (2, 4, 8)
+    ranks: Sequence[int] = (4, 8, 16)
+    limit: str | None = None
+    like: Sequence[int] | None = None
+    scope: Scope = "storage"
+    max_average_bits: float | None = None
+    steps: Sequence[int] = (100, 300, 900)
+    multi_fidelity: bool = True
+    reduction_factor: float = 3.0
+    high_fidelity_candidates: int = 3
+    promotion: Literal["each", "last"] = "each"
+    promote_by: Literal["score", "front"] = "score"
+    uniform_baselines: bool = True
+    max_evaluations: int | None = None
+    generations: int = 12
+    hypervolume_tolerance: float = 1e-3
+    hypervolume_patience: int = 3
+    alpha: float = 1.0
+    references: Sequence[Sequence[int]] = ()
+    test: bool = True
+    seed: int = 0
+    name: str = "search"
+    executor: Executor = field(default_factory=lambda: executors.create("serial"))
+
+    def __post_init__(self) -> None:
+        if self.generations < 0 or self.high_fidelity_candidates < 1 or self.hypervolume_patience < 1:
+            raise ConfigurationError(
+                "generations must be at least 0, high_fidelity_candidates and hypervolume_patience at least 1; got "
+                f"{self.generations}, {self.high_fidelity_candidates} and {self.hypervolume_patience}"
+            )
+        if self.max_evaluations is not None and self.max_evaluations < 1:
+            raise ConfigurationError(f"max_evaluations must be at least 1, got {self.max_evaluations}")
+        if self.promotion not in ("each", "last") or self.promote_by not in ("score", "front"):
+            raise ConfigurationError(
+                f"promotion must be 'each' or 'last' and promote_by 'score' or 'front', got {self.promotion!r} and "
+                f"{self.promote_by!r}"
+            )
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ConfigurationError(f"alpha must lie in [0, 1], got {self.alpha}")
+        if self.seed < 0:
+            raise ConfigurationError(f"seed must be at least 0, got {self.seed}")
+        if self.max_average_bits is not None and not self.max_average_bits > 0:
+            raise ConfigurationError(f"max_average_bits must be positive, got {self.max_average_bits}")
+        for pair in self.references:
+            if len(pair) != 2:
+                raise ConfigurationError(f"references are pairs [bits, rank], as in [[16, 16]]; got {list(pair)}")
+        _ = self.ladder  # raises where there is none
+
+    @abstractmethod
+    def run(
+        self,
+        *,
+        run_dir: Path,
+        reporter: Reporter,
+        config: Mapping[str, Any],
+        comparable: Comparable = dict,
+        module: FineTuneModule | None = None,
+        datamodule: TaskData | None = None,
+        trainer: Callable[..., Trainer] | None = None,
+    ) -> SearchResult:
+        """What the search found."""
+
+    @cached_property
+    def ladder(self) -> FidelityLadder:
+        """The rungs that are used: T_S alone without multi-fidelity."""
+        ladder = FidelityLadder(tuple(self.steps), self.reduction_factor)
+        return ladder if self.multi_fidelity else FidelityLadder(ladder.steps[-1:], self.reduction_factor)
+
+    @property
+    def judged_at(self) -> int:
+        """The rung that phase I is judged by."""
+        return self.ladder.lowest if self.promotion == "last" else self.ladder.highest
+
+    @property
+    def reference_choices(self) -> tuple[LayerChoice, ...]:
+        """Bits and rank of each reference."""
+        return tuple(Configuration.of([int(bits)], [int(rank)]).layers[0] for bits, rank in self.references)
+
+    @property
+    def last_race(self) -> Schedule:
+        """Rungs and sizes of the one race after phase I: that of a single generation."""
+        sizes = self.ladder.sizes(self.searcher.generation_size, self.high_fidelity_candidates)
+        return tuple(zip(self.ladder.steps, sizes, strict=True))
+
+    def race(self, candidates: int) -> Schedule:
+        """Rungs of the generation that was just asked for, and how many of its candidates run at each."""
+        if self.promotion == "last":  # whatever the searcher would begin at: all are judged alike
+            return ((self.ladder.lowest, candidates),)
+        return self.searcher.schedule(self.ladder, candidates, self.high_fidelity_candidates)
+
+    def planned_evaluations(self, baselines: int) -> dict[int, int]:
+        """Largest number of evaluations at each rung (steps), given how many uniform configurations fit."""
+        highest = self.ladder.highest
+        counts = Counter(dict.fromkeys(self.ladder.steps, baselines if self.uniform_baselines else 0))
+        phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
+        if self.promotion == "last":
+            (lowest, _), *higher = self.last_race
+            phases = [{lowest: self.generations * self.searcher.generation_size}, dict(higher)]
+        for phase in (*phases, self.refiner.planned_evaluations(self.ladder)):
+            counts.update(phase)
+        if self.max_evaluations is not None:
+            counts[highest] = min(counts[highest], self.max_evaluations)
+        counts[highest] += len(self.references)
+        return dict(sorted(counts.items()))
+
+    def pose(
+        self, names: Sequence[str], memory_model: Callable[[SearchSpace], MemoryModel]
+    ) -> tuple[MemoryModel, Budget]:
+        """Bytes and budget over the layers with these names. Raises `ConfigurationError` or `InfeasibleBudgetError`."""
+        bits, ranks, limit, like = tuple(self.bits), tuple(self.ranks), self.limit, self.like
+        if like is not None and len(like) == 2 and not (like[0] in bits and like[1] in ranks):
+            if limit is not None:
+                raise ConfigurationError(
+                    "state the budget once: either a size ('limit') or a uniform configuration ('like')"
+                )
+            one = memory_model(SearchSpace((int(like[0]),), (int(like[1]),), tuple(names)))
+            limit, like = str(one.bytes(one.space.smallest, self.scope)), None
+        memory = memory_model(SearchSpace(bits, ranks, tuple(names)))
+        return memory, resolve_budget(
+            memory, limit=limit, like=like, scope=self.scope, max_average_bits=self.max_average_bits
+        )

@@ -1,0 +1,134 @@
+"""What a search knows by now, and how long it took to know it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from qratk.core import answer
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Evaluation, FidelityLadder, History
+from qratk.core.pareto import ParetoFront
+from qratk.core.problem import Problem
+from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan
+from qratk.core.utility import Utility
+
+Phase = Literal["baseline", "global", "local", "reference"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where in a search something happens: its phase, and the generation or step within it."""
+
+    phase: Phase
+    number: int = 0
+
+
+class Clock:
+    """Seconds since it was made, and those of each stage."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.stages: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def seconds(self) -> float:
+        """Since the clock was made."""
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Context whose seconds count for a stage."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[stage] += time.monotonic() - began
+
+
+class SearchState:
+    """What was measured and what it amounts to; it only grows.
+
+    Attributes:
+        history: evaluations of the search, in the order of the requests.
+        records: the same with their candidates, and those of the references.
+        generations: how each generation of phase I ended.
+        refinements: how each step of phase II ended.
+        best: the answer so far; None before anything that fits was measured at the highest rung.
+        discarded: checkpoints that were deleted, by configuration and steps.
+    """
+
+    def __init__(
+        self, problem: Problem, ladder: FidelityLadder, baselines: Sequence[Configuration], alpha: float
+    ) -> None:
+        self._problem, self._ladder = problem, ladder
+        self._baselines = frozenset(baselines)
+        self._utility: Utility | float = alpha
+        self.history = History()
+        self.records: list[Record] = []
+        self.generations: list[GenerationSummary] = []
+        self.refinements: list[RefinementSummary] = []
+        self.best: Evaluation | None = None
+        self.discarded: set[tuple[Configuration, int]] = set()
+        self._measured: Counter[int] = Counter()  # of the history, by rung
+        self._recorded: Counter[int] = Counter()  # of the records, by rung
+        self._spent = (0.0, 0)  # seconds and steps of what succeeded
+
+    def add(self, record: Record) -> None:
+        """Take in a measurement of the search."""
+        self.add_reference(record)
+        evaluation = record.evaluation
+        self.history.append(evaluation)
+        self._measured[evaluation.steps] += 1
+        if evaluation.steps == self._ladder.highest:
+            self._judge()
+
+    def add_reference(self, record: Record) -> None:
+        """Take in a measurement that decides nothing and enters no history."""
+        self.records.append(record)
+        evaluation = record.evaluation
+        self._recorded[evaluation.steps] += 1
+        if evaluation.ok:
+            seconds, steps = self._spent
+            self._spent = (seconds + evaluation.seconds, steps + evaluation.steps)
+
+    def freeze(self, utility: Utility) -> None:
+        """Judge by these ranges of scores and bytes from here on (Eq. 4)."""
+        self._utility = utility
+        self._judge()
+
+    def _judge(self) -> None:
+        self.best = answer.best(
+            self._problem, self.history, self._ladder.highest, baselines=self._baselines, utility=self._utility
+        )
+
+    def measured(self, steps: int) -> int:
+        """How many evaluations of the search there are at a rung, failed ones included."""
+        return self._measured[steps]
+
+    def fitting(self, steps: int) -> list[Evaluation]:
+        """What was measured at a rung and fits the budget."""
+        return answer.fitting(self._problem, self.history, steps)
+
+    def front(self, steps: int) -> ParetoFront:
+        """Front of what was measured at a rung."""
+        return answer.front(self._problem, self.history, steps)
+
+    def progress(self, plan: SearchPlan, stage: Stage, rung: int, clock: Clock) -> Progress:
+        """Where the search stands at a rung; the seconds left are an upper bound, from the rate so far."""
+        left = sum(steps * max(0, count - self._recorded[steps]) for steps, count in plan.evaluations.items())
+        seconds, steps_done = self._spent
+        return Progress(
+            phase=stage.phase,
+            generation=stage.number,
+            rung=rung,
+            done=len(self.records),
+            planned=sum(plan.evaluations.values()),
+            best=self.best,
+            seconds=clock.seconds,
+            seconds_left=seconds / steps_done * left if steps_done else None,
+        )
