@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -12,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from qratk.core.errors import ConfigurationError, DuplicateComponentError, PluginError, UnknownComponentError
+from qratk.core.text import nearest
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
             if given not in known:
                 raise ConfigurationError(
                     f"{self.kind}: {name!r} has no option {given!r}; its options are {sorted(known) or 'none'}"
-                    + _nearest(given, known)
+                    + nearest(given, known)
                 )
         missing = [o.name for o in known.values() if o.default is REQUIRED and o.name not in options]
         if missing:
@@ -171,12 +171,7 @@ class Registry(Generic[T]):
 
     def _unknown(self, name: str) -> str:
         names = self.names()
-        return f"{self.kind}: unknown name {name!r}; known are {', '.join(names)}" + _nearest(name, names)
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""
+        return f"{self.kind}: unknown name {name!r}; known are {', '.join(names)}" + nearest(name, names)
 
 
 def _path(cls: type[Any]) -> str:

@@ -12,11 +12,12 @@ from typing import Final
 
 from qratk.cli.shipped import configuration, recipes
 from qratk.compare.grid import Grid
-from qratk.compare.read import UNFINISHED, read_comparison
+from qratk.compare.read import UNFINISHED, read_cells
 from qratk.compare.run import run_grid
 from qratk.compare.table import (
-    HEADS,
-    Row,
+    NAME,
+    SCORE,
+    RecipeRow,
     budget_title,
     by_budget,
     failure_lines,
@@ -74,23 +75,23 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True, 
 
     `target` is the quantile of the scores at T_S that Fig. 5 asks for; by default what the random recipe ends with.
     """
-    comparison = read_comparison(folder)
-    against = reference_name(comparison, reference)
-    made = rows(comparison, against)
+    cells = read_cells(folder)
+    against = reference_name(cells, reference)
+    made = rows(cells, against)
     print_table(made)
-    for line in failure_lines(comparison.failed):
+    for line in failure_lines(cells.failed):
         print(f"no result: {line}")
-    paths = write_tables(comparison, made, folder)
+    paths = write_tables(cells, made, folder)
     print(f"tables: {', '.join(str(path) for path in paths)}")
-    if figures and comparison.outcomes:
+    if figures and cells.outcomes:
         from qratk.compare.figures import draw_all
 
-        for line in draw_all(comparison, against, folder / "figures", target=target):
+        for line in draw_all(cells, against, folder / "figures", target=target):
             print(line)
-    return int(any(cell.reason not in UNFINISHED for cell in comparison.failed))
+    return int(any(cell.reason not in UNFINISHED for cell in cells.failed))
 
 
-def print_table(made: Sequence[Row]) -> None:
+def print_table(made: Sequence[RecipeRow]) -> None:
     """Print the table; the best of each budget in green."""
     from rich.console import Console
     from rich.table import Table
@@ -102,11 +103,11 @@ def print_table(made: Sequence[Row]) -> None:
         lines = [text_row(row) for row in group]
         columns = known_columns(lines, narrow=console.width < _NARROW)
         table = Table(title=Text(budget_title(budget)), title_justify="left")
-        for i in columns:
-            table.add_column(HEADS[i], overflow="fold", justify="left" if i in (0, 2) else "right")
+        for head in columns:
+            table.add_column(head, overflow="fold", justify="left" if head in (NAME, SCORE) else "right")
         for row, line in zip(group, lines, strict=True):
             style = "bold green" if row.best else ("red" if not row.seeds else "")
-            table.add_row(*(Text(line[i], style=style) for i in columns))
+            table.add_row(*(Text(line.get(head, ""), style=style) for head in columns))
         console.print(table)
     print(legend(made))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from qratk.core.text import nearest
 from qratk.settings import names
 
 _NOISE: Final = re.compile(r"Expected a path but|Subtypes: \[|Expected a <class 'NoneType'>|Given value type:")
@@ -24,10 +25,10 @@ def explained(message: str, settings: Sequence[str] = ()) -> str:
     if match := re.search(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", text):
         return text + names.option_hint(match[1], match[2])
     if match := re.search(r"unrecognized arguments: --([\w.]+)", text):
-        return text + names.nearest(match[1], settings)
+        return text + nearest(match[1], settings)
     if match := re.search(r"does not accept option '([\w.]+)'", text):
-        return text + names.nearest(match[1], settings)
+        return text + nearest(match[1], settings)
     if match := re.search(r'key "data".*Expected a dot import path string: (\w+)', text, re.S):
         known = list(names.DATA_CLASSES)
-        return f"data: unknown name {match[1]!r}; known are {', '.join(known)}" + names.nearest(match[1], known)
+        return f"data: unknown name {match[1]!r}; known are {', '.join(known)}" + nearest(match[1], known)
     return re.sub(r"(arguments are required: )(?:\w+\.)(\w+)", r"\1--\2", text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qratk.cli.application import SearchingCLI, run
 from qratk.core.memory import format_bytes
+from qratk.core.text import duration
 from qratk.data.base import TaskData
 from qratk.plan import Plan, PlanRow, make_plan
 from qratk.training.module import FineTuneModule
@@ -52,7 +53,7 @@ def as_text(plan: Plan) -> str:
         "",
         f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
         f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
-        f"time         at least {_duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
+        f"time         at least {duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
         f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
         "             multiplications alone, without dequantising, attention and overhead",
     ]
@@ -106,10 +107,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in rows
     ]
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

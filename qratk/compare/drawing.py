@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.compare.read import Comparison, Limits, Outcome
+from qratk.compare.read import Cells, Limits, Outcome
 from qratk.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
@@ -28,18 +28,28 @@ class NoDataError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and the figures in it, as a table."""
+    """A figure and the figures in it, as rows of one dataclass, whose fields are the columns of the table."""
 
     figure: Figure
-    heads: tuple[str, ...]
-    lines: tuple[tuple[Any, ...], ...]
+    row: type
+    rows: tuple[Any, ...]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(column.name for column in fields(self.row))
+
+    @property
+    def lines(self) -> tuple[tuple[Any, ...], ...]:
+        """The rows as a table holds them: yes and no are 1 and 0."""
+        return tuple(tuple(int(v) if isinstance(v, bool) else v for v in astuple(row)) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class View:
     """What a figure is drawn of: the cells under one budget, and which recipe stands in the middle."""
 
-    cells: Comparison
+    cells: Cells
     reference: str
     target: float | None = None
 
@@ -75,30 +85,10 @@ Drawing = Callable[[View], Picture]
 
 def is_random(outcome: Outcome) -> bool:
     """Whether a search proposed at random from the whole space and refined nothing."""
-    search = outcome.config.get("search") or {}
-    searcher, refiner = (search.get(slot) or {} for slot in ("searcher", "refiner"))
-    everywhere = (searcher.get("init_args") or {}).get("around", "space") == "space"
-    return bool(searcher.get("class_path") == "random" and everywhere and refiner.get("class_path", "none") == "none")
-
-
-def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one side is constant or there are fewer than 3 pairs."""
-    return pearson(ranks(np.asarray(x, dtype=np.float64)), ranks(np.asarray(y, dtype=np.float64)))
-
-
-def pearson(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
-    """Linear correlation; NaN where one side is constant or there are fewer than 3 pairs."""
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def ranks(values: Array) -> Array:
-    """Ranks from 0, ties at their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts + 1) / 2)[inverse], dtype=np.float64)
+    searcher, refiner = (outcome.settings.component(slot) for slot in ("searcher", "refiner"))
+    if searcher is None or searcher.name != "random" or searcher.options.get("around", "space") != "space":
+        return False
+    return refiner is None or refiner.name == "none"
 
 
 def over_seeds(values: Sequence[float], digits: int = 2) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 
 from qratk.compare import problem_figures, search_figures
 from qratk.compare.drawing import Drawing, NoDataError, Picture, View
-from qratk.compare.read import Comparison
+from qratk.compare.read import Cells
 from qratk.compare.table import to_csv
 from qratk.reporting.figures import to_png
 from qratk.run.atomic import write_atomically
@@ -29,13 +29,13 @@ DRAWINGS: Final[Mapping[str, Drawing]] = {
 """Names of files, which begin with the number of the figure in the paper, and what draws them."""
 
 
-def draw_all(comparison: Comparison, reference: str, folder: Path, *, target: float | None = None) -> Iterator[str]:
+def draw_all(cells: Cells, reference: str, folder: Path, *, target: float | None = None) -> Iterator[str]:
     """Draw every figure for every budget; yields a line about each that could not be drawn, and one at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for budget in comparison.budgets:
-        view = View(comparison.at(budget), reference, target)
-        suffix = f"_{budget}" if len(comparison.budgets) > 1 else ""
+    for budget in cells.budgets:
+        view = View(cells.at(budget), reference, target)
+        suffix = f"_{budget}" if len(cells.budgets) > 1 else ""
         for name, draw in DRAWINGS.items():
             try:
                 _write(draw(view), folder / f"{name}{suffix}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +14,13 @@ from qratk.compare.drawing import (
     Picture,
     View,
     over_seeds,
-    pearson,
     point_style,
     seed_colors,
-    spearman,
 )
-from qratk.compare.read import Measured, Outcome
+from qratk.compare.read import Outcome
+from qratk.core.configuration import KNOBS, Configuration, Knob
+from qratk.core.correlation import pearson, spearman
+from qratk.core.evaluation import Evaluation
 from qratk.core.text import short_names
 from qratk.reporting.figures import BLACK, BLUE, GREY, ORANGE, RED, SKY, layer_ticks, legend, new_figure
 
@@ -28,20 +30,30 @@ if TYPE_CHECKING:
 _NEAR = 0.95
 
 
+@dataclass(frozen=True)
+class SpreadRow:
+    """A configuration that takes nearly all of the budget."""
+
+    seed: int
+    storage_bytes: int
+    score: float
+    configuration: str
+
+
 def spread(view: View) -> Picture:
     """Scores at T_S of configurations that take nearly all of the budget, seed by seed (Fig. 1a)."""
     groups = {seed: _equal_bytes(view, seed) for seed in view.cells.seeds}
-    groups = {seed: rows for seed, rows in groups.items() if len(rows) >= 3}
+    groups = {seed: found for seed, found in groups.items() if len(found) >= 3}
     if not groups:
         raise NoDataError(
             f"fewer than 3 configurations with {_NEAR:.0%} of the budget were measured at T_S in every seed"
         )
     figure, axes = new_figure(min(12.0, 4.0 + 0.75 * len(groups)), 4.2)
-    lines = []
-    for number, (seed, rows) in enumerate(groups.items()):
-        scores = np.array([row.score for row in rows])
-        jitter = np.random.default_rng(0).uniform(-0.22, 0.22, size=len(rows))
-        mixed = np.array([len(set(zip(*row.key, strict=True))) > 1 for row in rows])
+    rows = []
+    for number, (seed, found) in enumerate(groups.items()):
+        scores = np.array([e.score for e in found])
+        jitter = np.random.default_rng(0).uniform(-0.22, 0.22, size=len(found))
+        mixed = np.array([len(set(e.configuration.layers)) > 1 for e in found])
         axes.vlines(number, scores.min(), scores.max(), color=GREY, linewidth=1, zorder=2)
         axes.scatter(number + jitter[mixed], scores[mixed], label=None if number else "mixed", **point_style(SKY))
         axes.scatter(
@@ -52,16 +64,16 @@ def spread(view: View) -> Picture:
             f"{np.ptp(scores):.3g}", (number, scores.max()), xytext=(0, 5), textcoords="offset points", ha="center",
             fontsize=8,
         )  # fmt: skip
-        lines += [(seed, row.storage_bytes, row.score, _text(row)) for row in rows]
+        rows += [SpreadRow(seed, e.footprint.storage_bytes, e.score, _layer_by_layer(e.configuration)) for e in found]
     _label_again(axes, ("mixed", "uniform"))
     axes.set_xticks(range(len(groups)), [str(seed) for seed in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.1)
     axes.set_xlabel("seed (above the points: range of the scores)")
     axes.set_ylabel("validation score")
-    axes.set_title(f"{len(lines)} configurations that take {_NEAR:.0%} to 100% of the budget", fontsize=10)
+    axes.set_title(f"{len(rows)} configurations that take {_NEAR:.0%} to 100% of the budget", fontsize=10)
     legend(axes)
-    return Picture(figure, ("seed", "storage_bytes", "score", "configuration"), tuple(lines))
+    return Picture(figure, SpreadRow, tuple(rows))
 
 
 def _label_again(axes: Axes, names: Sequence[str]) -> None:
@@ -71,18 +83,28 @@ def _label_again(axes: Axes, names: Sequence[str]) -> None:
             artist.set_label("_" + str(artist.get_label()))
 
 
-def _equal_bytes(view: View, seed: int) -> list[Measured]:
-    found: dict[Any, Measured] = {}
+def _equal_bytes(view: View, seed: int) -> list[Evaluation]:
+    found: dict[Configuration, Evaluation] = {}
     for outcome in view.pool:
         if outcome.seed == seed:
-            for row in outcome.high:
-                if _NEAR * outcome.limit <= row.storage_bytes <= outcome.limit:
-                    found.setdefault(row.key, row)
+            for e in outcome.high:
+                if _NEAR * outcome.limit <= e.footprint.storage_bytes <= outcome.limit:
+                    found.setdefault(e.configuration, e)
     return list(found.values())
 
 
-def _text(row: Measured) -> str:
-    return " ".join(f"{bits}:{rank}" for bits, rank in zip(*row.key, strict=True))
+def _layer_by_layer(configuration: Configuration) -> str:
+    return " ".join(map(str, configuration.layers))
+
+
+@dataclass(frozen=True)
+class ProxyRow:
+    """What a proxy says of a configuration, and what was measured of it."""
+
+    proxy: str
+    seed: int
+    value: float
+    score: float
 
 
 def proxies(view: View) -> Picture:
@@ -91,12 +113,12 @@ def proxies(view: View) -> Picture:
     if not panels:
         raise NoDataError("fewer than 5 configurations were measured both by a proxy and at T_S")
     figure, every = new_figure(1.2 + 3.9 * len(panels), 4.0, columns=len(panels))
-    lines = []
+    rows = []
     for axes, (name, pairs) in zip(np.ravel(every), panels.items(), strict=True):
         _proxy_panel(axes, name, pairs)
-        lines += [(name, seed, x, y) for seed, found in pairs.items() for x, y in found]
-    np.ravel(every)[0].set_ylabel(_centred("score at $T_S$", len({line[1] for line in lines})))
-    return Picture(figure, ("proxy", "seed", "value", "score"), tuple(lines))
+        rows += [ProxyRow(name, seed, x, y) for seed, found in pairs.items() for x, y in found]
+    np.ravel(every)[0].set_ylabel(_centred("score at $T_S$", len({row.seed for row in rows})))
+    return Picture(figure, ProxyRow, tuple(rows))
 
 
 def _centred(text: str, seeds: int) -> str:
@@ -128,51 +150,53 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _pairs(
-    view: View, read: Callable[[Outcome], list[tuple[Any, float, float]]]
-) -> dict[int, list[tuple[float, float]]]:
+Pairs = list[tuple[Configuration, float, float]]
+"""Configurations with what a proxy says of them and their score at T_S."""
+
+
+def _pairs(view: View, read: Callable[[Outcome], Pairs]) -> dict[int, list[tuple[float, float]]]:
     """(proxy, score) of configurations by seed, where there are at least 5.
 
     Those of the random recipe where there is one: a guided search leaves out what its proxies say is bad.
     """
     for cells in (view.random, view.own, view.pool):
-        by_seed: dict[int, dict[Any, tuple[float, float]]] = {}
+        by_seed: dict[int, dict[Configuration, tuple[float, float]]] = {}
         for outcome in cells:
-            for key, x, y in read(outcome):
-                by_seed.setdefault(outcome.seed, {})[key] = (x, y)
+            for configuration, x, y in read(outcome):
+                by_seed.setdefault(outcome.seed, {})[configuration] = (x, y)
         enough = {seed: list(found.values()) for seed, found in sorted(by_seed.items()) if len(found) >= 5}
         if enough:
             return enough
     return {}
 
 
-def _by_error(outcome: Outcome) -> list[tuple[Any, float, float]]:
+def _by_error(outcome: Outcome) -> Pairs:
     """Importance-weighted error of rounding: I_q at the lowest bits, a quarter of it a bit more (Eq. 24)."""
     importance = outcome.importance("bits")
-    lowest = min(outcome.result["problem"]["bits"])
+    lowest = min(outcome.result.problem.bits)
     if not importance.any():
         return []
     return [
-        (row.key, float((importance * 4.0 ** (lowest - np.array(row.bits))).sum()), row.score)
-        for row in outcome.high
-        if row.phase != "baseline"  # uniform ones span more than any choice would
+        (e.configuration, float((importance * 4.0 ** (lowest - np.array(e.configuration.bits))).sum()), e.score)
+        for e in outcome.varied
     ]
 
 
-def _by_short_run(outcome: Outcome) -> list[tuple[Any, float, float]]:
+def _by_short_run(outcome: Outcome) -> Pairs:
     return [] if outcome.frozen else _low_and_high(outcome)
 
 
-def _by_divergence(outcome: Outcome) -> list[tuple[Any, float, float]]:
+def _by_divergence(outcome: Outcome) -> Pairs:
     return _low_and_high(outcome) if outcome.frozen else []
 
 
-def _low_and_high(outcome: Outcome) -> list[tuple[Any, float, float]]:
-    steps = outcome.result["problem"]["steps"]
+def _low_and_high(outcome: Outcome) -> Pairs:
+    steps = outcome.result.problem.steps
     if len(steps) < 2:
         return []
-    low = {row.key: row.score for row in outcome.searched if row.steps == steps[0] and row.ok}
-    return [(row.key, low[row.key], row.score) for row in outcome.high if row.key in low and row.phase != "baseline"]
+    short = (r.evaluation for r in outcome.searched if r.evaluation.steps == steps[0] and r.evaluation.ok)
+    low = {e.configuration: e.score for e in short}
+    return [(e.configuration, low[e.configuration], e.score) for e in outcome.varied if e.configuration in low]
 
 
 _PROXIES = {
@@ -182,20 +206,34 @@ _PROXIES = {
 }
 
 
+@dataclass(frozen=True)
+class AllocationRow:
+    """What the answers give a layer: mean and range over seeds."""
+
+    layer: str
+    bits: float
+    bits_low: float
+    bits_high: float
+    rank: float
+    rank_low: float
+    rank_high: float
+
+
 def allocation(view: View) -> Picture:
     """Bits and ranks by layer of the reference's answers: mean and range over seeds (Fig. 3)."""
     cells = view.own
-    bits, ranks = (np.array([cell.best_choice[i] for cell in cells], dtype=np.float64) for i in (0, 1))
+    bits = np.array([cell.best.configuration.bits for cell in cells], dtype=np.float64)
+    ranks = np.array([cell.best.configuration.ranks for cell in cells], dtype=np.float64)
     correlations = [pearson(b, r) for b, r in zip(bits, ranks, strict=True)]
     figure, (top, bottom) = new_figure(_width(bits.shape[1]), 4.6, rows=2)
-    problem = cells[0].result["problem"]
-    _range_bars(top, bits, BLUE, "bits", ticks=problem["bits"])
-    _range_bars(bottom, ranks, ORANGE, "adapter rank", ticks=problem["ranks"])
+    problem = cells[0].result.problem
+    _range_bars(top, bits, BLUE, "bits", ticks=problem.bits)
+    _range_bars(bottom, ranks, ORANGE, "adapter rank", ticks=problem.ranks)
     layer_ticks(bottom, short_names(cells[0].layers))
     figure.suptitle(f"Best of {view.reference}: correlation of bits and ranks {over_seeds(correlations)}", fontsize=10)
-    heads = ("layer", "bits", "bits_low", "bits_high", "rank", "rank_low", "rank_high")
-    columns = [f(values, axis=0) for values in (bits, ranks) for f in (np.mean, np.min, np.max)]
-    return Picture(figure, heads, tuple(zip(cells[0].layers, *(c.tolist() for c in columns), strict=True)))
+    columns = [f(values, axis=0).tolist() for values in (bits, ranks) for f in (np.mean, np.min, np.max)]
+    rows = (AllocationRow(*row) for row in zip(cells[0].layers, *columns, strict=True))
+    return Picture(figure, AllocationRow, tuple(rows))
 
 
 def _width(layers: int) -> float:
@@ -216,10 +254,19 @@ def _range_bars(axes: Axes, values: Array, color: str, name: str, *, ticks: Sequ
     axes.grid(axis="x", visible=False)
 
 
+@dataclass(frozen=True)
+class ImportanceRow:
+    """Normalised importance of a layer, mean over seeds."""
+
+    layer: str
+    bits_importance: float
+    rank_importance: float
+
+
 def importance(view: View) -> Picture:
     """Normalised importance of every layer for bits and for rank (Fig. 7)."""
     cells = view.own
-    bits, rank = (np.array([_normalised(cell.importance(knob)) for cell in cells]) for knob in ("bits", "rank"))
+    bits, rank = (np.array([_normalised(cell.importance(knob)) for cell in cells]) for knob in KNOBS)
     if not bits.any() and not rank.any():
         raise NoDataError(f"{view.reference} gives all layers the same importance")
     figure, (top, bottom) = new_figure(_width(bits.shape[1]), 4.6, rows=2)
@@ -228,9 +275,8 @@ def importance(view: View) -> Picture:
     layer_ticks(bottom, short_names(cells[0].layers))
     correlations = [spearman(b, r) for b, r in zip(bits, rank, strict=True)]
     figure.suptitle(f"Importance of layers: rank correlation {over_seeds(correlations)}", fontsize=10)
-    heads = ("layer", "bits_importance", "rank_importance")
-    lines = zip(cells[0].layers, bits.mean(axis=0).tolist(), rank.mean(axis=0).tolist(), strict=True)
-    return Picture(figure, heads, tuple(lines))
+    means = zip(cells[0].layers, bits.mean(axis=0).tolist(), rank.mean(axis=0).tolist(), strict=True)
+    return Picture(figure, ImportanceRow, tuple(ImportanceRow(*row) for row in means))
 
 
 def _normalised(scores: Array) -> Array:
@@ -238,30 +284,42 @@ def _normalised(scores: Array) -> Array:
     return np.zeros_like(scores) if width == 0 else (scores - scores.min()) / width
 
 
+@dataclass(frozen=True)
+class RepairRow:
+    """How important a layer is, and how large a share of the repair's downgrades it takes."""
+
+    knob: Knob
+    seed: int
+    layer: str
+    importance: float
+    share_of_downgrades: float
+
+
 def repair(view: View) -> Picture:
     """How often repair lowers a layer, against how important that layer is (Fig. 8)."""
     panels = []
-    for knob, name in (("bits", "bits"), ("rank", "ranks")):
+    for knob in KNOBS:
         found = [(cell, _intensity(cell, knob)) for cell in view.own]
         found = [(cell, counts) for cell, counts in found if counts.sum() > 0]
         if found:
-            panels.append((knob, name, found))
+            panels.append((knob, found))
     if not panels:
         raise NoDataError("no result says which layers repair lowered")
     figure, every = new_figure(1.6 + 3.9 * len(panels), 4.0, columns=len(panels))
-    lines: list[tuple[Any, ...]] = []
+    rows: list[RepairRow] = []
     points = None
-    for axes, (knob, name, found) in zip(np.ravel(every), panels, strict=True):
+    for axes, (knob, found) in zip(np.ravel(every), panels, strict=True):
         x = np.array([_normalised(cell.importance(knob)) for cell, _ in found])
         y = np.array([counts / counts.sum() for _, counts in found])
         layers = np.tile(np.arange(x.shape[1]), len(found))
         points = axes.scatter(x.ravel(), y.ravel(), c=layers, cmap="cividis", s=30, linewidths=0, alpha=0.9, zorder=3)
         _fit_line(axes, x.ravel(), y.ravel())
+        name = "bits" if knob == "bits" else "ranks"
         axes.set_xlabel(f"importance of the layer for {name}")
         correlations = [pearson(a, b) for a, b in zip(x, y, strict=True)]
         axes.set_title(f"{name}: correlation {over_seeds(correlations)}".replace(" (", "\n("), fontsize=9)
-        lines += [
-            (knob, cell.seed, layer, a, b)
+        rows += [
+            RepairRow(knob, cell.seed, layer, a, b)
             for (cell, _), xs, ys in zip(found, x, y, strict=True)
             for layer, a, b in zip(cell.layers, xs.tolist(), ys.tolist(), strict=True)
         ]
@@ -270,12 +328,12 @@ def repair(view: View) -> Picture:
         from matplotlib.ticker import MaxNLocator
 
         figure.colorbar(points, ax=every, label="layer", shrink=0.8).locator = MaxNLocator(integer=True)
-    return Picture(figure, ("knob", "seed", "layer", "importance", "share_of_downgrades"), tuple(lines))
+    return Picture(figure, RepairRow, tuple(rows))
 
 
-def _intensity(cell: Outcome, knob: str) -> Array:
-    counts = cell.result.get("proposals", {}).get(f"repaired_{knob}")
-    return np.array(counts if isinstance(counts, list) else [0.0], dtype=np.float64)
+def _intensity(cell: Outcome, knob: Knob) -> Array:
+    counts = cell.result.proposals.get(f"repaired_{knob}")
+    return np.array(counts if isinstance(counts, tuple) else [0.0], dtype=np.float64)
 
 
 def _fit_line(axes: Axes, x: Array, y: Array) -> None:

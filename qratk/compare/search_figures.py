@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from qratk.compare.drawing import (
     point_style,
     side_by_side,
 )
-from qratk.compare.read import Measured, Outcome
+from qratk.compare.read import Outcome
 from qratk.compare.table import difference
 from qratk.core.plain import flatten
 from qratk.reporting.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
@@ -32,28 +32,54 @@ if TYPE_CHECKING:
 
 SWEEP: Final = "sweep-"
 _NAMED: Final = 6
-_AXES: Final = {"numbers": "evaluations at $T_S$", "costs": "cost in full runs"}
+Axis = Literal["numbers", "costs"]
+_AXES: Final[Mapping[Axis, str]] = {"numbers": "evaluations at $T_S$", "costs": "cost in full runs"}
 
 
 # Surrogate (Fig. 4)
 
 
+@dataclass(frozen=True)
+class SurrogateRow:
+    """How well a surrogate foretold in a generation, or found the top three at the end; NaN in the other's columns."""
+
+    seed: int
+    pairs: float
+    spearman: float = math.nan
+    pearson: float = math.nan
+    low_fidelity_spearman: float = math.nan
+    top3_hit_rate_surrogate: float = math.nan
+    top3_hit_rate_low_fidelity: float = math.nan
+
+
 def surrogate(view: View) -> Picture:
     """Correlation of predicted and measured scores as pairs grow, and the share of the top three found (Fig. 4)."""
     cells = view.own
-    names = ("spearman", "pearson", "low_fidelity_spearman")
-    qualities = [(cell.seed, q) for cell in cells for g in cell.result["generations"] if (q := g["surrogate"])]
-    lines = [(seed, q["pairs"], *(_figure(q[name]) for name in names)) for seed, q in qualities]
-    rates = [(cell.seed, cell.result.get("top3_hit_rates") or {}) for cell in cells]
-    rates = [(seed, rate) for seed, rate in rates if rate]
-    if not any(not math.isnan(value) for line in lines for value in line[2:]) and not rates:
+    judged = [(cell.seed, g.surrogate) for cell in cells for g in cell.result.generations if g.surrogate]
+    rows = [SurrogateRow(seed, q.pairs, q.spearman, q.pearson, q.low_fidelity_spearman) for seed, q in judged]
+    found = [(cell.seed, cell.result.top3_hit_rates) for cell in cells if cell.result.top3_hit_rates]
+    rates = [
+        SurrogateRow(
+            seed,
+            rate["pairs"],
+            top3_hit_rate_surrogate=rate["surrogate"],
+            top3_hit_rate_low_fidelity=rate["low_fidelity"],
+        )
+        for seed, rate in found
+    ]
+    known = any(not math.isnan(v) for row in rows for v in (row.spearman, row.pearson, row.low_fidelity_spearman))
+    if not known and not rates:
         raise NoDataError(f"{view.reference} has no surrogate, or too few pairs to judge it")
     figure, (left, right) = new_figure(9.0, 4.0, columns=2)
     left.get_subplotspec().get_gridspec().set_width_ratios((1.7, 1.0))
     ends = []
-    shown = (("surrogate, Spearman", BLUE, 2), ("surrogate, Pearson", SKY, 3), ("short run, Spearman", ORANGE, 4))
-    for name, color, column in shown:
-        x, mean, low, high = _by_pairs(lines, column)
+    shown: tuple[tuple[str, str, Callable[[SurrogateRow], float]], ...] = (
+        ("surrogate, Spearman", BLUE, lambda row: row.spearman),
+        ("surrogate, Pearson", SKY, lambda row: row.pearson),
+        ("short run, Spearman", ORANGE, lambda row: row.low_fidelity_spearman),
+    )
+    for name, color, correlation in shown:
+        x, mean, low, high = _by_pairs(rows, correlation)
         if len(x):
             left.plot(x, mean, color=color, marker="o", markersize=4, linewidth=1.8, zorder=4)
             left.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -63,23 +89,18 @@ def surrogate(view: View) -> Picture:
     left.set_ylabel("correlation with the score at $T_S$")
     label_ends(left, ends)
     _hit_rates(right, rates)
-    heads = ("seed", "pairs", *names, "top3_hit_rate_surrogate", "top3_hit_rate_low_fidelity")
-    table = [(*line, "", "") for line in lines]
-    table += [(seed, rate["pairs"], "", "", "", rate["surrogate"], rate["low_fidelity"]) for seed, rate in rates]
-    return Picture(figure, heads, tuple(table))
+    return Picture(figure, SurrogateRow, (*rows, *rates))
 
 
-def _figure(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _by_pairs(lines: Sequence[tuple[Any, ...]], column: int) -> tuple[Array, Array, Array, Array]:
+def _by_pairs(
+    rows: Sequence[SurrogateRow], correlation: Callable[[SurrogateRow], float]
+) -> tuple[Array, Array, Array, Array]:
     """Numbers of pairs, ascending, with mean, lowest and highest over seeds; seeds differ a little in how many."""
-    known = [(line[1], line[column]) for line in lines if not math.isnan(line[column])]
+    known = [(row.pairs, value) for row in rows if not math.isnan(value := correlation(row))]
     if not known:
         return (np.empty(0),) * 4
     pairs, values = np.array(known, dtype=np.float64).T
-    seeds = len({line[0] for line in lines})
+    seeds = len({row.seed for row in rows})
     order = np.argsort(pairs, kind="stable")
     groups = np.array_split(order, max(1, round(len(order) / seeds)))
     found = [(pairs[g].mean(), values[g].mean(), values[g].min(), values[g].max()) for g in groups]
@@ -87,11 +108,11 @@ def _by_pairs(lines: Sequence[tuple[Any, ...]], column: int) -> tuple[Array, Arr
     return x, mean, low, high
 
 
-def _hit_rates(axes: Axes, rates: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+def _hit_rates(axes: Axes, rates: Sequence[SurrogateRow]) -> None:
     if not rates:
         axes.set_visible(False)
         return
-    values = np.array([(rate["low_fidelity"], rate["surrogate"]) for _, rate in rates])
+    values = np.array([(rate.top3_hit_rate_low_fidelity, rate.top3_hit_rate_surrogate) for rate in rates])
     for row in values:
         axes.plot((0, 1), row, color=PALE, linewidth=1, zorder=2)
     for position, color in ((0, ORANGE), (1, BLUE)):
@@ -125,27 +146,25 @@ class Curve:
     @classmethod
     def of(cls, outcome: Outcome) -> Curve:
         """Curve of a finished cell."""
-        found = [
-            (cost, row.score)
-            for row, cost in zip(outcome.searched, outcome.costs, strict=True)
-            if row.steps == outcome.top and row.ok and _fits(outcome, row)
-        ]
+        ran = zip((record.evaluation for record in outcome.searched), outcome.costs, strict=True)
+        problem = outcome.result.problem
+        found = [(cost, e.score) for e, cost in ran if e.steps == outcome.top and e.ok and problem.fits(e)]
         costs, scores = np.array(found, dtype=np.float64).reshape(-1, 2).T
         return cls(outcome, np.arange(1, len(costs) + 1, dtype=np.float64), costs, np.maximum.accumulate(scores))
 
-    def at(self, grid: Array, axis: str) -> Array:
-        """Scores at points of the axis "numbers" or "costs"; NaN before the first, the last one after the end."""
-        places = np.searchsorted(getattr(self, axis), grid, side="right") - 1
+    def along(self, axis: Axis) -> Array:
+        """Where its points lie on an axis."""
+        return self.numbers if axis == "numbers" else self.costs
+
+    def at(self, grid: Array, axis: Axis) -> Array:
+        """Scores at points of an axis; NaN before the first, the last one after the end."""
+        places = np.searchsorted(self.along(axis), grid, side="right") - 1
         return np.where(places < 0, np.nan, self.scores[np.maximum(places, 0)])
 
     def reached(self, target: float) -> int | None:
         """Position of the first evaluation that reaches a score."""
         above = np.flatnonzero(self.scores >= target - 1e-12)
         return int(above[0]) if len(above) else None
-
-
-def _fits(outcome: Outcome, row: Measured) -> bool:
-    return outcome.result["problem"]["scope"] != "storage" or row.storage_bytes <= outcome.limit
 
 
 def _curves(view: View) -> dict[str, list[Curve]]:
@@ -166,6 +185,18 @@ def _without_sweeps(view: View) -> list[str]:
     return [name for name in view.cells.names if not name.startswith(SWEEP)]
 
 
+@dataclass(frozen=True)
+class CurveRow:
+    """A point of a recipe's curve: best score so far, over seeds."""
+
+    recipe: str
+    axis: str
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
 def efficiency(view: View) -> Picture:
     """Best score so far against evaluations at T_S and against cost, by recipe (Fig. 5, left)."""
     curves = _curves(view)
@@ -174,10 +205,8 @@ def efficiency(view: View) -> Picture:
     shift = _alignment(view)
     named = _named(view, curves)
     figure, panels = new_figure(11.0, 4.4, columns=2)
-    lines: list[tuple[Any, ...]] = []
-    for axes, axis, name in zip(
-        panels, ("numbers", "costs"), ("evaluations at $T_S$", "cost in full runs"), strict=True
-    ):
+    rows: list[CurveRow] = []
+    for axes, (axis, name) in zip(panels, _AXES.items(), strict=True):
         ends = []
         for recipe, group in curves.items():
             grid = _grid(group, axis)
@@ -192,9 +221,10 @@ def efficiency(view: View) -> Picture:
                 axes.fill_between(x, y.min(axis=0), y.max(axis=0), step="post", color=color, alpha=0.13, linewidth=0)
             if recipe in named:
                 ends.append((x[-1], float(y[:, -1].mean()), recipe, color))
-            lines += [(recipe, name, a, b, c, d) for a, b, c, d in
-                      zip(x.tolist(), y.mean(axis=0).tolist(), y.min(axis=0).tolist(), y.max(axis=0).tolist(),
-                          strict=True)]  # fmt: skip
+            bounds = (y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+            rows += [
+                CurveRow(recipe, name, *row) for row in zip(x.tolist(), *(b.tolist() for b in bounds), strict=True)
+            ]
         axes.set_xlabel(name)
         _zoom(axes, curves, shift)
         if axis == "costs":
@@ -207,8 +237,7 @@ def efficiency(view: View) -> Picture:
     notes += [f"grey: {others} other recipe{'s' * (others > 1)}"] * (others > 0)
     if notes:
         figure.suptitle("; ".join(notes), fontsize=9)
-    heads = ("recipe", "axis", "x", "mean", "low", "high")
-    return Picture(figure, heads, tuple(lines))
+    return Picture(figure, CurveRow, tuple(rows))
 
 
 def _alignment(view: View) -> dict[int, float]:
@@ -228,8 +257,8 @@ def _named(view: View, curves: Mapping[str, Sequence[Curve]]) -> dict[str, str]:
     return dict(zip([*first, *rest][:_NAMED], COLORS, strict=False))
 
 
-def _grid(group: Sequence[Curve], axis: str) -> Array:
-    return np.unique(np.concatenate([getattr(curve, axis) for curve in group]))
+def _grid(group: Sequence[Curve], axis: Axis) -> Array:
+    return np.unique(np.concatenate([curve.along(axis) for curve in group]))
 
 
 def _zoom(axes: Axes, curves: Mapping[str, Sequence[Curve]], shift: Mapping[int, float]) -> None:
@@ -242,40 +271,53 @@ def _zoom(axes: Axes, curves: Mapping[str, Sequence[Curve]], shift: Mapping[int,
     axes.set_ylim(max(min(starts), low - 0.2 * span) - 0.05 * span, top + 0.12 * span)
 
 
+@dataclass(frozen=True)
+class TargetRow:
+    """What a search took to reach a score, or took in all where it did not."""
+
+    recipe: str
+    seed: int
+    target: float
+    reached: bool
+    evaluations_at_T_S: float  # noqa: N815
+    full_runs: float
+
+
 def target(view: View) -> Picture:
     """Evaluations at T_S and cost until a score is reached, by recipe and seed (Fig. 5, right)."""
     curves = _curves(view)
     targets, name = _targets(view, curves)
     figure, panels = new_figure(10.0, 1.4 + 0.34 * len(curves), columns=2)
-    lines: list[tuple[Any, ...]] = []
+    rows: list[TargetRow] = []
     order = sorted(curves, key=lambda recipe: -_median_cost(curves[recipe], targets))
     for level, recipe in enumerate(order):
         for curve in (c for c in curves[recipe] if c.outcome.seed in targets):
             place = curve.reached(targets[curve.outcome.seed])
             at = -1 if place is None else place
-            both = (float(curve.numbers[at]), float(curve.costs[at]))
-            lines.append((recipe, curve.outcome.seed, targets[curve.outcome.seed], int(place is not None), *both))
-        _target_row(panels, level, [line for line in lines if line[0] == recipe])
+            took = (float(curve.numbers[at]), float(curve.costs[at]))
+            rows.append(TargetRow(recipe, curve.outcome.seed, targets[curve.outcome.seed], place is not None, *took))
+        own = [row for row in rows if row.recipe == recipe]
+        _target_level(panels[0], level, [(row.evaluations_at_T_S, row.reached) for row in own])
+        _target_level(panels[1], level, [(row.full_runs, row.reached) for row in own])
     for axes, label in zip(panels, _AXES.values(), strict=True):
         axes.set_xlabel(f"{label} until {name}")
         axes.set_xlim(left=0)
         axes.set_ylim(-0.7, len(order) - 0.3)
         axes.set_yticks(range(len(order)), order if axes is panels[0] else [""] * len(order))
     figure.suptitle("dots: seeds; bars: medians; crosses: ended without reaching it", fontsize=9)
-    heads = ("recipe", "seed", "target", "reached", "evaluations_at_T_S", "full_runs")
-    return Picture(figure, heads, tuple(lines))
+    return Picture(figure, TargetRow, tuple(rows))
 
 
-def _target_row(panels: Sequence[Axes], level: int, lines: Sequence[tuple[Any, ...]]) -> None:
-    for axes, column in zip(panels, (4, 5), strict=True):
-        done = [line[column] for line in lines if line[3]]
-        missed = [line[column] for line in lines if not line[3]]
-        axes.scatter(done, [level] * len(done), **point_style(BLUE))
-        axes.scatter(missed, [level] * len(missed), marker="x", color=RED, s=24, linewidths=1.2, zorder=4)
-        if len(done) > len(missed):
-            middle = float(np.median([*done, *[math.inf] * len(missed)]))
-            if math.isfinite(middle):
-                axes.vlines(middle, level - 0.28, level + 0.28, color=BLACK, linewidth=2, zorder=2.5)
+def _target_level(axes: Axes, level: int, taken: Sequence[tuple[float, bool]]) -> None:
+    """Seeds of a recipe at a level, by what each took and whether it reached the score."""
+    done = [value for value, reached in taken if reached]
+    missed = [value for value, reached in taken if not reached]
+    axes.scatter(done, [level] * len(done), **point_style(BLUE))
+    axes.scatter(missed, [level] * len(missed), marker="x", color=RED, s=24, linewidths=1.2, zorder=4)
+    if len(done) > len(missed):
+        middle = float(np.median([*done, *[math.inf] * len(missed)]))
+        if math.isfinite(middle):
+            axes.vlines(middle, level - 0.28, level + 0.28, color=BLACK, linewidth=2, zorder=2.5)
 
 
 def _median_cost(curves: Sequence[Curve], targets: Mapping[int, float]) -> float:
@@ -298,7 +340,7 @@ def _targets(view: View, curves: Mapping[str, Sequence[Curve]]) -> tuple[dict[in
     pooled: dict[int, list[float]] = {}
     for group in curves.values():
         for curve in group:
-            pooled.setdefault(curve.outcome.seed, []).extend(row.score for row in curve.outcome.high)
+            pooled.setdefault(curve.outcome.seed, []).extend(e.score for e in curve.outcome.high)
     return {
         seed: float(np.quantile(scores, quantile)) for seed, scores in pooled.items()
     }, f"the {quantile:.0%} quantile is reached"
@@ -307,62 +349,82 @@ def _targets(view: View, curves: Mapping[str, Sequence[Curve]]) -> tuple[dict[in
 # Ablation (Fig. 6)
 
 
+@dataclass(frozen=True)
+class AblationRow:
+    """A recipe's means over seeds; the score is the reference's mean and the difference paired by seed."""
+
+    recipe: str
+    average_bits: float
+    bytes: float
+    score: float
+    low: float
+    high: float
+    over_budget: bool
+
+
+Size = Callable[[AblationRow], float]
+"""What a recipe is drawn by, in the unit of the axis."""
+
+
 def ablation(view: View) -> Picture:
     """Score against average bits and bytes, a point a recipe (Fig. 6)."""
     names = _without_sweeps(view)
     if len(names) < 2:
         raise NoDataError("there is one recipe only")
-    against = {outcome.seed: outcome for outcome in view.own}
     base = float(np.mean([outcome.score for outcome in view.own]))
-    limits = view.limits
-    lines = []
-    for name in names:
-        cells = view.cells.of(name)
-        gap = difference(cells, against)
-        bits, size = (float(np.mean([cell.best[key] for cell in cells])) for key in ("average_bits", "bytes"))
-        score = base + gap.mean if gap.seeds else float(np.mean([cell.score for cell in cells]))
-        over = any(limits.exceeded(cell.best["bytes"], cell.seed) for cell in cells)
-        lines.append((name, bits, size, score, base + gap.low, base + gap.high, int(over)))
+    rows = [_ablation_row(view, name, base) for name in names]
     figure, panels = new_figure(11.5, 5.0, columns=2)
-    for axes, column, scale in zip(panels, (1, 2), (1.0, MIB), strict=True):
-        _ablation_panel(axes, view.reference, lines, column, scale)
+    sizes: tuple[Size, Size] = (lambda row: row.average_bits, lambda row: row.bytes / MIB)
+    for axes, size in zip(panels, sizes, strict=True):
+        _ablation_panel(axes, view.reference, rows, size)
     panels[0].set_xlabel("average bits (equal ones are drawn side by side)")
-    panels[1].set_xlabel(f"{view.own[0].result['problem']['scope']} bytes (MiB; equal ones are drawn side by side)")
+    panels[1].set_xlabel(f"{view.own[0].result.problem.scope} bytes (MiB; equal ones are drawn side by side)")
     panels[0].set_ylabel(f"test score (bars: 95% interval of the\ndifference to {view.reference}, paired by seed)")
-    heads = ("recipe", "average_bits", "bytes", "score", "low", "high", "over_budget")
-    return Picture(figure, heads, tuple(lines))
+    return Picture(figure, AblationRow, tuple(rows))
 
 
-def _ablation_panel(axes: Axes, reference: str, lines: Sequence[tuple[Any, ...]], column: int, scale: float) -> None:
-    inside = _merged([line for line in lines if not line[6]], reference, column)
+def _ablation_row(view: View, name: str, base: float) -> AblationRow:
+    cells, limits = view.cells.of(name), view.limits
+    gap = difference(cells, {outcome.seed: outcome for outcome in view.own})
+    return AblationRow(
+        recipe=name,
+        average_bits=float(np.mean([cell.best.average_bits for cell in cells])),
+        bytes=float(np.mean([cell.best.bytes for cell in cells])),
+        score=base + gap.mean if gap.seeds else float(np.mean([cell.score for cell in cells])),
+        low=base + gap.low,
+        high=base + gap.high,
+        over_budget=any(limits.exceeded(cell.best.bytes, cell.seed) for cell in cells),
+    )
+
+
+def _ablation_panel(axes: Axes, reference: str, rows: Sequence[AblationRow], size: Size) -> None:
+    inside = _merged([row for row in rows if not row.over_budget], reference, size)
     labels = []
-    for (names, line), x in zip(inside, side_by_side([line[column] / scale for _, line in inside]), strict=True):
+    for (names, row), x in zip(inside, side_by_side([size(row) for _, row in inside]), strict=True):
         main = reference in names
-        if not math.isnan(line[4]) and not main:
-            axes.vlines(x, line[4], line[5], color=PALE, linewidth=1.2, zorder=2)
+        if not math.isnan(row.low) and not main:
+            axes.vlines(x, row.low, row.high, color=PALE, linewidth=1.2, zorder=2)
         color = RED if main else BLUE
-        axes.scatter([x], [line[3]], marker="*" if main else "o", s=150 if main else 34, color=color,
+        axes.scatter([x], [row.score], marker="*" if main else "o", s=150 if main else 34, color=color,
                      edgecolors="white", linewidths=0.6, zorder=6 if main else 4)  # fmt: skip
-        labels.append((float(x), line[3], ", ".join(names), color if main else BLACK))
+        labels.append((float(x), row.score, ", ".join(names), color if main else BLACK))
     axes.margins(x=0.16, y=0.1)
     left = sum(x < sum(axes.get_xlim()) / 2 for x, *_ in labels) > len(labels) / 2
     over = [
-        (line[3], f"{line[0]}: {line[3]:.4f} at {line[column] / scale:.4g}, over the budget")
-        for line in lines
-        if line[6]
+        (row.score, f"{row.recipe}: {row.score:.4f} at {size(row):.4g}, over the budget")
+        for row in rows
+        if row.over_budget
     ]
     _over_lines(axes, over, right=left)
     label_points(axes, labels, size=7.5)
 
 
-def _merged(
-    lines: Sequence[tuple[Any, ...]], reference: str, column: int
-) -> list[tuple[tuple[str, ...], tuple[Any, ...]]]:
+def _merged(rows: Sequence[AblationRow], reference: str, size: Size) -> list[tuple[tuple[str, ...], AblationRow]]:
     """Recipes that ended at the same point under one label, by rising score; the reference comes first in its own."""
-    found: dict[tuple[float, float], list[tuple[Any, ...]]] = {}
-    for line in sorted(lines, key=lambda line: (line[3], line[0] != reference)):
-        found.setdefault((round(line[column], 6), round(line[3], 5)), []).append(line)
-    return [(tuple(str(line[0]) for line in same), same[0]) for same in found.values()]
+    found: dict[tuple[float, float], list[AblationRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.score, row.recipe != reference)):
+        found.setdefault((round(size(row), 6), round(row.score, 5)), []).append(row)
+    return [(tuple(row.recipe for row in same), same[0]) for same in found.values()]
 
 
 def _over_lines(axes: Axes, lines: Sequence[tuple[float, str]], *, right: bool) -> None:
@@ -436,7 +498,7 @@ def _sweep(
 
 def _default(cell: Outcome, base: Outcome, setting: str, value: str) -> str | None:
     """What the base says where the swept recipe says `value`: of the setting of that name, or of the only other one."""
-    ours, theirs = (_flat(outcome.config.get("search") or {}) for outcome in (cell, base))
+    ours, theirs = (_flat(outcome.settings.section("search")) for outcome in (cell, base))
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key not in ("name", "seed")]
     chosen = [key for key in differing if key.rpartition(".")[2] == setting] or [
         key for key in differing if _same(_told(ours[key]), value)
@@ -479,50 +541,72 @@ def _gains(sweep: Sweep, view: View) -> list[tuple[float, float, float]]:
     return [(gap.mean, gap.low, gap.high) for gap in found]
 
 
+@dataclass(frozen=True)
+class SensitivityRow:
+    """How far the mean score ranges over the values of a setting."""
+
+    setting: str
+    range: float
+    values: int
+
+
 def sensitivity(view: View) -> Picture:
     """Range of the mean score over each sweep, largest first: S(h) of Eq. 29 (Fig. 9)."""
     made = [(sweep, [gain for gain, _, _ in _gains(sweep, view)]) for sweep in sweeps(view)]
     made = [(sweep, [g for g in gains if not math.isnan(g)]) for sweep, gains in made]
-    ranking = sorted(((max(g) - min(g), s.setting, len(g)) for s, g in made if len(g) > 1), key=lambda row: row[0])
+    ranking = [SensitivityRow(s.setting, max(g) - min(g), len(g)) for s, g in made if len(g) > 1]
+    ranking.sort(key=lambda row: row.range)
     if not ranking:
         raise NoDataError("no sweep has two values")
     figure, axes = new_figure(7.0, 1.2 + 0.34 * len(ranking))
-    axes.barh(range(len(ranking)), [row[0] for row in ranking], color=BLUE, alpha=0.85, height=0.65)
-    for level, (width, _, count) in enumerate(ranking):
+    axes.barh(range(len(ranking)), [row.range for row in ranking], color=BLUE, alpha=0.85, height=0.65)
+    for level, row in enumerate(ranking):
         axes.annotate(
-            f"{width:.3g}  ({count} values)", (width, level), xytext=(4, 0), textcoords="offset points", va="center",
-            fontsize=8,
+            f"{row.range:.3g}  ({row.values} values)", (row.range, level), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8,
         )  # fmt: skip
-    axes.set_yticks(range(len(ranking)), [row[1] for row in ranking])
-    axes.set_xlim(0, 1.25 * max(ranking[-1][0], 1e-9))
+    axes.set_yticks(range(len(ranking)), [row.setting for row in ranking])
+    axes.set_xlim(0, 1.25 * max(ranking[-1].range, 1e-9))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("range of the mean test score over the sweep")
-    return Picture(figure, ("setting", "range", "values"), tuple((name, width, n) for width, name, n in ranking[::-1]))
+    return Picture(figure, SensitivityRow, tuple(ranking[::-1]))
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """Score minus the reference's, with its interval, at a value of a setting; `default` marks the base's own."""
+
+    setting: str
+    value: str
+    difference: float
+    low: float
+    high: float
+    default: bool
 
 
 def sweep_curves(view: View) -> Picture:
     """Score minus the reference's over the values of each setting (Fig. 10)."""
     made = sweeps(view)
     columns = min(4, len(made))
-    rows = -(-len(made) // columns)
-    figure, every = new_figure(0.8 + 2.8 * columns, 0.6 + 2.5 * rows, rows=rows, columns=columns, share_x=False)
+    height = -(-len(made) // columns)
+    figure, every = new_figure(0.8 + 2.8 * columns, 0.6 + 2.5 * height, rows=height, columns=columns, share_x=False)
     flat = np.ravel(every)
-    lines: list[tuple[Any, ...]] = []
+    rows: list[SweepRow] = []
     for axes, sweep in zip(flat, made, strict=False):
         gains = _gains(sweep, view)
         _sweep_panel(axes, sweep, gains)
-        lines += [
-            (sweep.setting, v, *gain, int(v == sweep.default)) for v, gain in zip(sweep.values, gains, strict=True)
+        rows += [
+            SweepRow(sweep.setting, v, *gain, v == sweep.default) for v, gain in zip(sweep.values, gains, strict=True)
         ]
     for axes in flat[len(made) :]:
         axes.set_visible(False)
     low, high = (f(axes.get_ylim()[i] for axes in flat[: len(made)]) for i, f in ((0, min), (1, max)))
     for axes in flat[: len(made)]:
         axes.set_ylim(low, high)
-    line = "\n" if rows == 1 else " "
+    line = "\n" if height == 1 else " "
     figure.supylabel(f"test score minus {view.reference}'s,{line}paired by seed", fontsize=9)
     figure.suptitle("bands: 95% interval over seeds; dashed: the default", fontsize=9)
-    return Picture(figure, ("setting", "value", "difference", "low", "high", "default"), tuple(lines))
+    return Picture(figure, SweepRow, tuple(rows))
 
 
 def _sweep_panel(axes: Axes, sweep: Sweep, gains: Sequence[tuple[float, float, float]]) -> None:

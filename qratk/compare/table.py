@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from qratk.compare.read import UNFINISHED, Comparison, Failed, Limits, Outcome
+from qratk.compare.read import UNFINISHED, Cells, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
 from qratk.core.text import clean, duration
@@ -42,7 +42,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRow:
     """A recipe under a budget; means over its finished seeds, standard deviations where they say so.
 
     `over` says that its answer takes more bytes than the reference's budget allows.
@@ -73,24 +73,22 @@ class Row:
     reason: str = ""
 
 
-def reference_name(comparison: Comparison, given: str | None = None) -> str:
+def reference_name(cells: Cells, given: str | None = None) -> str:
     """The recipe that others are compared with: the given one, the base, or the first; raises if it is unknown."""
-    if given is not None and given not in comparison.recipes:
-        raise ConfigurationError(
-            f"--reference: no recipe is called {given!r}; there are {', '.join(comparison.recipes)}"
-        )
-    return given or comparison.base or next(iter(comparison.recipes), "")
+    if given is not None and given not in cells.recipes:
+        raise ConfigurationError(f"--reference: no recipe is called {given!r}; there are {', '.join(cells.recipes)}")
+    return given or cells.base or next(iter(cells.recipes), "")
 
 
-def rows(comparison: Comparison, reference: str) -> list[Row]:
+def rows(cells: Cells, reference: str) -> list[RecipeRow]:
     """Rows of all budgets, the budgets in the order given, best mean first; failed recipes last."""
-    found: list[Row] = []
-    for budget in comparison.budgets:
-        found += _rows_at(comparison.at(budget), budget, reference)
+    found: list[RecipeRow] = []
+    for budget in cells.budgets:
+        found += _rows_at(cells.at(budget), budget, reference)
     return found
 
 
-def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
+def _rows_at(part: Cells, budget: str, reference: str) -> list[RecipeRow]:
     against = {outcome.seed: outcome for outcome in part.of(reference)}
     limits = Limits.of(part.of(reference))
     made = [_row(part, name, budget, against, limits, reference) for name in part.recipes]
@@ -103,16 +101,16 @@ def _rows_at(part: Comparison, budget: str, reference: str) -> list[Row]:
 
 
 def _row(
-    part: Comparison, name: str, budget: str, against: Mapping[int, Outcome], limits: Limits, reference: str
-) -> Row:
+    part: Cells, name: str, budget: str, against: Mapping[int, Outcome], limits: Limits, reference: str
+) -> RecipeRow:
     cells = part.of(name)
     failed = [cell for cell in part.failed if cell.recipe == name]
     reason = failed[0].reason if failed else ""
     if not cells:
-        return Row(name, budget, 0, len(failed), reason=reason)
+        return RecipeRow(name, budget, 0, len(failed), reason=reason)
     accuracies = [next((c.test[key] for key in ACCURACY if key in c.test), NAN) for c in cells]
     metrics = {key: _mean([c.test.get(key, NAN) for c in cells]) for key in metric_names(cells)}
-    return Row(
+    return RecipeRow(
         recipe=name,
         budget=budget,
         seeds=len(cells),
@@ -123,14 +121,14 @@ def _row(
         validation_sd=_sd([c.validation for c in cells]),
         accuracy=_mean(accuracies),
         accuracy_sd=_sd(accuracies),
-        storage_bytes=_mean([c.best["storage_bytes"] for c in cells]),
-        training_bytes=_mean([c.best["training_bytes"] for c in cells]),
-        average_bits=_mean([c.best["average_bits"] for c in cells]),
-        average_rank=_mean([c.best["average_rank"] for c in cells]),
+        storage_bytes=_mean([c.best.storage_bytes for c in cells]),
+        training_bytes=_mean([c.best.training_bytes for c in cells]),
+        average_bits=_mean([c.best.average_bits for c in cells]),
+        average_rank=_mean([c.best.average_rank for c in cells]),
         high_fidelity=_mean([c.high_fidelity for c in cells]),
         cost=_mean([c.cost for c in cells]),
         seconds=_mean([c.seconds for c in cells]),
-        over=any(limits.exceeded(c.best["bytes"], c.seed) for c in cells),
+        over=any(limits.exceeded(c.best.bytes, c.seed) for c in cells),
         reference=name == reference,
         difference=difference(cells, against) if name != reference else Difference(),
         metrics=metrics,
@@ -189,7 +187,7 @@ def _sd(values: Sequence[float]) -> float:
 
 # Files
 
-CSV_COLUMNS: Final[Mapping[str, Callable[[Row], Any]]] = {
+CSV_COLUMNS: Final[Mapping[str, Callable[[RecipeRow], Any]]] = {
     "recipe": lambda r: r.recipe,
     "budget": lambda r: r.budget,
     "seeds": lambda r: r.seeds,
@@ -234,77 +232,78 @@ def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return buffer.getvalue()
 
 
-def write_tables(comparison: Comparison, made: Sequence[Row], folder: Path) -> list[Path]:
+def write_tables(cells: Cells, made: Sequence[RecipeRow], folder: Path) -> list[Path]:
     """Write table.csv, cells.csv, table.md and tables.md; their paths."""
     texts = {
         "table.csv": to_csv(list(CSV_COLUMNS), [[get(row) for get in CSV_COLUMNS.values()] for row in made]),
-        "cells.csv": cells_csv(comparison),
-        "table.md": table_markdown(comparison, made),
-        "tables.md": paper_tables(comparison, made),
+        "cells.csv": cells_csv(cells),
+        "table.md": table_markdown(cells, made),
+        "tables.md": paper_tables(cells, made),
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return [folder / name for name in texts]
 
 
-def cells_csv(comparison: Comparison) -> str:
+def cells_csv(cells: Cells) -> str:
     """One row a cell, failed ones too."""
-    metrics = metric_names(comparison.outcomes)
+    metrics = metric_names(cells.outcomes)
     heads = [
         "recipe", "budget", "seed", "status", "reason", "validation_score", *(f"test_{name}" for name in metrics),
         "storage_bytes", "budget_bytes", "average_bits", "average_rank", "high_fidelity_evaluations", "full_runs",
         "evaluations", "failed_evaluations", "seconds", "configuration",
     ]  # fmt: skip
-    lines: list[list[Any]] = [
-        [
-            o.recipe, o.budget, o.seed, "finished", "", o.validation, *(o.test.get(name, NAN) for name in metrics),
-            o.best["storage_bytes"], o.limit, o.best["average_bits"], o.best["average_rank"], o.high_fidelity, o.cost,
-            len(o.searched), o.result["failed_evaluations"], o.seconds, o.best["configuration"],
-        ]
-        for o in comparison.outcomes
+    order = {name: number for number, name in enumerate(cells.recipes)}
+    every: list[Outcome | Failed] = [*cells.outcomes, *cells.failed]
+    every.sort(key=lambda cell: (order[cell.recipe], cell.budget, cell.seed))
+    lines = [
+        _finished_line(cell, metrics) if isinstance(cell, Outcome) else _failed_line(cell, len(heads)) for cell in every
+    ]
+    return to_csv(heads, lines)
+
+
+def _finished_line(o: Outcome, metrics: Sequence[str]) -> list[Any]:
+    return [
+        o.recipe, o.budget, o.seed, "finished", "", o.validation, *(o.test.get(name, NAN) for name in metrics),
+        o.best.storage_bytes, o.limit, o.best.average_bits, o.best.average_rank, o.high_fidelity, o.cost,
+        len(o.searched), o.result.failed_evaluations, o.seconds, o.best.configuration,
     ]  # fmt: skip
-    blank = [""] * (len(heads) - 5)
-    for f in comparison.failed:
-        state = [f.reason, ""] if f.reason in UNFINISHED else ["failed", clean(f.reason)]
-        lines.append([f.recipe, f.budget, f.seed, *state, *blank])
-    order = {name: number for number, name in enumerate(comparison.recipes)}
-    return to_csv(heads, sorted(lines, key=lambda line: (order[line[0]], line[1], line[2])))
+
+
+def _failed_line(cell: Failed, columns: int) -> list[Any]:
+    state = [cell.reason, ""] if cell.reason in UNFINISHED else ["failed", clean(cell.reason)]
+    return [cell.recipe, cell.budget, cell.seed, *state, *[""] * (columns - 5)]
 
 
 # Text
 
-HEADS: Final = (
-    "recipe", "n", "test score", "validation", "acc", "bytes", "bits", "rank", "HF", "runs", "time",
-    "difference [95 %]", "validation [95 %]", "w/t/l",
-)  # fmt: skip
+NAME, SEEDS, SCORE = "recipe", "n", "test score"
+_NARROW: Final = (NAME, SEEDS, SCORE, "bytes", "bits", "HF", "difference [95 %]", "w/t/l")
 
 
-_NARROW: Final = ("recipe", "n", "test score", "bytes", "bits", "HF", "difference [95 %]", "w/t/l")
-
-
-def text_row(row: Row) -> tuple[str, ...]:
-    """A row as text, as `HEADS`."""
+def text_row(row: RecipeRow) -> dict[str, str]:
+    """A row as text, by the heads of the columns; what is not known of a row without a result is left out."""
     name = row.recipe + (" (reference)" if row.reference else "") + (" †" if row.over else "")
     if not row.seeds:
         state = row.reason if row.reason in UNFINISHED else "failed"
-        return (name, f"0 of {row.failed}", state, *[""] * (len(HEADS) - 3))
+        return {NAME: name, SEEDS: f"0 of {row.failed}", SCORE: state}
     d = row.difference
-    return (
-        name,
-        str(row.seeds) + (f" of {row.seeds + row.failed}" if row.failed else ""),
-        plus_minus(row.score, row.score_sd),
-        plus_minus(row.validation, row.validation_sd),
-        plus_minus(row.accuracy, row.accuracy_sd),
-        format_bytes(row.storage_bytes),
-        number(row.average_bits, 2),
-        number(row.average_rank, 1),
-        number(row.high_fidelity, 1),
-        number(row.cost, 1),
-        duration(row.seconds),
-        interval(d.mean, d.low, d.high),
-        interval(d.validation, d.validation_low, d.validation_high),
-        f"{d.wins}/{d.ties}/{d.losses}" if d.seeds else "",
-    )
+    return {
+        NAME: name,
+        SEEDS: str(row.seeds) + (f" of {row.seeds + row.failed}" if row.failed else ""),
+        SCORE: plus_minus(row.score, row.score_sd),
+        "validation": plus_minus(row.validation, row.validation_sd),
+        "acc": plus_minus(row.accuracy, row.accuracy_sd),
+        "bytes": format_bytes(row.storage_bytes),
+        "bits": number(row.average_bits, 2),
+        "rank": number(row.average_rank, 1),
+        "HF": number(row.high_fidelity, 1),
+        "runs": number(row.cost, 1),
+        "time": duration(row.seconds),
+        "difference [95 %]": interval(d.mean, d.low, d.high),
+        "validation [95 %]": interval(d.validation, d.validation_low, d.validation_high),
+        "w/t/l": f"{d.wins}/{d.ties}/{d.losses}" if d.seeds else "",
+    }
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -324,10 +323,11 @@ def interval(mean: float, low: float, high: float) -> str:
     return f"{mean:+.4f}" + ("" if math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
 
 
-def known_columns(lines: Sequence[Sequence[str]], *, narrow: bool = False) -> list[int]:
-    """Positions of the columns in which a line says something; of the most important ones if narrow."""
-    columns = [HEADS.index(name) for name in _NARROW] if narrow else range(len(HEADS))
-    return [i for i in columns if i < 3 or any(line[i] not in ("", "-") for line in lines)]
+def known_columns(lines: Sequence[Mapping[str, str]], *, narrow: bool = False) -> list[str]:
+    """Heads of the columns in which a line says something; of the most important ones if narrow."""
+    heads = _NARROW if narrow else dict.fromkeys(head for line in lines for head in line)
+    told = [head for head in heads if any(line.get(head, "") not in ("", "-") for line in lines)]
+    return [head for head in heads if head in (NAME, SEEDS, SCORE) or head in told]
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -338,26 +338,26 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def by_budget(made: Sequence[Row]) -> dict[str, list[Row]]:
+def by_budget(made: Sequence[RecipeRow]) -> dict[str, list[RecipeRow]]:
     """Rows of each budget."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[RecipeRow]] = {}
     for row in made:
         groups.setdefault(row.budget, []).append(row)
     return groups
 
 
-def table_markdown(comparison: Comparison, made: Sequence[Row]) -> str:
+def table_markdown(cells: Cells, made: Sequence[RecipeRow]) -> str:
     """`table.md`: one table a budget, the best in bold."""
     parts = []
     for budget, group in by_budget(made).items():
         lines = [text_row(row) for row in group]
         columns = known_columns(lines)
         shown = [
-            [f"**{line[i]}**" if row.best and i in (0, 2) else line[i] for i in columns]
+            [f"**{line[head]}**" if row.best and head in (NAME, SCORE) else line.get(head, "") for head in columns]
             for row, line in zip(group, lines, strict=True)
         ]
-        parts.append(f"## {budget_title(budget)}\n\n{markdown([HEADS[i] for i in columns], shown)}")
-    failed = "".join(f"- {line}\n" for line in failure_lines(comparison.failed))
+        parts.append(f"## {budget_title(budget)}\n\n{markdown(columns, shown)}")
+    failed = "".join(f"- {line}\n" for line in failure_lines(cells.failed))
     return "\n".join([*parts, legend(made)]) + (f"\nWithout a result (budget/seed):\n\n{failed}" if failed else "")
 
 
@@ -369,7 +369,7 @@ def budget_title(budget: str) -> str:
     return "Budget: the base's own" if budget == "own" else f"Budget: {budget}"
 
 
-def legend(made: Sequence[Row]) -> str:
+def legend(made: Sequence[RecipeRow]) -> str:
     """What the columns mean."""
     name = next((row.recipe for row in made if row.reference), "")
     lines = [
@@ -389,19 +389,19 @@ def legend(made: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def paper_tables(comparison: Comparison, made: Sequence[Row]) -> str:
+def paper_tables(cells: Cells, made: Sequence[RecipeRow]) -> str:
     """`tables.md`: the tables of the paper, best in bold, second best underlined."""
     parts = []
     for budget, group in by_budget(made).items():
         done = [row for row in group if row.seeds]
-        metrics = metric_names(comparison.at(budget).outcomes)
+        metrics = metric_names(cells.at(budget).outcomes)
         parts.append(f"# {budget_title(budget)}\n\n## Table 1: scores and resources\n\n{_table_1(done)}")
         if metrics:
             parts.append(f"## Table 2: by test metric\n\n{_table_2(done, metrics)}")
     return "\n".join(parts)
 
 
-def _table_1(group: Sequence[Row]) -> str:
+def _table_1(group: Sequence[RecipeRow]) -> str:
     shown = list(zip(*[_ranked(group, [row.score for row in group])], strict=True))
     lines = [
         [
@@ -413,7 +413,7 @@ def _table_1(group: Sequence[Row]) -> str:
     return markdown(["Method", "Score↑", "AvgBit↓", "AvgRank", "Mem, stored↓", "Mem, training peak↓"], lines)
 
 
-def _table_2(group: Sequence[Row], metrics: Sequence[str]) -> str:
+def _table_2(group: Sequence[RecipeRow], metrics: Sequence[str]) -> str:
     columns = [_ranked(group, [row.metrics.get(name, NAN) for row in group]) for name in metrics]
     lines = [
         [
@@ -425,11 +425,11 @@ def _table_2(group: Sequence[Row], metrics: Sequence[str]) -> str:
     return markdown(["Method", "Bit", "Rank", "Mem", *metrics], lines)
 
 
-def _method(row: Row) -> str:
+def _method(row: RecipeRow) -> str:
     return row.recipe + (" †" if row.over else "")
 
 
-def _ranked(group: Sequence[Row], values: Sequence[float]) -> list[str]:
+def _ranked(group: Sequence[RecipeRow], values: Sequence[float]) -> list[str]:
     """Figures, the largest in bold and the next underlined, as in the paper."""
     order = sorted({value for value in values if not math.isnan(value)}, reverse=True)
     shown = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from qratk.core.configuration import Configuration
@@ -63,6 +64,12 @@ def label(configuration: Configuration) -> str:
     """'4:8' for a uniform configuration, else the first digits of its digest."""
     kinds = set(configuration.layers)
     return str(configuration.layers[0]) if len(kinds) == 1 else configuration.digest[:8]
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A suggestion as the end of an error message; empty when nothing is near."""
+    near = get_close_matches(given, list(known), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def short_names(names: Sequence[str]) -> tuple[str, ...]:

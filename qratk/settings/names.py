@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ import yaml
 
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError
+from qratk.core.text import nearest
 
 SECTION: Final = "search"
 DATA: Final = "data"
@@ -181,12 +181,6 @@ def option_hint(class_path: str, given: str) -> str:
                     known = [option.name for option in registry.options(name)]
                     return f"; the options of {name!r} are {', '.join(known) or 'none'}" + nearest(given, known)
     return ""
-
-
-def nearest(given: str, known: Sequence[str]) -> str:
-    """A suggestion as the end of an error message; empty when nothing is near."""
-    near = get_close_matches(given, known, n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def _resolve_text(slot: str, text: str) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration
+from qratk.core.correlation import pearson, spearman
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, History, Prediction, SurrogateQuality
 from qratk.core.problem import Problem
-from qratk.surrogates._statistics import pearson, spearman
 from qratk.surrogates.base import PromotionSurrogate
 
 Array = NDArray[np.float64]

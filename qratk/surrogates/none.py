@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from qratk.core.correlation import spearman
 from qratk.core.evaluation import Evaluation, History, Prediction, SurrogateQuality
 from qratk.core.problem import Problem
-from qratk.surrogates._statistics import spearman
 from qratk.surrogates.base import PromotionSurrogate, surrogates
 
 

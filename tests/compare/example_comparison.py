@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qratk.compare.grid import FAILURE, OWN
-from qratk.compare.read import Comparison, read_comparison
+from qratk.compare.read import Cells, read_cells
 from qratk.reporting.files import RunFiles
 from qratk.settings.recipe import autoqra
 from qratk.testing.toy import ToyEvaluator
@@ -46,7 +46,7 @@ def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "searcher": searcher, "refiner": {"class_path": "none"}}
 
 
-def compare(folder: Path, *, seeds: tuple[int, ...] = (0, 1), recipes: tuple[str, ...] = tuple(RECIPES)) -> Comparison:
+def compare(folder: Path, *, seeds: tuple[int, ...] = (0, 1), recipes: tuple[str, ...] = tuple(RECIPES)) -> Cells:
     """Run a comparison under the base's own budget and read it back; one cell more has failed."""
     for name in recipes:
         for seed in seeds:
@@ -57,4 +57,4 @@ def compare(folder: Path, *, seeds: tuple[int, ...] = (0, 1), recipes: tuple[str
     broken = folder / "broken" / OWN / "0"
     broken.mkdir(parents=True)
     (broken / FAILURE).write_text(json.dumps({"reason": "out of memory"}))
-    return read_comparison(folder)
+    return read_cells(folder)

@@ -13,9 +13,8 @@ from example_comparison import compare
 
 from qratk.cli.compare import print_table, report
 from qratk.compare.grid import OWN
-from qratk.compare.read import Comparison, Outcome, read_comparison
+from qratk.compare.read import Cells, Outcome, read_cells
 from qratk.compare.table import (
-    HEADS,
     cells_csv,
     difference,
     known_columns,
@@ -26,31 +25,49 @@ from qratk.compare.table import (
     text_row,
     write_tables,
 )
+from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.run.document import (
+    EvaluationEntry,
+    FrontDocument,
+    ImportanceEntry,
+    ProblemEntry,
+    ResultDocument,
+    Settings,
+)
 
 
-def outcome(recipe, seed, score, *, test=None, items=(), size=100, limit=100, budget=OWN) -> Outcome:
-    best = {
-        "configuration": "4:8*2", "steps": 9, "score": score, "bytes": size, "storage_bytes": size,
-        "training_bytes": 2 * size, "average_bits": 4.0, "average_rank": 8.0,
-    }  # fmt: skip
-    result = {
-        "best": best, "test_scores": {} if test is None else {"4:8*2": test}, "failed_evaluations": 0,
-        "problem": {"steps": [3, 9], "limit_bytes": limit, "scope": "storage", "layers": ["a", "b"]},
-    }  # fmt: skip
+def outcome(recipe, seed, score, *, test=None, items=(), weights=None, size=100, limit=100, budget=OWN) -> Outcome:
+    configuration = Configuration.from_text("4:8*2")
+    best = EvaluationEntry(
+        configuration=configuration, digest=configuration.digest, steps=9, score=score, bytes=size, fits=True,
+        storage_bytes=size, training_bytes=2 * size, serving_bytes=size, fixed_bytes=0, average_bits=4.0,
+        average_rank=8.0, seconds=1.0, status="ok", reason="", checkpoint=None,
+    )  # fmt: skip
+    problem = ProblemEntry(
+        layers=("a", "b"), bits=(4,), ranks=(8,), log10_configurations=0.0, limit_bytes=limit, scope="storage",
+        max_average_bits=None, fixed_bytes=0, importance=ImportanceEntry(bits=(1.0, 1.0), rank=(1.0, 1.0)),
+        steps=(3, 9), reduction_factor=3.0, resumed=0,
+    )  # fmt: skip
+    result = ResultDocument(
+        name="search", best=best, baselines=(), references=(), comparisons=(),
+        test_scores={} if test is None else {"4:8*2": test},
+        front=FrontDocument(scope="storage", limit_bytes=limit, steps=9, evaluations=(best,)), failed_evaluations=0,
+        item_weights=weights, problem=problem,
+    )  # fmt: skip
     return Outcome(recipe, budget, seed, result, items=tuple(items))
 
 
-def made_of(*outcomes, own=()) -> Comparison:
+def made_of(*outcomes, own=()) -> Cells:
     names = dict.fromkeys(o.recipe for o in outcomes)
-    return Comparison("base", {name: name in own for name in names}, (OWN,), outcomes)
+    return Cells("base", {name: name in own for name in names}, (OWN,), outcomes)
 
 
 def test_files_are_read_back(comparison):
     assert comparison.names == ("full", "random", "plain", "lora-16", "sweep-generations-1", "sweep-generations-4")
     assert [(f.recipe, f.reason) for f in comparison.failed] == [("broken", "out of memory")]
     for cell in comparison.outcomes:
-        assert cell.validation == cell.result["best"]["score"]
+        assert cell.validation == cell.result.best.score
         assert cell.score == cell.test["score"]
         assert np.mean(cell.items) == pytest.approx(cell.validation)
         assert max(row.score for row in cell.high) == cell.validation
@@ -58,28 +75,27 @@ def test_files_are_read_back(comparison):
 
 def test_configuration_of_the_best_is_expanded(comparison):
     for cell in comparison.outcomes:
-        bits, ranks = cell.best_choice
-        assert len(bits) == len(ranks) == 5
-        row = next(row for row in cell.high if row.key == (tuple(bits), tuple(ranks)))
-        assert row.score == cell.validation
+        best = cell.best.configuration
+        assert len(best) == 5
+        assert next(e for e in cell.high if e.configuration == best).score == cell.validation
 
 
 def test_continued_training_costs_once(comparison):
     for cell in comparison.outcomes:
         longest: dict = {}
-        for row in cell.searched:
-            longest[row.key] = max(row.steps, longest.get(row.key, 0))
+        for e in (record.evaluation for record in cell.searched):
+            longest[e.configuration] = max(e.steps, longest.get(e.configuration, 0))
         assert cell.cost == pytest.approx(sum(longest.values()) / 90)
         assert (np.diff(cell.costs) >= 0).all()
 
 
 def test_frozen_rung_costs_nothing(comparison):
     cell = comparison.of("full")[0]
-    frozen = replace(cell, config={"search": {"evaluator": {"class_path": "frozen_divergence"}}})
+    frozen = replace(cell, settings=Settings({"search": {"evaluator": {"class_path": "frozen_divergence"}}}))
     higher: dict = {}
-    for row in cell.searched:
-        if row.steps > 10:
-            higher[row.key] = max(row.steps, higher.get(row.key, 0))
+    for e in (record.evaluation for record in cell.searched):
+        if e.steps > 10:
+            higher[e.configuration] = max(e.steps, higher.get(e.configuration, 0))
     assert frozen.frozen
     assert frozen.cost == pytest.approx(sum(higher.values()) / 90)
 
@@ -111,9 +127,8 @@ def test_interval_over_items_needs_items_that_make_up_the_score():
 
 def test_weighted_items_are_weighed():
     items, weights = (0.0, 1.0), (1.0, 3.0)
-    ours, theirs = outcome("a", 0, 0.75, items=items), outcome("base", 0, 0.0, items=(0.0, 0.0))
-    for cell in (ours, theirs):
-        cell.result["item_weights"] = weights
+    ours = outcome("a", 0, 0.75, items=items, weights=weights)
+    theirs = outcome("base", 0, 0.0, items=(0.0, 0.0), weights=weights)
     assert not math.isnan(difference([ours], {0: theirs}).validation_low)
 
 
@@ -136,7 +151,7 @@ def test_recipe_with_its_own_budget_stands_in_every_budget():
     cells = [
         outcome("base", 0, 0.5, budget="1KiB"), outcome("base", 0, 0.6, budget="2KiB"), outcome("lora", 0, 0.9),
     ]  # fmt: skip
-    comparison = Comparison("base", {"base": False, "lora": True}, ("1KiB", "2KiB"), tuple(cells))
+    comparison = Cells("base", {"base": False, "lora": True}, ("1KiB", "2KiB"), tuple(cells))
     found = [(row.budget, row.recipe, row.score) for row in rows(comparison, "base")]
     assert found == [("1KiB", "lora", 0.9), ("1KiB", "base", 0.5), ("2KiB", "lora", 0.9), ("2KiB", "base", 0.6)]
 
@@ -211,7 +226,7 @@ def test_report_says_by_its_status_whether_all_are_finished(tmp_path, capsys):
 def test_cells_that_were_not_begun_are_no_failures(tmp_path, capsys):
     compare(tmp_path / "runs", seeds=(0,), recipes=("full",))
     (tmp_path / "runs" / "broken" / OWN / "0" / "failure.json").unlink()
-    comparison = read_comparison(tmp_path / "runs")
+    comparison = read_cells(tmp_path / "runs")
     assert [cell.reason for cell in comparison.failed] == ["not begun"]
     assert report(tmp_path / "runs", figures=False) == 0
     assert "no result: broken (own/0): not begun" in capsys.readouterr().out
@@ -226,14 +241,22 @@ def test_budget_is_that_of_the_seed():
 
 def test_narrow_table_keeps_what_matters(comparison):
     lines = [text_row(row) for row in rows(comparison, "full")]
-    shown = [HEADS[i] for i in known_columns(lines, narrow=True)]
-    assert shown == ["recipe", "n", "test score", "bytes", "bits", "HF", "difference [95 %]", "w/t/l"]
-    assert "acc" not in [HEADS[i] for i in known_columns(lines)]
+    assert known_columns(lines, narrow=True) == [
+        "recipe",
+        "n",
+        "test score",
+        "bytes",
+        "bits",
+        "HF",
+        "difference [95 %]",
+        "w/t/l",
+    ]
+    assert "acc" not in known_columns(lines)
 
 
 def test_unreadable_result_names_its_folder(tmp_path):
     compare(tmp_path / "runs", seeds=(0,), recipes=("full",))
     folder = tmp_path / "runs" / "full" / OWN / "0"
     (folder / "result.json").write_text("{")
-    with pytest.raises(RunDirectoryError, match="not those of a finished search"):
-        read_comparison(tmp_path / "runs")
+    with pytest.raises(RunDirectoryError, match=r"result\.json is damaged"):
+        read_cells(tmp_path / "runs")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qratk.core import ConfigurationError
+from qratk.core.correlation import spearman
 from qratk.mutations.base import mutations
 from qratk.mutations.proposer import Proposer
 from qratk.repairs.base import repairs
-from qratk.surrogates._statistics import spearman
 from qratk.testing import toy_problem
 
 

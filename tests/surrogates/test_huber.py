@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata, spearmanr
 
 from qratk.core import Evaluation, History, Problem
+from qratk.core.correlation import spearman
 from qratk.core.errors import ConfigurationError
 from qratk.surrogates._regression import rows
-from qratk.surrogates._statistics import pearson, ranks, spearman
 from qratk.surrogates.huber import HuberRegression, fit_huber
 from qratk.testing import toy_problem
 
@@ -129,21 +128,6 @@ def test_held_out_pairs_do_not_reach_their_own_prediction():
     predicted = [p.mean for p in surrogate.predict(problem, found.at(100))]
     assert spearman(predicted, [e.score for e in found.at(900)]) > 0.9
     assert abs(surrogate.quality.spearman) < 0.5
-
-
-def test_correlations_agree_with_scipy_on_ties():
-    rng = np.random.default_rng(0)
-    for n in (2, 3, 10, 50):
-        a, b = rng.integers(4, size=n).astype(float), rng.normal(size=n)
-        np.testing.assert_array_equal(ranks(a), rankdata(a))
-        if len(set(a)) > 1:
-            assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
-            assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
-
-
-def test_correlation_of_a_constant_is_not_a_number():
-    assert math.isnan(spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
-    assert math.isnan(spearman([], []))
 
 
 @pytest.mark.parametrize("options", [{"delta": 0.0}, {"l2": -1.0}, {"folds": 1}, {"min_pairs": 3}])
