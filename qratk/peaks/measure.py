@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
+from qratk.peaks.allocated import allocated_peak
 from qratk.peaks.trace import resident_tensors, training_batch, training_step
 
 
@@ -16,34 +14,6 @@ def resident_bytes(backbone: Backbone) -> int:
     """Bytes of the distinct storages that a backbone holds."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for _, t in resident_tensors(backbone)}
     return sum(storages.values())
-
-
-def allocated_peak(action: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that were allocated at once during an action, over what there was before.
-
-    On the CPU every event of torch's allocator is followed, temporaries inside kernels included; what libraries take
-    from the system by themselves is not seen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        action()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events: Any = profiler.profiler.kineto_results.events()
-    changes = sorted(
-        (event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]"
-    )
-    live = peak = 0
-    for _, _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
 
 
 def measured_peak(

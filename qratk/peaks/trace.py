@@ -28,6 +28,7 @@ from qratk.backbone.logits import labelled_logits, labelled_loss, targets_of
 from qratk.bank.linear import BankLinear, Variant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
+from qratk.peaks.scratch import SCRATCH
 from qratk.quantizers.base import Quantizer
 from qratk.quantizers.none import NoQuantizer
 
@@ -88,7 +89,7 @@ class AllocationLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = replaced(*args)
         if out is None:
             out = func(*args, **(kwargs or {}))
-        scratch = _SCRATCH.get(func)
+        scratch = SCRATCH.get(func)
         if scratch is not None:
             self.transient(scratch(args), "workspace")
         self._enter(out)
@@ -179,34 +180,6 @@ _DATA_DEPENDENT: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: _all_nonzero,
     aten._local_scalar_dense.default: _true,
     aten.is_nonzero.default: _true,
-}
-
-
-def _attention_splits(queries: int, keys: int) -> tuple[int, int]:
-    split = 256 if queries >= 768 else 64 if queries >= 192 else 32
-    return min(split, queries), min(512, keys)
-
-
-def _forward_scratch(args: tuple[Any, ...]) -> int:
-    query, key = args[0], args[1]
-    q, k = _attention_splits(query.shape[2], key.shape[2])
-    numbers = q * k + 2 * q + q * query.shape[3]
-    reduced = 0 if query.dtype == torch.float32 else 2 * q * (k + k % 2)
-    return int(torch.get_num_threads() * (4 * numbers + reduced))
-
-
-def _backward_scratch(args: tuple[Any, ...]) -> int:
-    grad, query, key = args[0], args[1], args[2]
-    q, k = _attention_splits(query.shape[2], key.shape[2])
-    reduced = 0 if query.dtype == torch.float32 else 2 * 2 * q * k
-    # The kernel goes through (batch, length, heads, width).
-    copied = 0 if grad.transpose(1, 2).is_contiguous() else grad.nbytes
-    return int(torch.get_num_threads() * (4 * (2 * q * k + q) + reduced) + copied)
-
-
-_SCRATCH: dict[Any, Callable[[tuple[Any, ...]], int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _forward_scratch,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _backward_scratch,
 }
 
 

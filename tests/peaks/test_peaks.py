@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
 from qratk.core.space import SearchSpace
-from qratk.peaks.measure import allocated_peak, measured_peak
+from qratk.peaks.allocated import allocated_peak
+from qratk.peaks.measure import measured_peak
+from qratk.peaks.scratch import SCRATCH, multiplied_by_onednn, product_scratch, shortest_alike
 from qratk.peaks.table import UniformPeaks
-from qratk.peaks.trace import _SCRATCH, PeakTracer, traced_peak
+from qratk.peaks.trace import PeakTracer, traced_peak
 
 ACTIVATIONS = {"batch_size": 4, "sequence_length": 48}
 WEIGHTS = {"batch_size": 1, "sequence_length": 8}
@@ -107,17 +110,73 @@ def test_trace_leaves_the_backbone_as_it_was(tiny_backbone, tiny_batch):
     assert backbone.configuration == Configuration.uniform(4, 4, 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FORWARD, BACKWARD = SCRATCH  # both take (q, k, v); backward has the gradient before them
+
+
+@contextmanager
+def onednn(enabled):
+    """Context in which torch may leave products to oneDNN or may not: a choice only where the processor is able to."""
+    before = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(enabled)  # `torch.backends.mkldnn.flags` sets TF32 too, with a warning
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "length", "width"), [(4, 48, 16), (2, 200, 64), (1, 900, 64)])
-def test_scratch_of_fused_attention_on_the_cpu_is_what_its_kernels_take(heads, length, width, dtype):
+def test_scratch_of_fused_attention_on_the_cpu_is_what_its_kernels_take(heads, length, width, dtype, enabled):
     q = torch.ones(2, heads, length, width, dtype=dtype)
-    forward, backward = _SCRATCH  # both take (q, k, v); backward has the gradient before them
-    out, sums = forward(q, q, q, 0.0, True)
-    taken = allocated_peak(lambda: forward(q, q, q, 0.0, True), q.device)
-    assert taken == out.nbytes + sums.nbytes + _SCRATCH[forward]((q, q, q))
-    for grad in (torch.ones_like(q), torch.ones_like(q.transpose(1, 2)).transpose(1, 2)):
-        taken = allocated_peak(partial(backward, grad, q, q, q, out, sums, 0.0, True), q.device)
-        assert taken == 3 * q.nbytes + _SCRATCH[backward]((grad, q, q, q))
+    with onednn(enabled):
+        out, sums = FORWARD(q, q, q, 0.0, True)
+        taken = allocated_peak(lambda: FORWARD(q, q, q, 0.0, True), q.device)
+        assert taken == out.nbytes + sums.nbytes + SCRATCH[FORWARD]((q, q, q))
+        for grad in (torch.ones_like(q), torch.ones_like(q.transpose(1, 2)).transpose(1, 2)):
+            taken = allocated_peak(partial(BACKWARD, grad, q, q, q, out, sums, 0.0, True), q.device)
+            assert taken == 3 * q.nbytes + SCRATCH[BACKWARD]((grad, q, q, q))
+
+
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_onednn_multiplies_what_the_processor_is_able_to_unless_it_is_switched_off(dtype, able, monkeypatch):
+    for probe in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, probe, lambda: able)
+    assert multiplied_by_onednn(dtype) == (able and dtype != torch.float32)
+    with onednn(False):
+        assert not multiplied_by_onednn(dtype)
+
+
+@pytest.mark.parametrize(("heads", "busy"), [(1, 2), (3, 4)])
+def test_scratch_of_products_is_added_for_every_thread_that_is_busy_where_onednn_multiplies(heads, busy, monkeypatch):
+    from qratk.peaks import scratch
+
+    q, asked = torch.ones(2, heads, 1000, 64, dtype=torch.bfloat16, device="meta"), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(scratch, "product_scratch", lambda *sizes: asked.append(sizes) or 10**6)
+    counted = []
+    for able in (False, True):
+        monkeypatch.setattr(scratch, "multiplied_by_onednn", lambda dtype, able=able: able)
+        counted.append(SCRATCH[BACKWARD]((q, q, q, q)))
+    assert counted[1] - counted[0] == busy * 10**6
+    assert asked == [(1000, 1000, 64, torch.bfloat16, 4)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(48, 48), (200, 200), (500, 700), (1100, 1100), (900, 1030)])
+def test_scratch_of_products_is_measured_on_fewer_blocks_of_the_same_sizes(queries, keys):
+    def blocks(queries, keys):
+        step = 256 if queries >= 768 else 64 if queries >= 192 else 32
+        return [
+            {min(size, length - at) for at in range(0, length, size)} for length, size in ((queries, step), (keys, 512))
+        ]
+
+    short = shortest_alike(queries, keys)
+    assert blocks(*short) == blocks(queries, keys)
+    assert short <= (1023, 1023)
+    long, less = (product_scratch(*lengths, 16, torch.bfloat16, 1) for lengths in ((queries, keys), short))
+    assert long == less
+    assert (long > 0) == multiplied_by_onednn(torch.bfloat16)
 
 
 def test_allocator_events_give_the_peak_of_known_tensors():
