@@ -32,7 +32,8 @@ from qratk.evaluators._landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
 from qratk.reporting.multi import Reporters
 from qratk.searchers._sampling import sample_feasible
-from qratk.settings.recipe import from_section, laid_over
+from qratk.settings.merge import laid_over
+from qratk.settings.recipe import from_section
 
 ROOT = Path(__file__).parent.parent
 MARKS = (1, 4, 6, 18, 40)

@@ -32,8 +32,8 @@ class Registry(Generic[T]):
     """Names of one open set, say "repairs".
 
     Built-in strategies are the classes that the modules of the package `qratk.<kind>` register by decorator; those
-    modules are imported when a name is first asked for. Third-party strategies are entry points of the group
-    `qratk.<kind>`; each is imported only when its own name is asked for.
+    modules, except for helpers with a leading underscore, are imported when a name is first asked for. Third-party
+    strategies are entry points of the group `qratk.<kind>`; each is imported only when its own name is asked for.
     """
 
     def __init__(self, kind: str, base: str) -> None:
@@ -141,7 +141,8 @@ class Registry(Generic[T]):
             return
         package = importlib.import_module(f"qratk.{self.kind}")
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+            if not module.name.startswith("_"):  # helpers, which may be heavy, and register nothing
+                importlib.import_module(f"{package.__name__}.{module.name}")
         self._scanned = True
 
     def _find_plugins(self) -> dict[str, EntryPoint]:

@@ -126,7 +126,9 @@ def is_light(path: Path) -> bool:
         return False  # suites of strategies that need torch, imported when asked for
     if inside[0] in ("core", "run", "registry.py", "components.py", "loop", "__init__.py", "testing"):
         return True
-    return inside[0] in {*STRATEGIES, "evaluators", "executors"} and len(inside) == 2
+    if inside[0] not in {*STRATEGIES, "evaluators", "executors"} or len(inside) != 2:
+        return False
+    return not inside[1].startswith("_")  # helpers may be heavy, and no registry imports them
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if is_light(p)], ids=lambda p: str(p.relative_to(ROOT)))

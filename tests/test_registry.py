@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import types
 from abc import ABC, abstractmethod
 
 import pytest
@@ -69,6 +70,18 @@ SOUND = """
 
     NUMBER = 5
 """
+
+
+def test_helper_modules_with_an_underscore_are_not_imported_to_list_names(tmp_path, monkeypatch):
+    package = types.ModuleType("qratk.things")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "qratk.things", package)
+    (tmp_path / "_heavy.py").write_text("raise RuntimeError('loaded')")
+    (tmp_path / "light.py").write_text(
+        "from qratk.things import registry\nregistry.register('light')(type('Light', (), {}))"
+    )
+    package.registry = Registry("things", "Thing")
+    assert package.registry.names() == ("light",)
 
 
 def test_name_registered_twice_names_both_owners(kind):

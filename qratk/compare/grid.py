@@ -19,6 +19,7 @@ from qratk.core.text import without_secrets
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.settings.identity import comparable, deciding
+from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
 
 OWN: Final = "own"
@@ -204,9 +205,8 @@ class Grid:
             documents.append(budget.document)
         merged: dict[str, Any] = {}
         for document in (*documents, cell.recipe.document):
-            merged = _merged(merged, document)
-        settings = named_document(deciding(merged))
-        return dict(without_secrets({"seed": cell.seed, "settings": settings}))
+            merged = laid_over(merged, named_document(document))
+        return dict(without_secrets({"seed": cell.seed, "settings": deciding(merged)}))
 
     def prepare(self) -> None:
         """Write budgets, the plan, and what each cell is; raises `RunDirectoryError` if a cell is another one."""
@@ -249,7 +249,7 @@ class Grid:
             return True
         data: Any = {}
         for path in self.configs:
-            data = _merged({"data": data}, {"data": read_yaml(path).get("data", data)})["data"]
+            data = laid_over({"data": data}, {"data": read_yaml(path).get("data", data)})["data"]
         name = data.get("class_path", "") if isinstance(data, Mapping) else data
         return _takes_seed(str(name))
 
@@ -308,19 +308,6 @@ def _document(argument: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         document = {part: document}
     return dict(document)
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of both, those of `above` first; options of a class that is replaced by another are dropped."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        same = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if same and old.get("class_path") == value.get("class_path", old.get("class_path")):  # type: ignore[union-attr]
-            merged[key] = _merged(old, value)  # type: ignore[arg-type]
-        else:
-            merged[key] = value
-    return merged
 
 
 def _check(cell: Cell, identity: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class HessianTrace(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,); the bank must hold the lowest bits. Raises `DataError` when nothing is labelled."""
-        from qratk.estimators._streaming.curvature import directional_curvatures
+        from qratk.estimators._curvature import directional_curvatures
 
         layers = module.backbone.layers
         projections = {name: projection for layer in layers for name, projection in layer.modules}

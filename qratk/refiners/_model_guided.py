@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +17,22 @@ from qratk.core.evaluation import FidelityLadder, History
 from qratk.core.utility import Utility
 from qratk.mutations.proposer import Proposer
 from qratk.refiners._capped import CappedRefiner
-from qratk.refiners._gaussian_process import load
 from qratk.refiners._measured import utilities
 from qratk.refiners._pool import embed
 
 if TYPE_CHECKING:
-    from qratk.refiners._gaussian_process.model import Acquisition
+    from qratk.refiners._gaussian_process import Acquisition
 
 Pool = dict[Configuration, int]
 """Configurations to choose from, each with the number of the region that it comes from."""
+
+
+def gaussian_process() -> ModuleType:
+    """The module of the Gaussian process, which imports BoTorch: loaded only when a proposal is made."""
+    with warnings.catch_warnings():
+        # linear_operator applies torch.jit.script on import, which torch 2.13 announces as deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("qratk.refiners._gaussian_process")
 
 
 class ModelGuided(CappedRefiner):
@@ -81,7 +91,7 @@ class ModelGuided(CappedRefiner):
         seed: int,
         extra: int,
     ) -> NDArray[np.float64] | None:
-        process = load()
+        process = gaussian_process()
         try:
             acquisition: Acquisition = process.fit(
                 points, utilities, best=self._best, seed=seed, ard=self.ard, extra=extra, mix=self.mix

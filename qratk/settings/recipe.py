@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,26 +58,6 @@ def from_section(section: Mapping[str, Any]) -> SearchLoop:
         given = settings[slot]
         settings[slot] = [_from_file(item) for item in given] if isinstance(given, list) else _from_file(given)
     return autoqra(**settings)
-
-
-def laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `base` with those of `over`, as the command line merges two files.
-
-    A component of another class replaces the old one together with its options.
-    """
-    merged = copy.deepcopy(dict(base))
-    for key, value in over.items():
-        old = merged.get(key)
-        other = isinstance(value, Mapping) and isinstance(old, Mapping) and _class(value, old) != _class(old)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and not other:
-            merged[key] = laid_over(old, value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def _class(given: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> Any:
-    return given.get("class_path", None if default is None else default.get("class_path"))
 
 
 def _from_file(given: Any) -> Any:

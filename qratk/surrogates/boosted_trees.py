@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qratk.core.errors import ConfigurationError
-from qratk.surrogates import _sklearn
 from qratk.surrogates._regression import Array, Features, Predictor, RegressionSurrogate
 from qratk.surrogates.base import surrogates
 
@@ -48,7 +47,6 @@ class BoostedTrees(RegressionSurrogate):
         self.leaf = leaf
 
     def _fit(self, x: Array, y: Array) -> Predictor:
-        predictor: Predictor = _sklearn.load().BoostedTrees(
-            x, y, trees=self.trees, depth=self.depth, rate=self.rate, leaf=self.leaf
-        )
-        return predictor
+        from qratk.surrogates import _sklearn
+
+        return _sklearn.BoostedTrees(x, y, trees=self.trees, depth=self.depth, rate=self.rate, leaf=self.leaf)

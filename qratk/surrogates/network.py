@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qratk.core.errors import ConfigurationError
-from qratk.surrogates import _sklearn
 from qratk.surrogates._regression import Array, Features, Predictor, RegressionSurrogate
 from qratk.surrogates.base import surrogates
 
@@ -45,5 +44,6 @@ class SmallNetwork(RegressionSurrogate):
         self.starts = starts
 
     def _fit(self, x: Array, y: Array) -> Predictor:
-        predictor: Predictor = _sklearn.load().Networks(x, y, hidden=self.hidden, l2=self.l2, starts=self.starts)
-        return predictor
+        from qratk.surrogates import _sklearn
+
+        return _sklearn.Networks(x, y, hidden=self.hidden, l2=self.l2, starts=self.starts)

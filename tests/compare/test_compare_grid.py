@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from qratk.compare.grid import BudgetChoice, Grid, Recipe, _merged, read_plan
+from qratk.compare.grid import BudgetChoice, Grid, Recipe, read_plan
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 
 
@@ -143,17 +143,15 @@ def test_states_of_a_cell(files):
     assert states == ["new", "begun", "failed", "finished"]
 
 
-def test_options_of_a_replaced_class_are_dropped():
-    below = {"searcher": {"class_path": "nsga2", "init_args": {"population": 4}}, "a": 1}
-    above = {"searcher": {"class_path": "random"}}
-    assert _merged(below, above) == {"searcher": {"class_path": "random"}, "a": 1}
-    same = {"searcher": {"class_path": "nsga2", "init_args": {"offspring": 2}}}
-    assert _merged(below, same)["searcher"]["init_args"] == {"population": 4, "offspring": 2}
-
-
 @pytest.mark.parametrize("text", ["- 1", "search: 3", "a: ["])
 def test_recipe_that_holds_no_settings_is_told(tmp_path, text):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=r"wrong\.yaml"):
         Recipe.read(path)
+
+
+def test_cell_is_the_same_whether_a_component_goes_by_its_name_or_by_its_import_path(files):
+    grid(files, "random").prepare()
+    files["random"].write_text("search: {searcher: qratk.searchers.random.RandomSearch}")
+    grid(files, "random").prepare()

@@ -12,7 +12,7 @@ from estimator_models import estimate
 from torch.nn.functional import cross_entropy
 
 from qratk.core.errors import ConfigurationError, DataError
-from qratk.estimators._streaming.curvature import directional_curvatures, rademacher
+from qratk.estimators._curvature import directional_curvatures, rademacher
 from qratk.estimators.base import estimators
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from qratk.refiners._gaussian_process import load
+from qratk.refiners._model_guided import gaussian_process
 
-process = load()
+process = gaussian_process()
 
-import torch  # noqa: E402  (after `load`, which silences a warning of an import)
+import torch  # noqa: E402  (after that, which silences a warning of an import)
 
 RNG = np.random.default_rng(3)
 POINTS = RNG.choice([-1.0, 0.0, 1.0], size=(9, 6))

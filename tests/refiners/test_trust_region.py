@@ -22,7 +22,7 @@ from qratk.core import (
     Request,
     Utility,
 )
-from qratk.refiners._gaussian_process import load
+from qratk.refiners._model_guided import gaussian_process
 from qratk.refiners.base import refiners
 from qratk.refiners.none import NoRefiner
 from qratk.refiners.trust_region import TrustRegion
@@ -254,7 +254,7 @@ def test_ties_in_expected_improvement_go_to_the_smaller_footprint(monkeypatch: p
 
 
 def test_a_process_that_cannot_be_fitted_is_replaced_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = load()
+    process = gaussian_process()
 
     def fail(*args: Any, **options: Any) -> None:
         raise process.FitError("the matrix is not positive definite")

@@ -10,7 +10,8 @@ import yaml
 
 from qratk.core.result import SearchResult
 from qratk.reporting.multi import Reporters
-from qratk.settings.recipe import from_section, laid_over
+from qratk.settings.merge import laid_over
+from qratk.settings.recipe import from_section
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ABLATIONS = sorted(CONFIGS.glob("ablations/**/*.yaml"))
@@ -47,19 +48,6 @@ def test_baseline_measures_something_and_nothing_beside_it(path):
     loop = from_section(laid_over(base, over))
     assert loop.planned_evaluations(baselines=2)[loop.ladder.highest] >= 1
     assert not loop.references  # they are references themselves
-
-
-def test_a_component_of_another_class_brings_its_own_options():
-    base = {"searcher": {"class_path": "nsga2", "init_args": {"population": 9}}, "bits": [2, 4]}
-    same = laid_over(base, {"searcher": {"class_path": "nsga2", "init_args": {"offspring": 3}}})
-    other = laid_over(base, {"searcher": {"class_path": "random", "init_args": {"offspring": 3}}})
-    plain = laid_over(base, {"searcher": {"init_args": {"offspring": 3}}, "bits": [4]})
-    assert same["searcher"]["init_args"] == {"population": 9, "offspring": 3}
-    assert other["searcher"]["init_args"] == {"offspring": 3}
-    assert plain == {
-        "searcher": {"class_path": "nsga2", "init_args": {"population": 9, "offspring": 3}},
-        "bits": [4],
-    }
 
 
 def test_bits_only_and_ranks_only_leave_the_other_knob_alone(tmp_path):

@@ -1,0 +1,29 @@
+"""Settings are laid over settings as the command line lays one file over another."""
+
+from __future__ import annotations
+
+import copy
+
+from qratk.settings.merge import laid_over
+
+
+def test_a_component_of_another_class_brings_its_own_options():
+    base = {"searcher": {"class_path": "nsga2", "init_args": {"population": 9}}, "bits": [2, 4]}
+    same = laid_over(base, {"searcher": {"class_path": "nsga2", "init_args": {"offspring": 3}}})
+    other = laid_over(base, {"searcher": {"class_path": "random", "init_args": {"offspring": 3}}})
+    plain = laid_over(base, {"searcher": {"init_args": {"offspring": 3}}, "bits": [4]})
+    assert same["searcher"]["init_args"] == {"population": 9, "offspring": 3}
+    assert other["searcher"]["init_args"] == {"offspring": 3}
+    assert plain == {
+        "searcher": {"class_path": "nsga2", "init_args": {"population": 9, "offspring": 3}},
+        "bits": [4],
+    }
+
+
+def test_what_is_laid_over_changes_neither_of_the_two():
+    base, over = {"a": {"b": [1]}}, {"a": {"c": [2]}}
+    before = copy.deepcopy((base, over))
+    merged = laid_over(base, over)
+    merged["a"]["b"].append(3)
+    merged["a"]["c"].append(3)
+    assert (base, over) == before
