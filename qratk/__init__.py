@@ -42,10 +42,13 @@ if TYPE_CHECKING:
     from qratk.evaluators.base import EvaluationContext as EvaluationContext
     from qratk.evaluators.base import Evaluator as Evaluator
     from qratk.evaluators.finetune import FineTuneEvaluator as FineTuneEvaluator
-    from qratk.export.native import native_model as native_model
+    from qratk.exporters.base import Exporter as Exporter
+    from qratk.exporters.native import native_model as native_model
     from qratk.loop import SearchLoop as SearchLoop
     from qratk.mutations.base import MutationOperator as MutationOperator
     from qratk.mutations.proposer import Proposer as Proposer
+    from qratk.quantizers.base import PackedBytes as PackedBytes
+    from qratk.quantizers.base import PackedLayer as PackedLayer
     from qratk.quantizers.base import Quantizer as Quantizer
     from qratk.refiners.base import LocalRefiner as LocalRefiner
     from qratk.repairs.base import RepairPolicy as RepairPolicy
@@ -80,11 +83,12 @@ _HOMES = {
     "qratk.estimators.base": ("ImportanceEstimator",),
     "qratk.evaluators.base": ("EvaluationContext", "Evaluator"),
     "qratk.evaluators.finetune": ("FineTuneEvaluator",),
-    "qratk.export.native": ("native_model",),
+    "qratk.exporters.base": ("Exporter",),
+    "qratk.exporters.native": ("native_model",),
     "qratk.loop": ("SearchLoop",),
     "qratk.mutations.base": ("MutationOperator",),
     "qratk.mutations.proposer": ("Proposer",),
-    "qratk.quantizers.base": ("Quantizer",),
+    "qratk.quantizers.base": ("PackedBytes", "PackedLayer", "Quantizer"),
     "qratk.settings.recipe": ("autoqra",),
     "qratk.refiners.base": ("LocalRefiner",),
     "qratk.repairs.base": ("RepairPolicy",),

@@ -7,6 +7,7 @@ from typing import Any
 from qratk.estimators.base import estimators
 from qratk.evaluators.base import evaluators
 from qratk.executors.base import executors
+from qratk.exporters.base import exporters
 from qratk.mutations.base import mutations
 from qratk.quantizers.base import quantizers
 from qratk.refiners.base import refiners
@@ -17,5 +18,16 @@ from qratk.surrogates.base import surrogates
 
 REGISTRIES: dict[str, Registry[Any]] = {
     registry.kind: registry
-    for registry in (estimators, mutations, repairs, surrogates, searchers, refiners, quantizers, evaluators, executors)
+    for registry in (
+        estimators,
+        mutations,
+        repairs,
+        surrogates,
+        searchers,
+        refiners,
+        quantizers,
+        evaluators,
+        executors,
+        exporters,
+    )
 }

@@ -119,7 +119,7 @@ class FrozenWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         raise QuantizationError(
             "the weight of a bank layer is packed and cannot be assigned: an adapter merged into it would be lost. "
-            "Export the model instead: `qratk.export` writes adapters, native quantised layers and dense merged weights"
+            "Export the model instead: `qratk.exporters` writes adapters, packed weights and dense merged ones"
         )
 
 
@@ -315,7 +315,7 @@ class BankLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         variant, key = self.require(self._active, self._active_rank), self.key(self._active, self._active_rank)
         bias = None if self._bias is None else self._bias.to(x.dtype)
-        after = bool(getattr(variant.quantizer, "adds_bias_afterwards", False))
+        after = variant.quantizer.adds_bias_afterwards
         # Bound to the variant, not to the layer: a switch between forward and backward must not change the gradient.
         dense = partial(self._dense_weight, variant, key, x.dtype)
         if self._dense_cache.mode == "off":

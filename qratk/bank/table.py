@@ -52,7 +52,7 @@ def options(quantizer: Quantizer) -> dict[str, object]:
 
 def describe(quantizer: Quantizer) -> str:
     """Name and options of a quantizer, as in 'hqq(group_size=64)': equal text means equal results."""
-    name = getattr(quantizer, "component_name", f"{type(quantizer).__module__}.{type(quantizer).__qualname__}")
+    name = quantizer.component_name or f"{type(quantizer).__module__}.{type(quantizer).__qualname__}"
     return f"{name}({', '.join(f'{key}={value}' for key, value in sorted(options(quantizer).items()))})"
 
 
@@ -116,7 +116,7 @@ class QuantizerTable:
         for other, quantizer in self._table.items():
             if other >= bits:
                 yield Chosen(quantizer, other)
-                for alternative in getattr(quantizer, "alternatives", tuple)():
+                for alternative in quantizer.alternatives():
                     yield Chosen(alternative, other)
 
     def layer_bytes(self, shape: LayerShape, bits: int) -> PackedBytes:
@@ -137,4 +137,4 @@ class QuantizerTable:
         )
         # By text: a third party's quantizer need not be hashable.
         used = {describe(quantizer): quantizer for quantizer in chosen}
-        return sum(int(getattr(quantizer, "shared_bytes", 0)) for quantizer in used.values())
+        return sum(quantizer.shared_bytes for quantizer in used.values())

@@ -374,7 +374,7 @@ def _install(
             elif cached:
                 dense = torch.empty(bank.shape, dtype=dtype, device="meta")
                 ledger.adopt(dense, "workspace")
-            after = bool(getattr(chosen.quantizer, "adds_bias_afterwards", False))
+            after = chosen.quantizer.adds_bias_afterwards
             stand_in: Any = _StandIn(ledger, extra if unpacking else 0, dense, after)
             bank.install(choice.bits, Variant(stand_in, chosen.bits, {"codes": packed}), bank.bias)
             bank.forward = partial(_multiply, bank, stand_in)  # type: ignore[method-assign]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import PackedBytes, Quantizer
+from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _PER_UNIT = {2: 4, 4: 2, 8: 1}  # codes that share a byte; the number of groups must divide by it
 _PACKING = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
@@ -33,8 +34,7 @@ class AffineQuantizer(Quantizer):
     group_size: int = 64
     metadata_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
-    # The library's layer adds the bias to the finished product; a fused addition differs in the last bit.
-    adds_bias_afterwards = True
+    adds_bias_afterwards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -53,7 +53,7 @@ class AffineQuantizer(Quantizer):
 
     @property
     def _name(self) -> str:
-        return repr(getattr(self, "component_name", type(self).__name__))
+        return repr(self.component_name or type(self).__name__)
 
     def check(self, shape: tuple[int, int], bits: int) -> None:
         """Raise `QuantizationError` when the weight does not divide into groups, or groups into bytes."""
@@ -108,6 +108,23 @@ class AffineQuantizer(Quantizer):
             "quant_zero": False,
             "compute_dtype": dtype,
         }
+
+    def hqq_layer(self, layer: PackedLayer) -> nn.Module:
+        """An `HQQLinear` with these codes, scales and zero points."""
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        bias, packed = layer.parameters()
+        device = packed[self.CODES].device
+        config: dict[str, Any] = BaseQuantizeConfig(nbits=layer.bits, group_size=self.group_size, axis=1)
+        module: Any = HQQLinear(None, config, compute_dtype=layer.dtype, device=str(device), initialize=False)
+        module.W_q = packed[self.CODES]
+        module.meta = self.library_meta(packed, layer.shape, layer.bits, layer.dtype)
+        module.bias = bias
+        module.cuda(str(device))  # the library's name for "to this device", CPU included
+        module.ready = True
+        module.out_features, module.in_features = layer.shape  # it sets them only when it quantises or loads
+        made: nn.Module = module
+        return made
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """Codes with their padding, and two metadata items a group."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ from qratk.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,35 @@ class Moments:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """A packed projection that is to become a layer of the library whose storage layout it has.
+
+    Attributes:
+        packed: the tensors, to be copied: the bank goes on holding its own.
+        shape: (d_out, d_in).
+        bits: bit-width that they are packed at.
+        bias: (d_out,) or None, as stored.
+        dtype: compute type of the model.
+        multiply: x W^T plus a bias, (..., d_out), of x (..., d_in), of what makes the dense W, and of the bias: the
+            product that adapters were trained and scored with.
+        library_product: let the layer multiply in the library's own way instead, where it has a faster one.
+    """
+
+    packed: dict[str, torch.Tensor]
+    shape: tuple[int, int]
+    bits: int
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    multiply: Callable[[torch.Tensor, Callable[[], torch.Tensor], torch.Tensor | None], torch.Tensor]
+    library_product: bool = False
+
+    def parameters(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Copies of the bias, in the compute type, and of the packed tensors."""
+        bias = None if self.bias is None else self.bias.to(self.dtype, copy=True)
+        return bias, {name: tensor.clone() for name, tensor in self.packed.items()}
+
+
 class Quantizer(ABC):
     """Packs a weight matrix (d_out, d_in) at a bit-width into named tensors, and back.
 
@@ -49,10 +80,34 @@ class Quantizer(ABC):
     A quantizer that fits the codes to the projection's inputs sets `calibrated` and overrides `quantize_calibrated`:
     the backbone then packs by that alone, and only after `Backbone.calibrate`. What `quantize` packs, without moments,
     has the same tensors, shapes and bytes.
+
+    What else there is to say of a quantizer is said here, with what holds for most: `adds_bias_afterwards`,
+    `alternatives`, `shared_bytes` and `native_layer`.
     """
 
     CODES = "codes"
+    component_name: ClassVar[str | None] = None
+    """The name that it is registered under; None for a class that is not."""
     calibrated: ClassVar[bool] = False
+    """Whether codes are fitted to the projection's inputs."""
+    adds_bias_afterwards: ClassVar[bool] = False
+    """Whether the library's layer adds the bias to the finished product: a fused addition differs in the last bit."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of code tables that are held once, whatever the number of layers."""
+        return 0
+
+    def alternatives(self) -> Sequence[Quantizer]:
+        """What to try for a shape that this one cannot take, the nearest first."""
+        return ()
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module | None:
+        """A layer of the library whose layout this is, with copies of the codes; None where there is none.
+
+        It must be one that PEFT wraps, and multiply by what `dequantize` makes.
+        """
+        return None
 
     @property
     @abstractmethod

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._affine import CalibratedAffineQuantizer, nearest_codes
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import Moments, quantizers
+from qratk.quantizers.base import Moments, PackedLayer, quantizers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _BLOCK = 128  # columns whose corrections of later ones are applied together
 
@@ -40,6 +41,10 @@ class GPTQQuantizer(CalibratedAffineQuantizer):
         super().__post_init__()
         if not 0 < self.damping <= 1:
             raise ConfigurationError(f"damping must be above 0 and at most 1, as in 0.01; got {self.damping}")
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module:
+        """An `HQQLinear`: the same codes, scales and zero points."""
+        return self.hqq_layer(layer)
 
     def quantize_calibrated(self, weight: torch.Tensor, bits: int, moments: Moments) -> dict[str, torch.Tensor]:
         """`codes` uint8 or int32 (packed rows, group_size), `scale` and `zero` (groups, 1)."""

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from qratk.quantizers._affine import AffineQuantizer, nearest_codes
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import quantizers
+from qratk.quantizers.base import PackedLayer, quantizers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _LARGEST_INVERSE = 2e4  # codes per unit; the library's cap, which keeps scales within float16
 _ITERATIONS, _NORM, _BETA = 20, 0.7, 10.0  # the library's defaults
@@ -47,6 +48,10 @@ class HQQQuantizer(AffineQuantizer):
         metadata = getattr(torch, self.metadata_dtype)
         scale, zero = (scale / factor).to(metadata), zero.to(metadata)
         return self._pack(nearest_codes(groups, scale, zero, bits), scale, zero, bits)
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module:
+        """An `HQQLinear`."""
+        return self.hqq_layer(layer)
 
     def _grid(self, groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Scale and zero, each (groups, 1) float32: W = (codes - zero) * scale.

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from qratk.core.errors import QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
+from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer, quantizers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @quantizers.register("int8")
@@ -56,3 +57,9 @@ class Int8Quantizer(Quantizer):
         """One byte a weight and four a row."""
         self.check(shape, bits)
         return PackedBytes(shape[0] * shape[1], 4 * shape[0])
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module:
+        """A `WeightOnlyLinear8bitLt`, or bitsandbytes' own layer, which quantises activations too."""
+        from qratk.quantizers._bitsandbytes import linear_8bit
+
+        return linear_8bit(self, layer)

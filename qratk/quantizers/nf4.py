@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
+from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer, quantizers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _NESTED_BLOCK = 256  # fixed by bitsandbytes: its kernels take no other
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -112,6 +113,12 @@ class NF4Quantizer(Quantizer):
             offset=packed.get("offset"),
             state2=state2,
         )
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module:
+        """A `WeightOnlyLinear4bit`."""
+        from qratk.quantizers._bitsandbytes import linear_4bit
+
+        return linear_4bit(self, layer)
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """Half a byte a weight; one byte (or four) a block; four a nested block and four for the offset."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.quantizers.base import PackedBytes, Quantizer, quantizers
+from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer, quantizers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @quantizers.register("none")
@@ -56,3 +57,15 @@ class NoQuantizer(Quantizer):
         """2 bytes a weight."""
         self.check(shape, bits)
         return PackedBytes(2 * shape[0] * shape[1], 0)
+
+    def native_layer(self, layer: PackedLayer) -> nn.Module:
+        """An `nn.Linear` in the compute type."""
+        from torch import nn
+
+        bias, packed = layer.parameters()
+        d_out, d_in = layer.shape
+        module = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+        module.weight = nn.Parameter(packed[self.CODES].to(layer.dtype), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return module

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
-    from qratk.testing._torch_contracts import VOCABULARY, EstimatorContract, QuantizerContract, tiny_batches
+    from qratk.testing._torch_contracts import (
+        VOCABULARY,
+        EstimatorContract,
+        ExporterContract,
+        QuantizerContract,
+        tiny_batches,
+    )
     from qratk.testing.contracts import (
         CASES,
         LADDER,
@@ -39,6 +45,7 @@ __all__ = [
     "VOCABULARY",
     "CrossoverContract",
     "EstimatorContract",
+    "ExporterContract",
     "MutationContract",
     "QuantizerContract",
     "RefinerContract",
@@ -54,7 +61,7 @@ __all__ = [
     "toy_problem",
 ]
 
-_WITH_TORCH = ("VOCABULARY", "EstimatorContract", "QuantizerContract", "tiny_batches")
+_WITH_TORCH = ("VOCABULARY", "EstimatorContract", "ExporterContract", "QuantizerContract", "tiny_batches")
 
 
 def __getattr__(name: str) -> Any:

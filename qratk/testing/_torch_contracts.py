@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from qratk.core.errors import QuantizationError
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError, QuantizationError, RunDirectoryError
 from qratk.estimators.base import ImportanceEstimator
-from qratk.quantizers.base import Moments, Quantizer
+from qratk.exporters.base import Exporter
+from qratk.quantizers.base import Moments, PackedLayer, Quantizer
 
 VOCABULARY = 32
 
@@ -181,6 +184,34 @@ class QuantizerContract:
             dense = quantizer.dequantize(packed, shape, bits, torch.float32)
             assert float((dense - weight).norm() / weight.norm()) < 2 * self.bound[bits]
 
+    def test_shared_bytes_and_alternatives_are_told(self, make: Callable[[], Quantizer]) -> None:
+        quantizer = make()
+        assert quantizer.shared_bytes >= 0
+        for other in quantizer.alternatives():
+            assert isinstance(other, Quantizer)
+            assert set(other.supported_bits) & set(quantizer.supported_bits)
+
+    def test_native_layer_multiplies_by_the_dequantized_weight_in_both_modes(
+        self, make: Callable[[], Quantizer]
+    ) -> None:
+        quantizer = make()
+        for shape, bits in self._taken(quantizer):
+            packed, bias = quantizer.quantize(_weight(shape), bits), torch.linspace(-1, 1, shape[0])
+            layer = PackedLayer(packed, shape, bits, bias, torch.float32, multiply=_product)
+            module = quantizer.native_layer(layer)
+            if module is None:
+                continue
+            dense = quantizer.dequantize(packed, shape, bits, torch.float32)
+            x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(3))
+            with torch.no_grad():
+                outs = [module.train(mode)(x) for mode in (True, False)]
+            torch.testing.assert_close(outs[0], x @ dense.t() + bias)
+            assert torch.equal(outs[0], outs[1])
+            for tensor in module.state_dict().values():
+                if isinstance(tensor, torch.Tensor):
+                    tensor.zero_()
+            assert torch.equal(quantizer.dequantize(packed, shape, bits, torch.float32), dense), "codes are copied"
+
     def test_what_is_refused_is_refused_clearly(self, make: Callable[[], Quantizer]) -> None:
         quantizer = make()
         unsupported = next(bits for bits in (5, 6, 7) if bits not in quantizer.supported_bits)
@@ -202,6 +233,76 @@ class QuantizerContract:
                     continue
                 taken.append((shape, bits))
         return taken
+
+
+def _product(x: torch.Tensor, dense: Callable[[], torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, dense(), bias)
+
+
+class ExporterContract:
+    """What every exporter promises. Override the fixture `make`: it returns what builds a new one."""
+
+    @pytest.fixture
+    def make(self) -> Callable[[], Exporter]:
+        """A callable that builds the exporter under test."""
+        raise NotImplementedError(f"{type(self).__name__} must override the fixture 'make'")
+
+    @pytest.fixture
+    def backbone(self) -> Any:
+        """A random Llama at 4 and 16 bits with adapters of rank 2 that do something."""
+        backbone = tiny_module().backbone
+        backbone.build_bank([4, 16])
+        backbone.activate(Configuration.of([4, 16, 4], [2, 2, 2]), seed=0)
+        generator = torch.Generator().manual_seed(5)
+        state = backbone.adapter_state()
+        backbone.load_adapter_state({n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+        return backbone
+
+    def test_writes_a_folder_and_says_what_reads_it(
+        self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path
+    ) -> None:
+        exporter = make()
+        target = exporter.export(backbone, tmp_path / "some" / "out")
+        assert any(target.iterdir())
+        assert [path.name for path in target.parent.iterdir()] == ["out"], "nothing half written is left beside it"
+        assert exporter.takes
+
+    def test_writes_no_pickle(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
+        target = make().export(backbone, tmp_path / "out")
+        assert not [path for path in target.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+    def test_leaves_the_backbone_as_it_was(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
+        state, batch = backbone.adapter_state(), tiny_batches(1)[0]["input_ids"]
+        with torch.no_grad():
+            logits = backbone.model(input_ids=batch).logits
+            make().export(backbone, tmp_path / "out")
+            assert torch.equal(backbone.model(input_ids=batch).logits, logits)
+        assert all(torch.equal(state[name], tensor) for name, tensor in backbone.adapter_state().items())
+
+    def test_overwrites_nothing(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("mine")
+        with pytest.raises(RunDirectoryError, match="there already"):
+            make().export(backbone, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_what_fails_half_way_leaves_nothing(
+        self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exporter = make()
+        write = exporter.write
+
+        def full(backbone: Any, directory: Path) -> None:
+            write(backbone, directory)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(type(exporter), "write", lambda self, *given: full(*given))
+        with pytest.raises(RunDirectoryError, match="No space left"):
+            exporter.export(backbone, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_wants_an_active_configuration(self, make: Callable[[], Exporter], tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="active"):
+            make().export(tiny_module().backbone, tmp_path / "out")
 
 
 def _moments(d_in: int) -> Moments:

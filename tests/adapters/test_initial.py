@@ -316,7 +316,7 @@ def test_a_pooled_adapter_is_a_plain_one_with_repeated_columns(
     from safetensors.torch import load_file
 
     from qratk.core.space import SearchSpace
-    from qratk.export.native import native_model
+    from qratk.exporters.native import native_model
 
     configuration = Configuration.of([2, 4, 8], [4, 16, 2])
     backbone = started(tiny_backbone, input_groups=16)

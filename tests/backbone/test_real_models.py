@@ -12,7 +12,7 @@ import torch
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.space import SearchSpace
-from qratk.export.quantized import load_quantized, save_quantized, stored_bytes
+from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
 from qratk.quantizers.base import quantizers
 
 SHARED = os.environ.get("QRATK_SHARED")

@@ -374,7 +374,7 @@ def test_a_killed_builder_leaves_no_damage(tmp_path):
 
 
 def test_an_exported_model_is_the_same_from_a_mapped_bank(tiny_backbone, tmp_path):
-    from qratk.export.quantized import save_quantized
+    from qratk.exporters.packed import save_quantized
 
     written = []
     for folder in (None, tmp_path / "banks", tmp_path / "banks"):

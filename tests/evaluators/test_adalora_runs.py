@@ -86,7 +86,7 @@ def test_a_fit_of_as_many_steps_has_the_score_of_the_search_and_so_has_the_file_
 ) -> None:
     from peft import PeftModel
 
-    from qratk.export.native import native_model
+    from qratk.exporters.native import native_model
 
     score, module = score_of_fit(model_dir, data_files, **ADALORA)
     assert score == pytest.approx(straight[1].score, abs=0)
@@ -114,8 +114,8 @@ def test_merged_weights_are_those_of_the_stored_adapters(
 ) -> None:
     from peft import PeftModel
 
-    from qratk.export.dense import merged_model
-    from qratk.export.native import native_model
+    from qratk.exporters.dense import merged_model
+    from qratk.exporters.native import native_model
 
     evaluator = opened(tmp_path, model_dir, data_files, rslora=rslora, **ADALORA)
     evaluated(evaluator, MIXED, 6)

@@ -74,7 +74,7 @@ def full_and_frozen(
     """Divergences of each sequence at its labelled positions, from whole logits of plain Hugging Face models."""
     from transformers import AutoModelForCausalLM
 
-    from qratk.export.dense import merged_model
+    from qratk.exporters.dense import merged_model
 
     full = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     evaluator._activate(Configuration.of(configuration.bits, [0] * len(configuration)))

@@ -92,9 +92,9 @@ def test_what_a_search_found_is_exported_with_its_own_weights_and_loads_in_plain
 ) -> None:
     from peft import PeftModel
 
-    from qratk.export.dense import merged_model
-    from qratk.export.native import native_model
-    from qratk.export.quantized import load_quantized, save_quantized, stored_bytes
+    from qratk.exporters.dense import merged_model
+    from qratk.exporters.native import native_model
+    from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
 
     evaluator = started(tmp_path, model_dir, data_files, init="loftq", init_iterations=2)
     evaluation = evaluated(evaluator, MIXED, 2)

@@ -8,9 +8,9 @@ import torch
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.space import SearchSpace
-from qratk.export.dense import merged_model
-from qratk.export.native import native_model
-from qratk.export.quantized import load_quantized, save_quantized, stored_bytes
+from qratk.exporters.dense import merged_model
+from qratk.exporters.native import native_model
+from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
 from qratk.quantizers.base import quantizers
 
 MIXED = Configuration.of([16, 8, 4, 3, 2], [2, 4, 8, 16, 0])

@@ -7,22 +7,46 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qratk.adapters.lora import AdapterOptions
-from qratk.backbone.backbone import Backbone
-from qratk.bank.linear import BankLinear, Variant
-from qratk.bank.table import options
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.export.skeleton import empty_model, fill
+from qratk.exporters.base import Exporter, exporters
 from qratk.quantizers.base import Quantizer, quantizers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
+    from qratk.backbone.backbone import Backbone
+    from qratk.bank.linear import BankLinear, Variant
+
 FORMAT, VERSION = "qratk-quantized", 1
 DESCRIPTION, LAYERS, FIXED = "quantized.json", "quantized.safetensors", "fixed.safetensors"
+
+
+@exporters.register("packed")
+class PackedExporter(Exporter):
+    """The packed mixed-precision base in qratk's own format, and the adapter for PEFT beside it, in `adapter`.
+
+    The smallest form, and equal to the bit; `load_quantized` reads it.
+    """
+
+    @property
+    def takes(self) -> str:
+        """qratk."""
+        return "qratk itself (`load_quantized`)"
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `QuantizationError` when a quantizer is not registered, so that a file cannot name it."""
+        for quantizer in backbone.table.quantizers.values():
+            _specification(quantizer)
+
+    def write(self, backbone: Backbone, directory: Path) -> None:
+        """Write the base, and the adapter where there is one."""
+        assert backbone.configuration is not None
+        save_quantized(backbone, backbone.configuration, directory)
+        if any(backbone.configuration.ranks):
+            backbone.save_adapter(directory / "adapter", backbone.configuration)
 
 
 def save_quantized(backbone: Backbone, configuration: Configuration, directory: str | Path) -> Path:
@@ -60,6 +84,10 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qratk.adapters.lora import AdapterOptions
+    from qratk.backbone.backbone import Backbone
+    from qratk.exporters._skeleton import empty_model, fill
 
     directory = Path(directory)
     description = read_description(directory)
@@ -152,7 +180,9 @@ def _projection(bank: BankLinear, bits: int, rank: int) -> dict[str, Any]:
 
 
 def _specification(quantizer: Quantizer) -> dict[str, Any]:
-    name = getattr(quantizer, "component_name", None)
+    from qratk.bank.table import options
+
+    name = quantizer.component_name
     if name is None:
         raise QuantizationError(f"{type(quantizer).__name__} is not registered, so a file cannot name it; register it")
     return {"name": name, "options": options(quantizer)}
@@ -165,6 +195,8 @@ def _quantizer(specification: Mapping[str, Any]) -> Quantizer:
 def _variants(
     projections: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, Variant, torch.Tensor | None]]:
+    from qratk.bank.linear import Variant
+
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")

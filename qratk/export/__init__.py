@@ -1,1 +1,0 @@
-"""Models for other tools: native quantised layers, dense merged weights, and our own packed format."""

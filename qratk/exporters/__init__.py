@@ -1,0 +1,1 @@
+"""Forms in which other tools take what was trained: an open set, one file a form."""

@@ -1,0 +1,61 @@
+"""Every registered exporter keeps the contract, and what it writes is what was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.exporters.base import exporters
+from qratk.exporters.native import native_model
+from qratk.exporters.packed import load_quantized
+from qratk.testing import ExporterContract, tiny_batches
+
+
+class TestDense(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("dense", dtype="float32")
+
+    def test_transformers_reads_the_merged_model_with_the_same_logits(self, make, backbone, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        make().export(backbone, tmp_path / "out")
+        ids = tiny_batches(1)[0]["input_ids"]
+        with torch.no_grad(), backbone.stored_precision():
+            ours = backbone.model(input_ids=ids).logits
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(input_ids=ids).logits
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+class TestPacked(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("packed")
+
+    def test_comes_back_with_the_same_logits_to_the_bit(self, make, backbone, tmp_path):
+        from peft import PeftModel
+
+        make().export(backbone, tmp_path / "out")
+        base = native_model(load_quantized(tmp_path / "out"), backbone.configuration)
+        ids = tiny_batches(1)[0]["input_ids"]
+        again = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+        with torch.no_grad(), backbone.stored_precision():
+            assert torch.equal(again(input_ids=ids).logits, backbone.model(input_ids=ids).logits)
+
+
+class TestPeft(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("peft")
+
+    def test_refuses_a_configuration_without_adapters(self, make, backbone, tmp_path):
+        backbone.activate(Configuration.uniform(4, 0, 3), seed=0)
+        with pytest.raises(ConfigurationError, match="no adapter"):
+            make().export(backbone, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_every_exporter_is_under_contract():
+    assert set(exporters.names()) == {"dense", "packed", "peft"}
