@@ -54,7 +54,7 @@ import rivals
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qratk.adapters.lora import initial_a
+from qratk.adapters.matrices.drawing import initial_a
 from qratk.backbone.logits import labelled_logits, target_log_likelihood
 from qratk.core import Candidate, Configuration, Evaluation, Request
 from qratk.core.evaluation import FidelityLadder

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qratk import testing as testing
-    from qratk.adapters.lora import AdapterOptions as AdapterOptions
-    from qratk.adapters.lora import initial_a as initial_a
+    from qratk.adapters.base import AdapterMethod as AdapterMethod
+    from qratk.adapters.base import Adapters as Adapters
+    from qratk.adapters.matrices.drawing import initial_a as initial_a
+    from qratk.adapters.options import AdapterOptions as AdapterOptions
     from qratk.backbone.backbone import Backbone as Backbone
     from qratk.backbone.logits import training_losses as training_losses
     from qratk.bank.linear import BankLinear as BankLinear
@@ -63,7 +65,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "qratk.adapters.lora": ("AdapterOptions", "initial_a"),
+    "qratk.adapters.base": ("AdapterMethod", "Adapters"),
+    "qratk.adapters.matrices.drawing": ("initial_a",),
+    "qratk.adapters.options": ("AdapterOptions",),
     "qratk.backbone.backbone": ("Backbone",),
     "qratk.backbone.logits": ("training_losses",),
     "qratk.bank.linear": ("BankLinear",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qratk.adapters.base import adapters
+from qratk.adapters.starts.base import starts
 from qratk.estimators.base import estimators
 from qratk.evaluators.base import evaluators
 from qratk.executors.base import executors
@@ -26,6 +28,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
         searchers,
         refiners,
         quantizers,
+        adapters,
+        starts,
         evaluators,
         executors,
         exporters,

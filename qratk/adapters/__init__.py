@@ -1,1 +1,1 @@
-"""Adapters over packed weights: LoRA, AdaLoRA, what they begin with, and how they are stored."""
+"""Adapters over packed weights: methods such as LoRA and AdaLoRA, what they begin with, and how they are stored."""

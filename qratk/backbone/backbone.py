@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from qratk.adapters.adalora import AdaLoraAdapters, AdaLoraOptions, with_importance
-from qratk.adapters.lora import AdapterOptions, Adapters
-from qratk.adapters.starts import BLOCK, Factors, InitialPart, Weighting, divided
+from qratk.adapters.base import AdapterMethod, Adapters, stored_bytes
+from qratk.adapters.lora import Lora
+from qratk.adapters.matrices.factors import BLOCK, Factors, Weighting
+from qratk.adapters.options import AdapterOptions
+from qratk.adapters.starts.kept import InitialPart, divided
 from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
 from qratk.backbone.logits import without_adapters
 from qratk.bank.calibration import Calibration
@@ -66,7 +68,7 @@ class Backbone:
         granularity: Granularity = "block",
         target_modules: str | Sequence[str] = "all",
         adapter: AdapterOptions | None = None,
-        adalora: AdaLoraOptions | None = None,
+        method: AdapterMethod | None = None,
         compute_dtype: str | torch.dtype = "auto",
         bank_dir: str | Path | None = "auto",
     ) -> None:
@@ -91,13 +93,7 @@ class Backbone:
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
         self._fixed_names = _distinct(model)
         self.dense_cache("off")
-        options = adapter or AdapterOptions()
-        self.adalora = adalora
-        self.adapters = (
-            Adapters(model, self._banks, options)
-            if adalora is None
-            else AdaLoraAdapters(model, self._banks, options, adalora=adalora)
-        )
+        self.adapters: Adapters = (method or Lora()).wrap(model, self._banks, adapter or AdapterOptions())
         self.model: PeftModel = self.adapters.peft_model
         self._start()
 
@@ -110,7 +106,7 @@ class Backbone:
         granularity: Granularity = "block",
         target_modules: str | Sequence[str] = "all",
         adapter: AdapterOptions | None = None,
-        adalora: AdaLoraOptions | None = None,
+        method: AdapterMethod | None = None,
         compute_dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
@@ -132,7 +128,7 @@ class Backbone:
             granularity=granularity,
             target_modules=target_modules,
             adapter=adapter,
-            adalora=adalora,
+            method=method,
             compute_dtype=compute_dtype,
             bank_dir=bank_dir,
         )
@@ -199,7 +195,7 @@ class Backbone:
         settings = {bits: describe(quantizer) for bits, quantizer in self.table.quantizers.items()}
         text = repr((settings, self.granularity, self.target_modules, str(self.compute_dtype)))
         begin = self.adapters.options
-        if begin.init != "default" or begin.input_group > 1:
+        if begin.start is not None or begin.input_group > 1:
             text += repr((begin.init, begin.init_iterations, begin.input_group))
         if self._calibration is not None:
             text += self._calibration.digest
@@ -344,7 +340,7 @@ class Backbone:
 
     def needs_initial(self, choices: Iterable[tuple[int, int]]) -> bool:
         """Whether `build_initial` would have something to do for these bits and ranks."""
-        return self.adapters.options.init != "default" and any(c not in self._initial for c in choices if c[1])
+        return self.adapters.options.start is not None and any(c not in self._initial for c in choices if c[1])
 
     def build_initial(
         self, choices: Iterable[tuple[int, int]], *, weightings: Mapping[str, Weighting] | None = None
@@ -353,14 +349,17 @@ class Backbone:
 
         The bank must be built at these bits, and the full-precision reference be there. With one iteration they are
         made for the largest of the ranks, and serve every smaller one; with more, each rank has its own, and its own
-        packed weights: as many banks as there are ranks. "lq_lora" needs the weightings of all projections.
+        packed weights: as many banks as there are ranks. Weighted starts need the weightings of all projections.
         """
         wanted = sorted({choice for choice in choices if choice[1] and choice not in self._initial})
         options = self.adapters.options
-        if not wanted or options.init == "default":
+        start = options.start
+        if not wanted or start is None:
             return
-        if options.init == "lq_lora" and weightings is None:
-            raise ConfigurationError("'lq_lora' needs the Fisher weights of calibration batches, and none were given")
+        if start.weighted and weightings is None:
+            raise ConfigurationError(
+                f"{options.init!r} needs the Fisher weights of calibration batches, and none were given"
+            )
         if not all(bank.has_reference for bank in self._banks.values()):
             raise QuantizationError(
                 f"the first values of adapters at (bits, rank) {wanted[0]} were not made before the full-precision "
@@ -368,7 +367,7 @@ class Backbone:
             )
         store = self._store()
         for bits, rank in self._initial_runs(wanted):
-            self._build_initial(bits, rank, weightings if options.init == "lq_lora" else None, store)
+            self._build_initial(bits, rank, weightings if start.weighted else None, store)
         self._initial.update(wanted)
 
     def _initial_runs(self, wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -429,7 +428,7 @@ class Backbone:
         Raises `QuantizationError` where `build_initial` was not asked for them.
         """
         bank = self._banks[name]
-        if not rank or self.adapters.options.init == "default" or isinstance(bank.require(bits).quantizer, NoQuantizer):
+        if not rank or self.adapters.options.start is None or isinstance(bank.require(bits).quantizer, NoQuantizer):
             return None
         factors = self._factors.get((name, bits, rank)) or self._factors.get((name, bits, None))
         if factors is None:
@@ -519,8 +518,8 @@ class Backbone:
 
     def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
         """Candidates to train side by side, with fresh adapters seeded as `activate` does; raises as it does."""
-        if self.adalora is not None:
-            raise ConfigurationError("the ranks of AdaLoRA change while it trains: candidates are trained one by one")
+        if refusal := self.adapters.method.refusal("side by side"):
+            raise ConfigurationError(f"{refusal}: candidates are trained one by one")
         self._require_weights()
         for configuration in configurations:
             self._require_length(configuration)
@@ -602,11 +601,16 @@ class Backbone:
             self.shapes,
             self.table,
             facts,
-            input_group=self.adapters.options.input_group,
+            adapter_bytes=self.adapter_bytes,
             training=training_peaks(self, space, **options, dense_cache=dense, device=device) if trace else None,
             **options,
         )
-        return memory if self.adalora is None else with_importance(memory, self.adalora)
+        return self.adapters.method.training_memory(memory)
+
+    def adapter_bytes(self, shape: LayerShape, rank: int) -> int:
+        """Bytes of the adapters of a layer at a rank, as they are stored."""
+        shapes = [(d_out, d_in) for _, d_in, d_out in shape.projections]
+        return stored_bytes(self.adapters.method, self.adapters.options, shapes, rank)
 
 
 def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:

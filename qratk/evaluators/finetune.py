@@ -224,8 +224,8 @@ class FineTuneEvaluator(Evaluator):
         alone = self._precision == "16-mixed" or (
             self.module.options.lora_dropout > 0 and any(0 in c.ranks for c in configurations)
         )
-        if self.module.options.adapter == "adalora":
-            self._explain_alone()
+        if refusal := self.module.backbone.adapters.method.refusal("side by side"):
+            self._explain_alone(refusal)
             return 1
         if alone or len(configurations) == 1:
             return 1
@@ -235,9 +235,9 @@ class FineTuneEvaluator(Evaluator):
             self._fastest = int(self.context.decided("cohort", lambda: self._fastest_cohort(configurations)))
         return min(self._fastest, self._fitting)
 
-    def _explain_alone(self) -> None:
+    def _explain_alone(self, refusal: str) -> None:
         if self.cohort != 1 and not self._explained:
-            self.context.say("Candidates are trained one by one: the ranks of AdaLoRA change while it trains.")
+            self.context.say(f"Candidates are trained one by one: {refusal}.")
         self._explained = True
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:

@@ -85,7 +85,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qratk.adapters.lora import AdapterOptions
+    from qratk.adapters.options import AdapterOptions
     from qratk.backbone.backbone import Backbone
     from qratk.exporters._skeleton import empty_model, fill
 

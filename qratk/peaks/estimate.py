@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def memory_model(
     table: QuantizerTable,
     facts: ModelFacts,
     *,
-    input_group: int = 1,
+    adapter_bytes: Callable[[LayerShape, int], int],
     batch_size: int = 1,
     sequence_length: int = 512,
     gradient_checkpointing: bool = False,
@@ -67,8 +68,7 @@ def memory_model(
 
     The code tables that quantizers share (1,088 bytes for nf4) are part of `fixed_bytes`, counted once. The peaks are
     for one configuration at a time, not for the whole bank: `training` if given, as traced, and an estimate otherwise
-    (`training_peak`); `serving_peak` is an estimate. Adapters are counted as stored: with `input_group` inputs pooled
-    into one, the first matrix has so many times fewer columns.
+    (`training_peak`); `serving_peak` is an estimate. `adapter_bytes` are those of a layer at a rank, as stored.
     """
     if space.layer_names != tuple(shape.name for shape in shapes):
         raise ConfigurationError(
@@ -82,7 +82,7 @@ def memory_model(
     fixed = facts.fixed_bytes + table.shared_bytes(shapes, space.bits)
     return MemoryModel(
         space=space,
-        layers=tuple(_layer_bytes(shape, space, table, input_group) for shape in shapes),
+        layers=tuple(_layer_bytes(shape, space, table, adapter_bytes) for shape in shapes),
         parameters=tuple(shape.parameters for shape in shapes),
         fixed_bytes=fixed,
         training=training or training_peak(shapes, facts, tokens, sequence_length, workspace, gradient_checkpointing),
@@ -90,12 +90,14 @@ def memory_model(
     )
 
 
-def _layer_bytes(shape: LayerShape, space: SearchSpace, table: QuantizerTable, input_group: int) -> LayerBytes:
+def _layer_bytes(
+    shape: LayerShape, space: SearchSpace, table: QuantizerTable, adapter_bytes: Callable[[LayerShape, int], int]
+) -> LayerBytes:
     packed = {bits: table.layer_bytes(shape, bits) for bits in space.bits}
     return LayerBytes(
         weights={bits: part.weights for bits, part in packed.items()},
         metadata={bits: part.metadata for bits, part in packed.items()},
-        adapters={rank: _ADAPTER_ITEM * shape.adapter_parameters(rank, input_group) for rank in space.ranks},
+        adapters={rank: adapter_bytes(shape, rank) for rank in space.ranks},
         constant=shape.constant_bytes,
     )
 

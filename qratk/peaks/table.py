@@ -147,9 +147,8 @@ def _tables(
 ) -> PeakBytes:
     shapes = backbone.shapes
     fixed = sum(tensor.nbytes for tensor in backbone.fixed_tensors().values())
-    group = backbone.adapters.options.input_group
-    stored = np.array([[2 * shape.adapter_parameters(rank, group) for rank in space.ranks] for shape in shapes])
-    weights = np.array([shape.adapter_parameters(1, group) for shape in shapes], dtype=float)
+    stored = np.array([[backbone.adapter_bytes(shape, rank) for rank in space.ranks] for shape in shapes])
+    weights = np.array([backbone.adapter_bytes(shape, 1) for shape in shapes], dtype=float)
     # Beyond what is stored; a higher rank never takes less, whatever the phase.
     excess = np.maximum.accumulate(np.array(totals, dtype=float)) - fixed - stored.sum(axis=0)
     more = np.ceil(np.outer(weights / weights.sum(), np.maximum.accumulate(excess - excess[0]))).astype(int)

@@ -280,7 +280,7 @@ def resident_tensors(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
 
 
 def twin_of(backbone: Backbone, *, gradient_checkpointing: bool = False, blocks: int | None = None) -> Backbone:
-    """A backbone of the same class and options on the meta device, in training mode; of its first `blocks` only."""
+    """A backbone of the same options on the meta device, in training mode; of its first `blocks` only."""
     base: Any = backbone.base
     with torch.device("meta"):
         model = type(base)(copy.deepcopy(base.config))
@@ -294,6 +294,7 @@ def twin_of(backbone: Backbone, *, gradient_checkpointing: bool = False, blocks:
         granularity=backbone.granularity,
         target_modules=backbone.target_modules,
         adapter=backbone.adapters.options,
+        method=backbone.adapters.method.traced,
         compute_dtype=backbone.compute_dtype,
     )
     for name, bank in twin.banks.items():
@@ -378,7 +379,7 @@ def _install(
             stand_in: Any = _StandIn(ledger, extra if unpacking else 0, dense, after)
             bank.install(choice.bits, Variant(stand_in, chosen.bits, {"codes": packed}), bank.bias)
             bank.forward = partial(_multiply, bank, stand_in)  # type: ignore[method-assign]
-            _set_rank(twin, name, choice.rank)
+            twin.adapters.outline(name, choice.rank)
 
 
 def _multiply(bank: BankLinear, stand_in: _StandIn, x: Tensor) -> Tensor:
@@ -386,18 +387,6 @@ def _multiply(bank: BankLinear, stand_in: _StandIn, x: Tensor) -> Tensor:
     bias = None if bank.bias is None else bank.bias.to(x.dtype)
     dense = partial(stand_in.dequantize, {}, bank.shape, 0, x.dtype)
     return dequantized_matmul(x, dense, bias, after=stand_in.adds_bias_afterwards)
-
-
-def _set_rank(twin: Backbone, name: str, rank: int) -> None:
-    # Without drawing the numbers of A: a large model has many.
-    twin.adapters.reset(name, min(rank, 1), seed=0)
-    if rank:
-        wrapper: Any = twin.base.get_submodule(name)
-        twin.adapters.reset(name, 1, seed=0)
-        bank = twin.banks[name]
-        pooled_inputs = bank.in_features // twin.adapters.options.input_group
-        wrapper.lora_A["default"].weight = nn.Parameter(torch.empty(rank, pooled_inputs, device="meta"))
-        wrapper.lora_B["default"].weight = nn.Parameter(torch.empty(bank.out_features, rank, device="meta"))
 
 
 class PeakTracer:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
+    from qratk.testing._torch_adapters import AdapterContract
     from qratk.testing._torch_contracts import (
         VOCABULARY,
         EstimatorContract,
@@ -43,6 +44,7 @@ __all__ = [
     "CASES",
     "LADDER",
     "VOCABULARY",
+    "AdapterContract",
     "CrossoverContract",
     "EstimatorContract",
     "ExporterContract",
@@ -70,6 +72,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    module = "_torch_contracts" if name in _WITH_TORCH else "contracts"  # suites without torch stay without it
+    # Apart, so that suites without torch stay without it.
+    apart = {**dict.fromkeys(_WITH_TORCH, "_torch_contracts"), "AdapterContract": "_torch_adapters"}
+    module = apart.get(name, "contracts")
     pytest.register_assert_rewrite(f"{__name__}.{module}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

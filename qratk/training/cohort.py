@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from qratk.adapters.lora import AdapterOptions, initial_weights
-from qratk.adapters.starts import Factors, expanded, pooled
+from qratk.adapters.matrices.drawing import initial_weights
+from qratk.adapters.matrices.factors import Factors, expanded, pooled
+from qratk.adapters.options import AdapterOptions
 from qratk.bank.linear import VariantKey
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from qratk.adapters.adalora import AdaLoraAdapters, AdaLoraOptions, RankAllocator
-from qratk.adapters.starts import fisher_weightings
-from qratk.backbone.backbone import AdapterOptions, Backbone
+from qratk.adapters.base import AdapterMethod, AfterStep, Way, adapters
+from qratk.adapters.options import AdapterOptions
+from qratk.backbone.backbone import Backbone
 from qratk.backbone.logits import (
     labelled_logits,
     model_inputs,
@@ -70,9 +70,10 @@ class FineTuneModule(LightningModule):
         quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
         granularity: what shares one choice: a transformer block, attention and MLP apart, or each projection.
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
-        adapter: "lora", or "adalora", which prunes singular directions in training until as many are left as the ranks
-            sum to, wherever they matter most.
-        adalora: options of the latter by name: see `AdaLoraOptions`.
+        adapter: method of adapters, by registered name or as {class_path, init_args}: "lora", or "adalora", which
+            prunes singular directions in training until as many are left as the ranks sum to, wherever they matter
+            most; `qratk components adapters` lists all.
+        adalora: options of the latter by name.
         alpha_over_rank: LoRA's scaling; constant, so that rank alone differs between layers.
         rslora: scale by alpha / sqrt(rank) instead.
         lora_dropout: dropout before the adapters.
@@ -105,13 +106,13 @@ class FineTuneModule(LightningModule):
         quantizers: dict[int, Any] | None = None,
         granularity: Literal["block", "sublayer", "linear"] = "block",
         target_modules: str | list[str] = "all",
-        adapter: Literal["lora", "adalora"] = "lora",
+        adapter: str | dict[str, Any] = "lora",
         adalora: dict[str, Any] | None = None,
         alpha_over_rank: float = 2.0,
         rslora: bool = False,
         lora_dropout: float = 0.0,
         adapter_dtype: Literal["bfloat16", "float16"] = "bfloat16",
-        init: Literal["default", "loftq", "lq_lora"] = "default",
+        init: str = "default",
         init_iterations: int = 1,
         init_batches: int = 8,
         init_batch_size: int = 8,
@@ -143,11 +144,7 @@ class FineTuneModule(LightningModule):
         checks.require(bank_dir != "", "bank_dir", bank_dir, "must be a folder, 'auto' or null")
         _check_quantizers(checks, quantizers)
         checks.finish()
-        if adapter not in ("lora", "adalora") or (adalora and adapter != "adalora"):
-            raise ConfigurationError(
-                f"adapter must be 'lora' or 'adalora', and only the latter has the options adalora; got {adapter!r} "
-                f"with {adalora}"
-            )
+        built_adapter(adapter, {"adalora": adalora})  # what cannot be is said at once
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold adapters only
         self.configuration: Configuration | None = None
@@ -159,7 +156,7 @@ class FineTuneModule(LightningModule):
         self._scoring = ExitStack()
         self._shared_length: int | None = None
         self._loaded_random: tuple[Tensor, Tensor | None] | None = None
-        self._allocator: RankAllocator | None = None
+        self._after: AfterStep | None = None
         self._loaded_allocation: Mapping[str, Tensor] = {}
 
     @property
@@ -209,7 +206,7 @@ class FineTuneModule(LightningModule):
             granularity=options.granularity,
             target_modules=options.target_modules,
             adapter=adapter,
-            adalora=AdaLoraOptions.of(options.adalora) if options.adapter == "adalora" else None,
+            method=built_adapter(options.adapter, {"adalora": options.adalora}),
             compute_dtype=options.compute_dtype,
             trust_remote_code=options.trust_remote_code,
             tokenizer=None if options.tokenizer is None else str(Path(options.tokenizer).expanduser()),
@@ -237,17 +234,17 @@ class FineTuneModule(LightningModule):
         backbone, options = self.backbone, self.options
         if not backbone.needs_initial(choices):
             return
-        weightings = None
-        if options.init == "lq_lora":
+        start, weightings = backbone.adapters.options.start, None
+        if start is not None and start.weighted:
             backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
             batches = data.calibration_batches(options.init_batches, options.init_batch_size)
-            weightings = fisher_weightings(backbone.model, backbone.banks, batches)
+            weightings = start.weightings(backbone.model, backbone.banks, batches)
         backbone.build_initial(choices, weightings=weightings)
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
         self.backbone.activate(configuration, seed=self.options.seed)
-        self.configuration, self._allocator = configuration, None
+        self.configuration, self._after = configuration, None
 
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
@@ -272,7 +269,8 @@ class FineTuneModule(LightningModule):
         if self._trainer is not None and backbone.table.calibrated:
             self.calibrate(self._data())
         backbone.build_bank(sorted(set(configuration.bits)))
-        self.build_initial(choices, self._data() if self.options.init == "lq_lora" else None)
+        start = backbone.adapters.options.start
+        self.build_initial(choices, self._data() if start is not None and start.weighted else None)
         backbone.release_reference()
         self.activate(configuration)
         backbone.keep_active()
@@ -280,8 +278,7 @@ class FineTuneModule(LightningModule):
     def configure_model(self) -> None:
         """Shard the adapters where the strategy asks for it."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
-            if self.options.adapter == "adalora":
-                raise ConfigurationError("adalora compares whole adapters: leave --trainer.strategy out, or give ddp")
+            self._require("sharded", "leave --trainer.strategy out, or give ddp")
             shard(self.backbone, self.trainer.strategy)
 
     # Training
@@ -309,8 +306,8 @@ class FineTuneModule(LightningModule):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(not_finite(float(loss.item()), self.first_step + self.global_step))
         self.log("train/loss", loss, prog_bar=True)
-        adapters = self.backbone.adapters
-        return loss + adapters.penalty() if isinstance(adapters, AdaLoraAdapters) else loss
+        penalty = self.backbone.adapters.penalty()
+        return loss if penalty is None else loss + penalty
 
     @property
     def first_step(self) -> int:
@@ -339,20 +336,22 @@ class FineTuneModule(LightningModule):
         if self.resume_state is not None:
             _restore_moments(optimizer, named, self.resume_state.optimizer)
             place_steps(optimizer)
-        self._allocate_after(optimizer)
+        self._follow(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer, self.trainer, self.first_step)}
 
-    def _allocate_after(self, optimizer: AdamW) -> None:
-        adapters = self.backbone.adapters
-        if not isinstance(adapters, AdaLoraAdapters):
-            return
+    def _require(self, way: Way, cure: str) -> None:
+        if refusal := self.backbone.adapters.method.refusal(way):
+            raise ConfigurationError(f"{refusal}: {cure}")
+
+    def _follow(self, optimizer: AdamW) -> None:
         if str(self.trainer.precision) == "16-mixed":
-            raise ConfigurationError("adalora needs gradients that are not scaled: leave --trainer.precision out")
-        allocator = self._allocator = RankAllocator(adapters, self._total_steps(self.trainer))
-        allocator.load(self.resume_state.optimizer if self.resume_state is not None else self._loaded_allocation)
+            self._require("scaled gradients", "leave --trainer.precision out")
+        after = self._after = self.backbone.adapters.after_steps(self._total_steps(self.trainer))
+        if after is not None:
+            after.load(self.resume_state.optimizer if self.resume_state is not None else self._loaded_allocation)
+            # After the optimiser's step, when the gradients are still there; Lightning has not counted the step yet.
+            optimizer.register_step_post_hook(lambda *_: after.step(self.first_step + self.global_step + 1))
         self._loaded_allocation = {}
-        # After the optimiser's step, when the gradients are still there; Lightning has not counted the step yet.
-        optimizer.register_step_post_hook(lambda *_: allocator.step(self.first_step + self.global_step + 1))
 
     def _total_steps(self, trainer: Any) -> int:
         return self.schedule_steps or int(trainer.estimated_stepping_batches)
@@ -360,7 +359,7 @@ class FineTuneModule(LightningModule):
     def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
         """AdamW with the options given, in one fused kernel except where Lightning has to unscale gradients."""
         options = self.options
-        factor = AdaLoraOptions.of(options.adalora).learning_rate_factor if options.adapter == "adalora" else 1.0
+        factor = self.backbone.adapters.method.learning_rate_factor
         return AdamW(
             parameters,
             lr=factor * options.learning_rate,
@@ -385,7 +384,7 @@ class FineTuneModule(LightningModule):
         for name, parameter in self.backbone.trainable_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 moments[f"{name}/{key}"] = value.detach().cpu().clone()
-        moments |= self._allocator.state() if self._allocator is not None else {}
+        moments |= self._after.state() if self._after is not None else {}
         adapter = {name: value.detach().cpu().clone() for name, value in self.backbone.adapter_state().items()}
         steps = self.first_step + self.global_step
         return TrainingState(steps, adapter, moments, torch.get_rng_state(), device_random_state(self.device))
@@ -395,7 +394,7 @@ class FineTuneModule(LightningModule):
         adapter = self.backbone.adapter_state()
         checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
         checkpoint["configuration"] = str(self.configuration)
-        checkpoint["allocation"] = self._allocator.state() if self._allocator is not None else {}
+        checkpoint["allocation"] = self._after.state() if self._after is not None else {}
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["device_random"] = device_random_state(self.device)
 
@@ -568,7 +567,7 @@ def built_quantizers(specified: Mapping[Any, Any] | None) -> dict[int, Quantizer
         if isinstance(chosen, Quantizer):
             built[bits] = chosen
             continue
-        given, options = (chosen, {}) if isinstance(chosen, str) else _class_and_options(chosen)
+        given, options = (chosen, {}) if isinstance(chosen, str) else _class_and_options(chosen, "a quantiser")
         name = quantizers.name_of(given) or given
         built[bits] = quantizers.create(name, **options)
         if bits not in built[bits].supported_bits:
@@ -582,9 +581,25 @@ def _check_quantizers(checks: Checks, specified: Mapping[Any, Any] | None) -> No
         checks.require(named, "quantizers", {bits: chosen}, "must be names, or {class_path, init_args}, by bits")
 
 
-def _class_and_options(chosen: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def built_adapter(given: str | Mapping[str, Any], options: Mapping[str, Mapping[str, Any] | None]) -> AdapterMethod:
+    """Method of adapters from a name or {class_path, init_args}, with the options that are given under its name.
+
+    Raises `ConfigurationError` for options of another method.
+    """
+    name, own = (given, {}) if isinstance(given, str) else _class_and_options(given, "an adapter")
+    name = adapters.name_of(name) or name
+    for other, more in options.items():
+        if more and other != name:
+            raise ConfigurationError(
+                f"the options {sorted(more)} are those of the adapter {other!r}, and the adapter is {name!r}; "
+                f"give --model.adapter={other}, or leave --model.{other} out"
+            )
+    return adapters.create(name, **{**own, **(options.get(name) or {})})
+
+
+def _class_and_options(chosen: Mapping[str, Any], one: str) -> tuple[str, dict[str, Any]]:
     if "class_path" not in chosen:
-        raise ConfigurationError(f"a quantiser is a name or {{class_path, init_args}}, got {dict(chosen)}")
+        raise ConfigurationError(f"{one} is a name or {{class_path, init_args}}, got {dict(chosen)}")
     return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
 
 

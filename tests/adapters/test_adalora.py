@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from qratk.adapters.adalora import AdaLoraAdapters, AdaLoraOptions, RankAllocator, select
-from qratk.adapters.lora import AdapterOptions
+from qratk.adapters.adalora import AdaLora, AdaLoraAdapters
+from qratk.adapters.base import adapters
+from qratk.adapters.matrices.singular import select
+from qratk.adapters.options import AdapterOptions
 from qratk.core import Configuration, ConfigurationError, SearchSpace
 
 STEPS = 20
@@ -21,7 +23,7 @@ STEPS = 20
 
 def made(tiny_backbone: Callable[..., Any], rank: int = 4, **options: Any) -> Any:
     given = {"delta_t": 3, "limit_bytes": False, **options}
-    backbone = tiny_backbone("llama", layers=2, bits=(4,), adalora=AdaLoraOptions(**given))
+    backbone = tiny_backbone("llama", layers=2, bits=(4,), method=AdaLora(**given))
     backbone.activate(Configuration.uniform(4, rank, 2), seed=3)
     return backbone
 
@@ -59,7 +61,7 @@ def test_the_same_directions_survive_as_with_pefts_allocator(tiny_backbone: Call
 
     backbone = made(tiny_backbone)
     triplets = backbone.adapters.triplets()
-    ours = RankAllocator(backbone.adapters, STEPS)
+    ours = backbone.adapters.after_steps(STEPS)
     twin = PeftTwin(triplets)
     config = SimpleNamespace(
         beta1=0.85, beta2=0.85, target_r=4, tinit=2, tfinal=10, total_step=STEPS, deltaT=3, rank_pattern=None
@@ -94,7 +96,7 @@ def test_the_same_directions_survive_as_with_pefts_allocator(tiny_backbone: Call
 
 def test_averages_are_those_of_the_paper(tiny_backbone: Callable[..., Any]) -> None:
     backbone = made(tiny_backbone, beta1=0.7, beta2=0.6)
-    allocator = RankAllocator(backbone.adapters, 1000)
+    allocator = backbone.adapters.after_steps(1000)
     one = allocator.triplets[3]
     generator = torch.Generator().manual_seed(1)
     smooth, uncertain = np.zeros(one.q.shape), np.zeros(one.q.shape)
@@ -113,7 +115,7 @@ def test_importance_of_a_direction_is_that_of_its_value_and_the_means_of_its_vec
     tiny_backbone: Callable[..., Any],
 ) -> None:
     backbone = made(tiny_backbone)
-    allocator = RankAllocator(backbone.adapters, 1000)
+    allocator = backbone.adapters.after_steps(1000)
     disturbed([part for t in allocator.triplets for _, part in t.parts()], torch.Generator().manual_seed(2))
     allocator.step(1)
     state = allocator.state()
@@ -246,7 +248,7 @@ def test_ranks_end_within_the_bytes_wherever_importance_lies(
     configuration = Configuration.of((4, 4), ranks)
     backbone.activate(configuration, seed=0)
     adapters = backbone.adapters
-    allocator = RankAllocator(adapters, 10)
+    allocator = adapters.after_steps(10)
     generator = torch.Generator().manual_seed(7)
     for step in range(1, 11):
         for one in allocator.triplets:  # the dearest projections matter most
@@ -272,7 +274,7 @@ def test_ranks_end_within_the_bytes_wherever_importance_lies(
 
 def test_allocation_ends_at_the_same_step_wherever_training_stops(tiny_backbone: Callable[..., Any]) -> None:
     backbone = made(tiny_backbone, tinit=0.1, tfinal=0.5)
-    allocator = RankAllocator(backbone.adapters, 900)
+    allocator = backbone.adapters.after_steps(900)
     assert (allocator.first, allocator.last) == (90, 450)
     start, end = 14 * 6, 14 * 4
     expected = [start, start, int(end + (start - end) * 0.5**3), end, end]
@@ -282,7 +284,7 @@ def test_allocation_ends_at_the_same_step_wherever_training_stops(tiny_backbone:
 @pytest.mark.parametrize("total", range(1, 12))
 def test_the_shortest_schedules_reach_the_budget(tiny_backbone: Callable[..., Any], total: int) -> None:
     backbone = made(tiny_backbone, delta_t=10)
-    allocator = RankAllocator(backbone.adapters, total)
+    allocator = backbone.adapters.after_steps(total)
     generator = torch.Generator().manual_seed(8)
     for step in range(1, total + 1):
         disturbed([part for t in allocator.triplets for _, part in t.parts()], generator)
@@ -294,7 +296,7 @@ def test_the_shortest_schedules_reach_the_budget(tiny_backbone: Callable[..., An
 
 def test_projections_without_a_gradient_matter_least(tiny_backbone: Callable[..., Any]) -> None:
     backbone = made(tiny_backbone)
-    allocator = RankAllocator(backbone.adapters, 4)
+    allocator = backbone.adapters.after_steps(4)
     unused, *used = allocator.triplets
     for step in (1, 2):
         disturbed([part for t in used for _, part in t.parts()], torch.Generator().manual_seed(step))
@@ -338,7 +340,7 @@ def test_training_takes_more_memory_and_storage_the_same(tiny_backbone: Callable
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-        AdaLoraOptions.of(wrong)
+        adapters.create("adalora", **wrong)
 
 
 def test_a_cohort_and_other_beginnings_are_refused(tiny_backbone: Callable[..., Any]) -> None:
@@ -347,4 +349,4 @@ def test_a_cohort_and_other_beginnings_are_refused(tiny_backbone: Callable[..., 
         backbone.cohort([Configuration.uniform(4, 4, 2)] * 2, seed=0)
     for options in (AdapterOptions(init="loftq"), AdapterOptions(input_groups=32)):
         with pytest.raises(ConfigurationError, match="of its own"):
-            tiny_backbone("llama", layers=2, adapter=options, adalora=AdaLoraOptions())
+            tiny_backbone("llama", layers=2, adapter=options, method=AdaLora())

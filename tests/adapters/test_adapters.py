@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qratk.adapters.lora import AdapterOptions, anchored, check_patterns, initial_a
+from qratk.adapters.matrices.drawing import initial_a
+from qratk.adapters.matrices.layers import anchored, check_patterns
+from qratk.adapters.options import AdapterOptions
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from qratk.adapters.lora import AdapterOptions, initial_a
-from qratk.adapters.starts import Weighting, expanded, fisher_weightings, low_rank, pooled
+from qratk.adapters.matrices.drawing import initial_a
+from qratk.adapters.matrices.factors import Weighting, expanded, low_rank, pooled
+from qratk.adapters.matrices.fisher import fisher_weightings
+from qratk.adapters.options import AdapterOptions
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
@@ -198,10 +200,10 @@ def test_options_of_the_start_out_of_range_are_refused(options: dict[str, Any]) 
 def test_factors_come_back_from_a_store_to_the_bit(
     iterations: int, tiny_backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qratk.adapters.starts as initial
+    from qratk.adapters.matrices import alternating
 
     first = started(tiny_backbone, bits=(2,), bank_dir=tmp_path, init_iterations=iterations)
-    monkeypatch.setattr(initial, "alternated", None)
+    monkeypatch.setattr(alternating, "alternated", None)
     second = started(tiny_backbone, bits=(2,), bank_dir=tmp_path, init_iterations=iterations)
     for backbone in (first, second):
         backbone.activate(Configuration.uniform(2, 4, 3), seed=0)
@@ -210,7 +212,7 @@ def test_factors_come_back_from_a_store_to_the_bit(
     ids = torch.arange(3, 15)[None]
     assert torch.equal(first.model(input_ids=ids).logits, second.model(input_ids=ids).logits)
     monkeypatch.undo()
-    monkeypatch.setattr(initial, "low_rank", None)
+    monkeypatch.setattr(alternating, "low_rank", None)
     with pytest.raises(TypeError):  # other options are another file
         started(tiny_backbone, bits=(2,), bank_dir=tmp_path, init_iterations=iterations, input_groups=2)
 

@@ -138,7 +138,7 @@ def test_a_fit_resumed_from_a_checkpoint_equals_an_uninterrupted_one(
 def test_the_allocator_sees_every_step_once(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qratk.adapters.adalora import RankAllocator
+    from qratk.adapters.matrices.singular import RankAllocator
 
     seen: list[int] = []
     monkeypatch.setattr(RankAllocator, "step", lambda self, step: seen.append(step))
@@ -187,4 +187,4 @@ def test_what_cannot_be_is_refused(
     module = opened(tmp_path, model_dir, data_files, **ADALORA).module
     monkeypatch.setattr(FineTuneModule, "trainer", SimpleNamespace(precision="16-mixed"))
     with pytest.raises(ConfigurationError, match="precision"):
-        module._allocate_after(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+        module._follow(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from qratk.adapters.lora import AdapterOptions
+from qratk.adapters.options import AdapterOptions
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, targets_of
 from qratk.core.configuration import Configuration
