@@ -9,8 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
-from qratk.core.errors import DataError
 from qratk.core.memory import Budget, Footprint, MemoryModel
+from qratk.data.attached import DEFAULT_LENGTH, Attached
+from qratk.data.splits import SPLITS
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from qratk.training.module import FineTuneModule
 
 _SAMPLE = 256  # rows that lengths are measured on
-_DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Plan:
     seconds: float
     fallbacks: tuple[str, ...] = ()
     peak_source: str = "estimate"
-    batch: tuple[int, int] = (1, _DEFAULT_LENGTH)
+    batch: tuple[int, int] = (1, DEFAULT_LENGTH)
     search_memory: SearchMemory | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)
     steps = total_steps(evaluations, references=len(loop.references))
-    work = workload(datamodule, length)
+    work = workload(datamodule, length, tokenizer=backbone.tokenizer is not None)
     speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
     # Forward, and backward to the inputs alone: frozen weights have no gradient. Checkpointing runs forward twice.
@@ -187,15 +187,17 @@ def total_steps(evaluations: Mapping[int, int], *, references: int = 0) -> int:
     return total + references * (rungs[-2] if len(rungs) > 1 else 0)
 
 
-def workload(datamodule: TaskData, length: int) -> Workload:
-    """Tokens of a step and of a validation, from the first rows of the data; at full length when there are none."""
-    try:
-        train = [len(row.tokens) for row in datamodule.encode_training(datamodule.items("train")[:_SAMPLE])]
-        held_out = datamodule.items("validation")
-        scored = [len(row.tokens) for row in datamodule.encode_scoring(held_out[:_SAMPLE])]
-    except DataError as error:
+def workload(datamodule: TaskData, length: int, *, tokenizer: bool = True) -> Workload:
+    """Tokens of a step and of a validation, from the first rows of the data; at full length, without validation, where
+    there are none or no tokenizer. Raises DataError when there are rows that cannot be read."""
+    missing = [split for split in SPLITS if split != "test" and not datamodule.has(split)]
+    if missing or not tokenizer:
+        reason = f"there is no {missing[0]} data" if missing else "the model has no tokenizer"
         tokens = float(datamodule.batch_size * length)
-        return Workload(tokens, 0.0, f"rows of {length} tokens, validation left out: {str(error).split(':')[0]}")
+        return Workload(tokens, 0.0, f"rows of {length} tokens, validation left out: {reason}")
+    train = [len(row.tokens) for row in datamodule.encode_training(datamodule.items("train")[:_SAMPLE])]
+    held_out = datamodule.items("validation")
+    scored = [len(row.tokens) for row in datamodule.encode_scoring(held_out[:_SAMPLE])]
     batches = [train[i : i + datamodule.batch_size] for i in range(0, len(train), datamodule.batch_size)]
     width = sum(map(max, batches)) / len(batches)  # a batch is padded to its longest row
     validation = sum(scored) * len(held_out) / min(len(held_out), _SAMPLE)
@@ -229,10 +231,11 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
 
 
 def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
-    if backbone.tokenizer is None:
-        return _DEFAULT_LENGTH
-    datamodule.attach(backbone.tokenizer, context_length=getattr(backbone.config, "max_position_embeddings", None))
-    return datamodule.max_length
+    from qratk.training.module import context_length
+
+    attached = Attached(backbone.tokenizer, context_length(backbone.config))
+    datamodule.attach(attached.tokenizer, context_length=attached.context_length)
+    return attached.row_length(datamodule.asked_length)
 
 
 def _head_parameters(backbone: Backbone) -> int:

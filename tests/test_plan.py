@@ -89,15 +89,24 @@ def test_workload_is_what_the_loader_really_pads_to(data, made):
     assert 0.5 * widest < made.workload.step_tokens <= 1.5 * widest
 
 
-def test_workload_falls_back_to_full_length_without_data(data):
-    from qratk.core.errors import DataError
-
-    def fail(split):
-        raise DataError("no file")
-
-    found = plan.workload(SimpleNamespace(items=fail, encode_training=None, batch_size=4), 100)
+@pytest.mark.parametrize(("missing", "tokenizer"), [("train", True), ("validation", True), (None, False)])
+def test_workload_falls_back_to_full_length_without_data_or_tokenizer(missing, tokenizer):
+    data = SimpleNamespace(has=lambda split: split != missing, batch_size=4)
+    found = plan.workload(data, 100, tokenizer=tokenizer)
     assert (found.step_tokens, found.validation_tokens) == (400.0, 0.0)
-    assert "no file" in found.source
+    assert (f"there is no {missing} data" if missing else "the model has no tokenizer") in found.source
+
+
+def test_workload_of_rows_that_cannot_be_read_ends_in_the_whole_reason(tmp_path):
+    from qratk.core.errors import DataError
+    from qratk.data import TextData
+
+    rows = tmp_path / "train.jsonl"
+    rows.write_text('{"text": "red"}\n{"texts": "blue"}\n')
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 2: the row needs a text field 'text', but has only 'texts'"
+    ):
+        plan.workload(TextData(str(rows)), 100)
 
 
 def test_plan_for_machines_is_json_with_the_same_bytes(made):

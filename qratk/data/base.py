@@ -67,7 +67,7 @@ class TaskData(LightningDataModule, Task):
         self.sources: dict[Split, Source | None] = dict(zip(SPLITS, (train, validation, test), strict=True))
         limits = dict(zip(SPLITS, (max_train_items, max_validation_items, max_test_items), strict=True))
         options = SplitOptions(self.sources, limits, validation_items, validation_fraction, rename, seed)
-        self._splits = Splits(options, self.parse)
+        self._splits = Splits(options, self)
         self._batches = Batches(
             batch_size, batch_size if eval_batch_size is None else eval_batch_size, seed, num_workers, share_prompts
         )
@@ -99,9 +99,8 @@ class TaskData(LightningDataModule, Task):
     def attached(self) -> Attached:
         """What was attached, or what the module in the Trainer has. Raises DataError when there is no tokenizer."""
         if self._attached is None or self._attached.tokenizer is None:
-            found = of_trainer(self.trainer, wanted_by=type(self).__name__)
-            self.attach(found.tokenizer, context_length=found.context_length)
-        assert self._attached is not None
+            found = self._attached = of_trainer(self.trainer, wanted_by=type(self).__name__)
+            return found
         return self._attached
 
     @property
@@ -140,7 +139,9 @@ class TaskData(LightningDataModule, Task):
     def training_rows(self) -> tuple[Encoded, ...]:
         """Encoded rows to train on, only those with something to learn."""
         if ("train", True) not in self._encoded:
-            self._encoded["train", True] = learnable(self.encode_training(self.items("train")), self.max_length)
+            rows = self.encode_training(self.items("train"))
+            kept = learnable(rows, max_length=self.max_length, batch_size=self.batch_size)
+            self._encoded["train", True] = kept
         return self._encoded["train", True]
 
     def scoring_rows(self, split: Split) -> tuple[Encoded, ...]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from qratk.core.errors import DataError
 
+_MOST_REPEATS = 16  # of a row in one batch
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -27,11 +29,17 @@ def encoded(tokens: Sequence[int], labelled: Sequence[bool], *, truncated: bool 
     return Encoded(np.array(tokens, dtype=np.int32), np.array(labelled, dtype=np.bool_), truncated, item)
 
 
-def learnable(rows: Iterable[Encoded], max_length: int) -> tuple[Encoded, ...]:
-    """The rows that have something to learn. Raises DataError when none has."""
+def learnable(rows: Iterable[Encoded], *, max_length: int, batch_size: int) -> tuple[Encoded, ...]:
+    """The rows that have something to learn. Raises DataError when none has, or when they are far too few to fill a
+    batch."""
     kept = tuple(row for row in rows if row.labelled[1:].any())
     if not kept:
         raise DataError(f"no training row has anything to learn within max_length {max_length}: raise it")
+    if batch_size > _MOST_REPEATS * len(kept):
+        raise DataError(
+            f"batch_size is {batch_size}, but there are {len(kept)} training rows: each would be in a batch more than "
+            f"{_MOST_REPEATS} times; lower it"
+        )
     return kept
 
 

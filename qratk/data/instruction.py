@@ -56,6 +56,10 @@ class InstructionData(TaskData):
         question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         return (instruction, extra), (("user", question), ("assistant", row.text("output")))
 
+    def fields_used(self) -> frozenset[str]:
+        """Those of both forms of rows."""
+        return frozenset(("instruction", "input", "output", "messages"))
+
     @property
     def template_in_use(self) -> Literal["alpaca", "chat", "plain"]:
         """What `auto` comes to. Raises DataError when a chat template is asked for and there is none."""

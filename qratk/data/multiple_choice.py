@@ -11,8 +11,9 @@ from typing import Any, Literal
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
 from qratk.data.encoding import Encoded, PairEncoder, encoded
+from qratk.data.prompt import Prompt
 from qratk.data.scoring import ChoiceScore, ChoiceScorer
-from qratk.data.sources import Row
+from qratk.data.sources import Row, shown
 from qratk.data.splits import SPLITS, Item, Split
 
 _BLANK = re.compile(r"(?<!\w)_(?!\w)")
@@ -24,6 +25,35 @@ def _listed(choices: Any) -> tuple[Any, Sequence[Any]]:
     if isinstance(choices, Mapping) and isinstance(choices.get("label"), list | tuple) and choices["label"]:
         return choices.get("text"), choices["label"]
     return choices, ()
+
+
+def _check_choices(row: Row, choices: Any, keys: Sequence[Any]) -> None:
+    """Raise DataError unless these are different texts, with a label each if any has one."""
+    if not isinstance(choices, list | tuple) or len(choices) < 2:
+        raise row.error(f"needs `choices`, a list of at least two texts; got {shown(choices)}")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise row.error(f"has a choice that is blank or no text: {shown(choices)}")
+    if len(set(choices)) < len(choices):
+        raise row.error(f"has a choice twice, of which only one can be right: {shown(choices)}")
+    if not keys:
+        return
+    if not all(isinstance(key, str | int) for key in keys) or len(keys) != len(choices):
+        raise row.error(f"has {len(choices)} choices with the labels {shown(keys)}; give one text or number for each")
+    if len(set(keys)) < len(keys):
+        raise row.error(f"has a label twice among those of its choices: {shown(keys)}")
+
+
+def _label(row: Row, number: int, keys: Sequence[Any]) -> int:
+    """Index of the right choice."""
+    label = row.data.get("label")
+    if keys:
+        index = next((i for i, key in enumerate(keys) if type(key) is type(label) and key == label), None)
+        if index is None:
+            raise row.error(f"needs `label`, one of its choices' labels {shown(keys)}; got {shown(label)}")
+        return index
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < number:
+        raise row.error(f"needs `label`, an index from 0 to {number - 1}; got {shown(label)}")
+    return label
 
 
 @dataclass(frozen=True)
@@ -75,43 +105,24 @@ class MultipleChoiceData(TaskData):
         return {name: getattr(self, name) for name in names}
 
     @cached_property
-    def _template(self) -> Any:
-        from jinja2 import StrictUndefined, TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        # The settings of lm-eval's environment, in a sandbox: a template may come with somebody else's recipe.
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        try:
-            return environment.from_string(self.prompt)
-        except TemplateError as error:
-            raise DataError(f"prompt is not a Jinja template: {error}; got {self.prompt!r}") from error
+    def _prompt(self) -> Prompt:
+        return Prompt(self.prompt)
 
     def parse(self, row: Row) -> tuple[str, tuple[str, ...], int]:
         """Rendered prompt, choices and the index of the right one."""
-        from jinja2 import TemplateError
-
         fields = {**row.data, "context": row.text("context", default=""), "question": row.text("question", default="")}
         choices, keys = _listed(row.data.get("choices"))
-        if not isinstance(choices, list | tuple) or len(choices) < 2:
-            raise row.error(f"needs `choices`, a list of at least two texts; got {choices!r:.80}")
-        if not all(isinstance(choice, str) and choice for choice in choices):
-            raise row.error(f"has a choice that is empty or no text: {choices!r:.120}")
+        _check_choices(row, choices, keys)
+        prompt = self._prompt  # a mistake in the template itself is no mistake of the row
         try:
-            prompt = self._template.render(**fields)
-        except TemplateError as error:
-            raise row.error(f"does not fit the prompt template: {error}") from error
-        return prompt, tuple(choices), self._label(row, len(choices), keys)
+            text = prompt.render(fields)
+        except Exception as error:  # whatever its expressions can raise
+            raise row.error(f"does not fit the prompt template: {type(error).__name__}: {error}") from error
+        return text, tuple(choices), _label(row, len(choices), keys)
 
-    @staticmethod
-    def _label(row: Row, number: int, keys: Sequence[Any]) -> int:
-        label = row.data.get("label")
-        if keys and label in keys:
-            return list(keys).index(label)
-        if keys:
-            raise row.error(f"needs `label`, one of its choices' labels {list(keys)}; got {label!r:.80}")
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < number:
-            raise row.error(f"needs `label`, an index from 0 to {number - 1}; got {label!r:.80}")
-        return label
+    def fields_used(self) -> frozenset[str]:
+        """Fields that choices come from, and those that the prompt asks for."""
+        return frozenset(("context", "question", "choices", "label")) | self._prompt.fields
 
     @cached_property
     def substitutes(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,16 +38,23 @@ class Row:
         return DataError(f"{self.where}: the row {message}")
 
 
+def shown(value: Any) -> str:
+    """A value of a row for a message: short, whatever its size and depth."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 4, 12, 8, 80, 80
+    return brief.repr(value)
+
+
 def _found(data: Mapping[str, Any], name: str) -> str:
     if name not in data:
-        return f"but has only {', '.join(map(repr, data)) or 'no fields'} (the option `rename` maps other names)"
-    return f"but there it holds {data[name]!r:.80}"
+        return f"but has only {', '.join(map(shown, data)) or 'no fields'} (the option `rename` maps other names)"
+    return f"but there it holds {shown(data[name])}"
 
 
 def content_key(data: Any) -> str:
-    """Digest of parsed content; equal content has equal keys."""
+    """Digest of parsed content; equal content has equal keys. Raises UnicodeEncodeError for half a surrogate pair."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def read_rows(source: Source, split: str, *, rename: Mapping[str, str] | None = None) -> list[Row]:
@@ -69,16 +77,17 @@ def _renamed(data: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, An
 
 
 def _read_one(source: str, split: str) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if any(character in source for character in "*?["):
-        files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        if files:
-            return (row for file in files for row in _read_file(Path(file)))
-    if _looks_like_path(source) and not path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        files = [path] if path.is_file() else []
+        if not files and any(character in source for character in "*?["):
+            files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        missing = not files and _looks_like_path(source) and not path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a null, of an unknown user's home
+        raise DataError(f"{split} data: {source!r:.200} cannot be a file: {error}") from error
+    if missing:
         raise DataError(f"{split} data: there is no file {source}; relative paths start at {Path.cwd()}")
-    return _read_hub(source, split)
+    return (row for file in files for row in _read_file(file)) if files else _read_hub(source, split)
 
 
 def _looks_like_path(source: str) -> bool:
@@ -89,9 +98,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix in (".csv", ".parquet"):
         return _load_dataset(str(path), path.suffix[1:], None, "train", data_files=str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty; it must hold JSON rows")
     if path.suffix == ".txt":
@@ -102,30 +113,34 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _rows_of_list(text: str, path: Path) -> Iterator[Row]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    for index, value in enumerate(values):
+    for index, value in enumerate(_parsed(text, str(path))):
         yield _row(value, f"{path}, element {index}")
 
 
 def _rows_of_lines(text: str, path: Path) -> Iterator[Row]:
+    advice = "; a file holds one JSON object a line, or one list of objects when its name ends in .json"
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028 inside strings
         if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}); a file holds one JSON object a line, "
-                    f"or one list of objects when its name ends in .json"
-                ) from error
-            yield _row(value, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield _row(_parsed(line.removeprefix("\ufeff"), where, number, advice), where)
+
+
+def _parsed(text: str, where: str, line: int | None = None, advice: str = "") -> Any:
+    """A JSON value. Raises DataError that names where it stands; of a whole file, the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where if line is not None else f"{where}, line {error.lineno}"
+        raise DataError(f"{place}: not valid JSON ({error.msg}){advice}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply to be read") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise DataError(f"{where}: cannot be read ({str(error).partition(';')[0]})") from error
 
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, got {value!r:.80}")
+        raise DataError(f"{where}: a row must be a JSON object, got {shown(value)}")
     return Row(value, where)
 
 

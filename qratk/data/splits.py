@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.errors import DataError
-from qratk.data.sources import Row, Source, content_key, read_rows
+from qratk.data.sources import Row, Source, content_key, read_rows, shown
+
+_logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -56,15 +59,28 @@ def require_at_least(name: str, value: int, least: int) -> None:
         raise DataError(f"{name} must be at least {least}, got {value}")
 
 
+class Reading(Protocol):
+    """How a task reads rows."""
+
+    def parse(self, row: Row) -> Any:
+        """Content of a row. Raises DataError when it is not right."""
+        ...
+
+    def fields_used(self) -> frozenset[str]:
+        """Names of the fields that content comes from."""
+        ...
+
+
 class Splits:
     """Items of each split, disjoint in content; files are read when they are first asked for.
 
-    `parse` makes the content of a row, and raises DataError when the row is not right.
+    `notes` says what was dropped, and which fields of the rows nobody asked for.
     """
 
-    def __init__(self, options: SplitOptions, parse: Callable[[Row], Any]) -> None:
+    def __init__(self, options: SplitOptions, task: Reading) -> None:
         self.options = options
-        self._parse = parse
+        self._task = task
+        self._columns: dict[str, None] = {}
         self.notes: list[str] = []
 
     @cached_property
@@ -76,6 +92,7 @@ class Splits:
         if self.options.sources["validation"] is None and read["train"]:
             read["train"], read["validation"] = self._carve(read["train"])
         read["train"] = self._without(read["train"], read["validation"], "train", "validation")
+        self._tell_ignored()
         return {split: self._subsample(read[split], split) for split in SPLITS}
 
     def of(self, split: Split) -> tuple[Item, ...]:
@@ -89,7 +106,15 @@ class Splits:
         if source is None:
             return []
         rows = read_rows(source, split, rename=self.options.rename)
-        return [_item(self._parse(row), row) for row in rows]
+        items = [_item(self._task.parse(row), row) for row in rows]
+        self._columns.update(dict.fromkeys(name for row in rows for name in row.data))
+        return items
+
+    def _tell_ignored(self) -> None:
+        used = self._task.fields_used().union((self.options.rename or {}).values())
+        if ignored := [name for name in self._columns if name not in used]:
+            self.notes.append(f"fields of the rows that are not used: {', '.join(map(shown, ignored))}")
+            _logger.warning(self.notes[-1])
 
     def _without(self, items: list[Item], other: Sequence[Item], split: str, other_split: str) -> list[Item]:
         keys = {item.key for item in other}

@@ -20,6 +20,10 @@ class Task(ABC):
         """Content of a row, made of tuples, texts and numbers. Raises DataError (`row.error`) when it is not right."""
 
     @abstractmethod
+    def fields_used(self) -> frozenset[str]:
+        """Names of the fields that content comes from; what else rows hold is said to be ignored."""
+
+    @abstractmethod
     def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """Rows to train on."""
 

@@ -49,6 +49,10 @@ class TextData(TaskData):
             raise row.error("has an empty text; remove it")
         return text
 
+    def fields_used(self) -> frozenset[str]:
+        """The text."""
+        return frozenset(("text",))
+
     def _documents(self, items: Sequence[Item]) -> Iterator[list[int]]:
         """Tokens of documents: prefix, text, end of sequence. The first of them is never predicted."""
         prefix, end = prefix_token_id(self.tokenizer), self.tokenizer.eos_token_id
