@@ -2,7 +2,8 @@
 
 In eval mode `Linear8bitLt` quantises activations too (about 0.2 % on logits), on CUDA always; `Linear4bit` multiplies
 in bfloat16, with scales in bfloat16, on CPUs with AVX512-BF16 (about 0.4 % on a layer), where it also repacks its
-weight in place and takes no layer whose outputs are no multiple of 32. Adapters are trained and scored without that.
+weight in place and takes only whole blocks in a row and multiples of 32 outputs. Adapters are trained and scored
+without that.
 """
 
 from __future__ import annotations
