@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from qratk.embedded.data import model_directory
 from qratk.embedded.train import Recipe, held_out_loss
 from qratk.embedded.world import Row, Split, fine_tuning_rows, make_world
+from qratk.quantizers.nf4 import NF4Quantizer
 
 IGNORED = -100
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,10 +64,8 @@ def fake_quantise(weight: torch.Tensor, bits: int) -> torch.Tensor:
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
         return (weight / scale).round().clamp(-127, 127) * scale
     if bits == 4:
-        from bitsandbytes import functional
-
-        packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        return functional.dequantize_4bit(packed, state).to(weight.dtype)
+        quantizer, (rows, columns) = NF4Quantizer(double_quantization=False), weight.shape
+        return quantizer.dequantize(quantizer.quantize(weight, 4), (rows, columns), 4, torch.float32).to(weight.dtype)
     if bits == 2:
         from hqq.core.quantize import Quantizer
 
