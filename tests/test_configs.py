@@ -43,7 +43,7 @@ def build(paths, monkeypatch):
     ((model, datamodule, cli),) = built
     assert isinstance(model, FineTuneModule)
     assert isinstance(datamodule, TaskData)
-    loop = cli.loop()
+    loop = cli.loop
     assert isinstance(loop, SearchLoop)
     return loop
 

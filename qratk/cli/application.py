@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, sources_of
 from qratk.cli.parser import (
     COMMANDS,
     LIGHTNING_COMMANDS,
@@ -24,8 +25,10 @@ from qratk.cli.parser import (
     add_own_arguments,
     prepare_parsing,
 )
-from qratk.cli.trainer import SearchTrainer
-from qratk.core.errors import ConfigurationError
+from qratk.cli.shipped import with_paths
+from qratk.cli.trainer import SearchTrainer, check_options
+from qratk.cli.values import impossible
+from qratk.core.errors import ConfigurationError, UnknownComponentError
 from qratk.core.text import without_secrets
 from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
@@ -43,9 +46,11 @@ class QratkCLI(LightningCLI, ABC):
     """
 
     command: ClassVar[str]
+    searches: ClassVar[bool] = False  # whether the command builds a search
 
     def __init__(self, arguments: Sequence[str] = ()) -> None:
         prepare_parsing()
+        self._words: Sequence[str] = ()
         super().__init__(
             FineTuneModule,
             TaskData,
@@ -100,7 +105,44 @@ class QratkCLI(LightningCLI, ABC):
             document = args.as_dict() if isinstance(args, Namespace) else args
             self.config = parser.parse_object(names.resolve_document(document, COMMANDS))
         else:
-            self.config = parser.parse_args(args)
+            self._parse_words(parser, args)
+
+    def _parse_words(self, parser: LightningArgumentParser, words: Sequence[str]) -> None:
+        both = [each for each in (parser, self._subcommand_parsers[self.command]) if isinstance(each, CommandParser)]
+        self._words = with_paths(words[1:])
+        for each in both:
+            each.examine = self._all_mistakes
+        try:
+            self.config = parser.parse_args(words)
+        except UnknownComponentError as error:
+            raise ConfigurationError(self._all_mistakes() or str(error)) from error
+        finally:
+            for each in both:
+                each.examine = None
+
+    def _all_mistakes(self) -> str | None:
+        """All that is wrong with settings that could not be parsed; None where that is not in a single setting."""
+        parser = self._subcommand_parsers[self.command]
+        assert isinstance(parser, CommandParser)
+        parser.examine = None
+        sources = self._sources
+        diagnosis = Diagnosis(parser, sources)
+        mistakes = diagnosis.mistakes
+        if diagnosis.config is not None:
+            mistakes += self._impossible(diagnosis.config)
+        return listed(mistakes, sources) if mistakes else None
+
+    @property
+    def _sources(self) -> list[Source]:
+        """Where settings were given; none where a file cannot be read as settings."""
+        try:
+            return sources_of(self._words)
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
+
+    def _impossible(self, settings: Namespace) -> tuple[Mistake, ...]:
+        """Values that are of the right type and cannot be."""
+        return tuple(impossible(self._subcommand_parsers[self.command], settings, searches=self.searches))
 
     def _parse_ckpt_path(self) -> None:
         # Lightning takes the checkpoint's model settings over the given ones in silence: say so. A search or a plan
@@ -127,10 +169,21 @@ class QratkCLI(LightningCLI, ABC):
         self._build(needed)
 
     def _build(self, config: Namespace) -> None:
-        self.config_init = self.parser.instantiate_classes(config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer = self.instantiate_trainer()
+        try:
+            check_options(self.settings.trainer.as_dict())
+            self.config_init = self.parser.instantiate_classes(config)
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")
+            self._built()
+            self.trainer = self.instantiate_trainer()
+        except Exception as error:
+            mistakes = self._impossible(self.settings)
+            if not mistakes:
+                raise
+            raise ConfigurationError(listed(mistakes, self._sources)) from error
+
+    def _built(self) -> None:
+        """For a command to build more of what `config_init` holds."""
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain data, without secrets and without what names a single run."""
@@ -142,6 +195,9 @@ class QratkCLI(LightningCLI, ABC):
 class SearchingCLI(QratkCLI, ABC):
     """A command that builds a search: of no run beside those of the search, which save and log by themselves."""
 
+    searches = True
+    loop: SearchLoop  # that the settings describe
+
     def __init__(self, arguments: Sequence[str] = ()) -> None:
         for name in ("lightning.pytorch", "lightning.fabric"):  # two trainers an evaluation have much to say
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -152,10 +208,9 @@ class SearchingCLI(QratkCLI, ABC):
         self.save_config_callback = None  # a search saves its configuration itself, once
         self._build(self.config.clone())
 
-    def loop(self) -> SearchLoop:
-        """The search that the settings describe."""
+    def _built(self) -> None:
         section = self._get(self.config_init, names.SECTION)
-        return SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
+        self.loop = SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
 
 class SaveCleanConfig(SaveConfigCallback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -32,3 +34,34 @@ def explained(message: str, settings: Sequence[str] = ()) -> str:
         known = list(names.DATA_CLASSES)
         return f"data: unknown name {match[1]!r}; known are {', '.join(known)}" + nearest(match[1], known)
     return re.sub(r"(arguments are required: )(?:\w+\.)(\w+)", r"\1--\2", text)
+
+
+def shortened(message: str, keys: Sequence[object], settings: Sequence[str] = ()) -> str:
+    """jsonargparse's message of one setting, which is told beside it, on one line."""
+    lines = [line.strip().removeprefix("- ") for line in explained(message, settings).splitlines()]
+    if _UNKNOWN.search(message) and "class_path '" not in message:
+        return "unknown setting" + nearest(".".join(map(str, keys)), settings)
+    if match := _OPTION.search(message):
+        text = f"option {match[2]!r} is not accepted"
+        return text + (names.option_hint(match[1], match[2]) or _class_hint(match[1], match[2]))
+    told = [line for line in lines if not _FRAME.match(line)] or lines
+    text = " ".join(told)
+    text = re.sub(r"^Expected an? (?=[aeiou])", "Expected an ", text)
+    return text[:1].lower() + text[1:] if text.startswith("Expected") else text
+
+
+def _class_hint(class_path: str, given: str) -> str:
+    """The options of a class that no registry names, as the end of an error message."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if found is None:
+        return ""
+    known = [option for option in inspect.signature(found).parameters if option not in ("args", "kwargs")]
+    return f"; the options of {name} are {', '.join(known)}" + nearest(given, known)
+
+
+_UNKNOWN: Final = re.compile(r"does not accept option|unrecognized arguments|Option '[^']*' is not accepted")
+_OPTION: Final = re.compile(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted")
+_FRAME: Final = re.compile(
+    r"Parser key \"|Problem with given class_path|Does not validate against any|Errors:$|Given value:|Group '"
+)

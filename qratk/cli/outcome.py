@@ -13,7 +13,7 @@ _NO_MEMORY: Final = re.compile(r"out of memory|cannot allocate memory|can't allo
 
 def told(error: BaseException) -> str:
     """The one message of an error: a user's mistake in its own words, anything else with what can be done."""
-    known = next((link for link in _chain(error) if isinstance(link, QratkError)), None)
+    known = next((link for link in chain(error) if isinstance(link, QratkError)), None)
     if known is not None:
         return str(known)
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -34,7 +34,7 @@ def _foreign(error: BaseException) -> str:
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and what it was raised from."""
     link: BaseException | None = error
     while link is not None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -47,6 +47,7 @@ class CommandParser(LightningArgumentParser):
     """Lightning's parser; components go by their registered names, and a mistake ends in one line."""
 
     settings: Sequence[str] = ()  # what may be set, to suggest the nearest
+    examine: Callable[[], str | None] | None = None  # finds all mistakes, once one is known
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Namespace of command-line arguments."""
@@ -58,7 +59,8 @@ class CommandParser(LightningArgumentParser):
         """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"qratk: error: {explained(message, self.settings)}", file=sys.stderr)
+        found = None if self.examine is None else self.examine()
+        print(f"qratk: error: {found or explained(message, self.settings)}", file=sys.stderr)
         print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
         raise SystemExit(2)
 

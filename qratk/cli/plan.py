@@ -28,7 +28,7 @@ class PlanCommand(SearchingCLI):
 
     def plan(self, model: FineTuneModule, datamodule: TaskData) -> None:
         """Print what a search would take."""
-        found = make_plan(model, datamodule, self.loop(), accumulate=self.settings.trainer.accumulate_grad_batches)
+        found = make_plan(model, datamodule, self.loop, accumulate=self.settings.trainer.accumulate_grad_batches)
         print(json.dumps(found.as_dict(), indent=2) if self.settings.json else as_text(found))
 
 

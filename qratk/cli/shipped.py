@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 import qratk
 from qratk.core.errors import ConfigurationError
+from qratk.core.text import nearest
 
 _PACKAGE: Final = Path(qratk.__file__).parent
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
@@ -38,12 +38,10 @@ def configuration(given: str) -> str:
         return given
     known = configurations()
     if given not in known:
-        near = get_close_matches(given, known, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
         top = [name for name, path in known.items() if path.parent == root()]
         raise ConfigurationError(
             f"there is no file {given!r} and no configuration of this name; known are {', '.join(sorted(top))}, "
-            f"and the recipes {', '.join(sorted(set(known) - set(top)))}{hint}"
+            f"and the recipes {', '.join(sorted(set(known) - set(top)))}{nearest(given, known)}"
         )
     return str(known[given])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class FineTuneModule(LightningModule):
             method=built_adapter(options.adapter, {"adalora": options.adalora}),
             compute_dtype=options.compute_dtype,
             trust_remote_code=options.trust_remote_code,
-            tokenizer=None if options.tokenizer is None else str(Path(options.tokenizer).expanduser()),
+            tokenizer=None if options.tokenizer is None else os.path.expanduser(options.tokenizer),
             weights=weights,
             bank_dir=options.bank_dir,
         )
@@ -605,7 +606,7 @@ def _class_and_options(chosen: Mapping[str, Any], one: str) -> tuple[str, dict[s
 
 def _model_path(model: str) -> str:
     if model != "embedded":
-        return str(Path(model).expanduser())
+        return os.path.expanduser(model)
     from qratk.embedded import model_directory
 
     return str(model_directory())

@@ -1,0 +1,225 @@
+"""All that is wrong with the settings of a command, each with its place: parsing stops at the first mistake."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from jsonargparse import Namespace, get_loader
+
+from qratk.cli.messages import shortened
+from qratk.cli.parser import COMMANDS, CommandParser
+from qratk.core.errors import QratkError
+from qratk.settings import names
+
+Keys = tuple[Any, ...]
+"""Where a setting stands: the keys that lead to it."""
+
+_SPECIFICATION: Final = ("class_path", "init_args")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A setting, by its keys, and what is wrong with it."""
+
+    keys: Keys
+    text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Settings of a file, or of one argument of the command line, and the place of each by its keys."""
+
+    document: Mapping[Any, Any]
+    places: Mapping[Keys, str]
+    argument: str | None = None
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        """Settings of a YAML file; raises `OSError`, `yaml.YAMLError` or `UnicodeDecodeError`."""
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = get_loader("yaml")(text)
+        if not isinstance(document, Mapping):
+            raise yaml.YAMLError("no settings by name")
+        return cls(document, {keys: f"{path}:{line}" for keys, line in _lines(root, ())})
+
+    @classmethod
+    def of_argument(cls, name: str, value: str) -> Source:
+        """Settings of `--name value`."""
+        keys = tuple(name.split("."))
+        document: Any = value
+        for key in reversed(keys):
+            document = {key: document}
+        return cls(document, {keys: f"--{name}"}, f"--{name}={value}")
+
+    def without(self, mistakes: Sequence[Mistake]) -> Mapping[Any, Any]:
+        """The document without some settings."""
+        wrong = {mistake.keys for mistake in mistakes}
+        return _pruned(self.document, (), wrong)
+
+
+class Diagnosis:
+    """Finds what a parser refuses in several sources, by parsing parts of them.
+
+    `mistakes` are found when it is made; `config` are the settings that are left, as parsed.
+    """
+
+    def __init__(self, parser: CommandParser, sources: Sequence[Source]) -> None:
+        self._parser = parser
+        self.config: Namespace | None = None
+        found: list[Mistake] = []
+        for source in sources:
+            if source.argument is not None:
+                found += self._of_argument(source, source.argument)
+                continue
+            wrong = list(self._mistakes(source, [(key,) for key in source.document]))
+            self._parse(source.without(wrong), keep=True)
+            found += wrong
+        self.mistakes = tuple(found)
+
+    def _mistakes(self, source: Source, units: Sequence[Keys]) -> Iterator[Mistake]:
+        """Mistakes below some keys: halves of them are parsed until one alone is refused, then what it holds."""
+        if not units:
+            return
+        error = self._parse(_selected(source.document, units))
+        if error is None:
+            return
+        if len(units) > 1:
+            middle = len(units) // 2
+            yield from self._mistakes(source, units[:middle])
+            yield from self._mistakes(source, units[middle:])
+            return
+        inner = list(self._within(source, units[0]))
+        yield from inner or [Mistake(units[0], shortened(error, units[0], self._parser.settings))]
+
+    def _within(self, source: Source, keys: Keys) -> Iterator[Mistake]:
+        value = _at(source.document, keys)
+        if not isinstance(value, Mapping):
+            return
+        if "class_path" in value:
+            wrong = list(self._mistakes(source, [(*keys, "class_path")]))
+            if wrong:
+                yield from wrong
+                return
+        options = value.get("init_args")
+        inner = [(*keys, key) for key in value if key not in _SPECIFICATION]
+        inner += [(*keys, "init_args", key) for key in options] if isinstance(options, Mapping) else []
+        yield from self._mistakes(source, inner)
+
+    def _of_argument(self, source: Source, argument: str) -> list[Mistake]:
+        (keys,) = source.places
+        error = self._said(lambda: self._parser.parse_args([argument], namespace=self.config))
+        if error is not None and "arguments are required" not in error:
+            return [Mistake(keys, shortened(error, keys, self._parser.settings))]
+        self._said(lambda: self._parser.parse_args([argument], namespace=self.config, _skip_validation=True), keep=True)
+        return []
+
+    def _parse(self, document: Mapping[Any, Any], *, keep: bool = False) -> str | None:
+        """What the parser says of a document over the settings so far; None where it takes it."""
+
+        def parse() -> Namespace:
+            resolved = names.resolve_document(document, COMMANDS)
+            parsed: Namespace = self._parser.parse_object(resolved, namespace=self.config, _skip_required=True)
+            return parsed
+
+        return self._said(parse, keep=keep)
+
+    def _said(self, parse: Callable[[], Namespace], *, keep: bool = False) -> str | None:
+        """What parsing says against it; None, and the settings kept where asked for, when it says nothing."""
+        before = self._parser.exit_on_error
+        self._parser.exit_on_error = False
+        try:
+            parsed = parse()
+        except (QratkError, ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return str(error)
+        finally:
+            self._parser.exit_on_error = before
+        if keep:
+            self.config = parsed
+        return None
+
+
+def sources_of(arguments: Sequence[str]) -> list[Source]:
+    """Sources of a command line, in order; raises what reading a file raises."""
+    found: list[Source] = []
+    waiting: str | None = None
+    for argument in arguments:
+        if waiting is not None and not argument.startswith("--"):
+            found.append(_source(waiting, argument))
+            waiting = None
+        elif argument.startswith("--"):
+            name, equals, value = argument.removeprefix("--").partition("=")
+            waiting = None if equals else name
+            if equals:
+                found.append(_source(name, value))
+    return found
+
+
+def place_of(keys: Keys, sources: Sequence[Source]) -> str:
+    """Where a setting, or what it stands in, was given last; empty where it is a default."""
+    for length in range(len(keys), 0, -1):
+        for source in reversed(sources):
+            if keys[:length] in source.places:
+                return source.places[keys[:length]]
+    return ""
+
+
+def listed(mistakes: Sequence[Mistake], sources: Sequence[Source]) -> str:
+    """One message of all mistakes, each with its place and its setting."""
+    lines = [_line(mistake, place_of(mistake.keys, sources)) for mistake in mistakes]
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join([f"{len(lines)} settings are wrong:", *(f"  {line}" for line in lines)])
+
+
+def _line(mistake: Mistake, place: str) -> str:
+    name = ".".join(str(key) for key in mistake.keys if key not in _SPECIFICATION)
+    if place == f"--{name}":
+        return f"{place}: {mistake.text}"
+    return ": ".join(part for part in (place, name, mistake.text) if part)
+
+
+def _source(name: str, value: str) -> Source:
+    return Source.of_file(Path(value)) if name == "config" else Source.of_argument(name, value)
+
+
+def _lines(node: yaml.Node | None, keys: Keys) -> Iterator[tuple[Keys, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*keys, yaml.safe_load(key.value) if isinstance(key, yaml.ScalarNode) else str(key.value))
+            yield inner, key.start_mark.line + 1
+            yield from _lines(value, inner)
+
+
+def _selected(document: Mapping[Any, Any], units: Sequence[Keys]) -> dict[Any, Any]:
+    """The settings at some keys, each class with its path."""
+    chosen: dict[Any, Any] = {}
+    for keys in units:
+        below, into = document, chosen
+        for key in keys[:-1]:
+            below = below[key]
+            into = into.setdefault(key, {"class_path": below["class_path"]} if "class_path" in below else {})
+        into[keys[-1]] = below[keys[-1]]
+    return chosen
+
+
+def _pruned(document: Mapping[Any, Any], keys: Keys, wrong: set[Keys]) -> dict[Any, Any]:
+    kept: dict[Any, Any] = {}
+    for key, value in document.items():
+        inner = (*keys, key)
+        if inner in wrong or (*inner, "class_path") in wrong:
+            continue
+        kept[key] = _pruned(value, inner, wrong) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _at(document: Mapping[Any, Any], keys: Keys) -> Any:
+    value: Any = document
+    for key in keys:
+        value = value[key]
+    return value
