@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -27,6 +24,7 @@ from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 from qratk.run import files
+from qratk.training.checkpoints import continues, discard_state, load_state, save_state
 
 if TYPE_CHECKING:
     from qratk.estimators.base import ImportanceEstimator
@@ -344,7 +342,7 @@ class FineTuneEvaluator(Evaluator):
 
         path = self._path(configuration, steps)
         try:
-            _save_state(path, state, optimizer=self._continues(steps))
+            save_state(path, state, optimizer=self._continues(steps))
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
                 f"cannot write {path}: {error}. Free some space, then run the same command to go on; what was measured "
@@ -383,7 +381,7 @@ class FineTuneEvaluator(Evaluator):
 
         for rung, path in self._stored(configuration, steps):
             try:
-                return rung, _load_state(path)
+                return rung, load_state(path)
             except (OSError, SafetensorError, ValueError) as error:
                 self.context.say(f"{path} is damaged and left out, its steps are repeated: {error}")
         return 0, None
@@ -408,7 +406,7 @@ class FineTuneEvaluator(Evaluator):
         """Stored rungs that can be scored at `steps`, or continued to there, the highest first."""
         for rung in sorted((s for s in self.context.ladder.steps if s <= steps), reverse=True):
             path = self._path(configuration, rung)
-            if path.is_dir() and (rung == steps or (path / "optimizer.safetensors").exists()):
+            if path.is_dir() and (rung == steps or continues(path)):
                 yield rung, path
 
     def _begins_at(self, request: Request) -> int:
@@ -442,10 +440,7 @@ class FineTuneEvaluator(Evaluator):
 
     def discard(self, evaluation: Evaluation) -> None:
         """Delete a checkpoint; one that is gone already is no error."""
-        path = self._path(evaluation.configuration, evaluation.steps)
-        shutil.rmtree(path, ignore_errors=True)
-        if path.parent.is_dir() and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        discard_state(self._path(evaluation.configuration, evaluation.steps))
 
     @property
     def item_weights(self) -> tuple[float, ...] | None:
@@ -476,43 +471,3 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _save_state(path: Path, state: TrainingState, *, optimizer: bool) -> None:
-    """Write a state in one step: a kill leaves either all of it or nothing."""
-    from safetensors.torch import save_file
-
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in state.adapter.items()}, part / "adapter.safetensors")
-    if optimizer:
-        tensors = {**state.optimizer, "random": state.random}
-        if state.device_random is not None:
-            tensors["device_random"] = state.device_random
-        save_file(tensors, part / "optimizer.safetensors")
-    (part / "state.json").write_text(json.dumps({"steps": state.steps}))
-    for file in (*part.iterdir(), part):
-        _flush(file)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(part, path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _load_state(path: Path) -> TrainingState:
-    import torch
-    from safetensors.torch import load_file
-
-    from qratk.training.module import TrainingState
-
-    moments = load_file(path / "optimizer.safetensors") if (path / "optimizer.safetensors").exists() else {}
-    random, device_random = moments.pop("random", torch.get_rng_state()), moments.pop("device_random", None)
-    steps = json.loads((path / "state.json").read_text())["steps"]
-    return TrainingState(steps, load_file(path / "adapter.safetensors"), moments, random, device_random)

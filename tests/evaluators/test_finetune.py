@@ -138,6 +138,23 @@ def test_a_damaged_checkpoint_is_said_and_its_steps_are_repeated(
     assert "damaged" in said[0]
 
 
+def test_a_flipped_bit_in_a_finished_checkpoint_moves_no_test_score(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    measured = evaluated(evaluator, MIXED, 2)
+    before = evaluator.test(measured)
+    assert measured.checkpoint is not None
+    file = tmp_path / measured.checkpoint / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40  # a high bit of the last float's exponent
+    file.write_bytes(content)
+    said: list[str] = []
+    evaluator.context = replace(evaluator.context, say=said.append)
+    assert evaluator.test(measured) == before
+    assert "adapter.safetensors differs from its digest" in said[0]
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_in_an_error_that_says_what_to_do(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
