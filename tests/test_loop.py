@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,14 +16,17 @@ import pytest
 
 from qratk.components import REGISTRIES
 from qratk.core import (
+    Candidate,
     ConfigurationError,
     Evaluation,
+    History,
     InfeasibleBudgetError,
     ParetoFront,
     Request,
     RunDirectoryError,
     SearchError,
 )
+from qratk.core.evaluation import Status
 from qratk.core.result import (
     GenerationSummary,
     Progress,
@@ -34,6 +39,7 @@ from qratk.estimators.base import ImportanceEstimator
 from qratk.loop import SearchLoop
 from qratk.reporting.base import Reporter
 from qratk.run.journal import Journal
+from qratk.searchers.nsga2 import NSGA2
 from qratk.testing import ToyEvaluator
 
 
@@ -349,3 +355,97 @@ def test_settings_out_of_range_are_refused() -> None:
         loop(alpha=1.5)
     with pytest.raises(ConfigurationError, match="steps must be positive and ascending"):
         loop(steps=(300, 100))
+
+
+class WithoutTestData(ToyEvaluator):
+    """Has nothing to score at the end."""
+
+    def prepare_test(self) -> bool:
+        return False
+
+    def test(self, evaluation: Evaluation) -> dict[str, float]:
+        raise AssertionError("there are no test data")
+
+
+def test_a_search_without_test_data_says_so_at_its_start_and_ends_without_test_scores(tmp_path: Path) -> None:
+    result, recorder = search(tmp_path, loop(WithoutTestData(num_layers=4)))
+    assert result.test_scores == {}
+    assert any("no test data" in message for message in recorder.messages)
+    _, silent = search(tmp_path / "silent", loop(WithoutTestData(num_layers=4), test=False))
+    assert not any("no test data" in message for message in silent.messages)
+
+
+class Cramped(ToyEvaluator):
+    """Has too little memory for configurations of many bits, and takes some as NaN."""
+
+    def __init__(self, reason: str, status: Status, *, roomy: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.reason, self.status, self.roomy = reason, status, roomy
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+        for evaluation in super().evaluate(requests):
+            if self.roomy or sum(evaluation.configuration.bits) < 16:
+                yield evaluation
+            else:
+                yield dataclasses.replace(
+                    evaluation, score=-math.inf, outcomes=(), status=self.status, reason=self.reason, checkpoint=None
+                )
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("lost", "its process was killed"),
+        ("failed", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),  # as it was recorded before
+        ("failed", "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_what_the_machine_failed_is_tried_again_on_resume_and_said(tmp_path: Path, status: Status, reason: str) -> None:
+    first, _ = search(tmp_path, loop(Cramped(reason, status, num_layers=4)))
+    lost = {(e.configuration, e.steps) for e in first.history if not e.ok}
+    assert lost
+    evaluator = Cramped(reason, status, roomy=True, num_layers=4)
+    second, recorder = search(tmp_path, loop(evaluator))
+    assert {(r.configuration, r.steps) for r in evaluator.calls} >= lost
+    assert all(e.ok for e in second.history)
+    assert any(f"{len(lost)} evaluations failed" in message and reason in message for message in recorder.messages)
+    third = ToyEvaluator(num_layers=4)
+    again, recorder = search(tmp_path, loop(third))
+    assert third.calls == []
+    assert decisions(again) == decisions(second)
+
+
+def test_what_failed_by_itself_is_not_tried_again(tmp_path: Path) -> None:
+    search(tmp_path, loop(Cramped("NonFiniteLossError: the loss is nan", "failed", num_layers=4)))
+    evaluator = Cramped("", "ok", roomy=True, num_layers=4)
+    _, recorder = search(tmp_path, loop(evaluator))
+    assert evaluator.calls == []
+    assert recorder.messages == []
+
+
+@pytest.mark.parametrize("stop", [SystemExit(), SystemExit(0)])
+def test_a_searcher_that_exits_ends_the_search_with_an_error(tmp_path: Path, stop: SystemExit) -> None:
+    class Leaving(NSGA2):
+        def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
+            raise stop
+
+    with pytest.raises(SearchError, match="SystemExit"):
+        search(tmp_path, loop(searcher=Leaving()))
+
+
+def test_an_exit_with_a_status_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    class Interrupted(NSGA2):
+        def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
+            raise SystemExit(1)  # as Lightning makes of Ctrl-C
+
+    with pytest.raises(SystemExit):
+        search(tmp_path, loop(searcher=Interrupted()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"seed": -1}, "seed"), ({"max_average_bits": -3}, "max_average_bits"), ({"references": [[16]]}, r"\[16\]")],
+)
+def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        loop(**wrong)

@@ -12,7 +12,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Footprint
 
-Status = Literal["ok", "failed"]
+Status = Literal["ok", "failed", "lost"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measured score after `steps` optimiser steps; larger is better, -inf when `status` is "failed".
+    """A measured score after `steps` optimiser steps; larger is better, -inf unless `status` is "ok".
 
+    "failed" is the candidate's own fault, as a loss that is not finite; "lost" the machine's, as memory that ran out: a
+    resumed search measures that again.
     `outcomes` holds one figure a validation item, in the items' order; their weighted mean is the score.
     `checkpoint` names the stored adapter and optimiser state, relative to the run directory.
     """

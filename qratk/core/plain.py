@@ -59,7 +59,7 @@ def record_data(record: Record) -> dict[str, Any]:
 
 def record_of(data: Mapping[str, Any]) -> Record:
     """The record that plain data tell; raises `ConfigurationError`."""
-    failed = data.get("status") == "failed"
+    failed = data.get("status") in ("failed", "lost")
     evaluation = typed(Evaluation, {**data, "score": -math.inf} if failed else data, "record")
     if data.get("digest") != evaluation.configuration.digest:
         raise ConfigurationError(f"record.digest: {data.get('digest')!r} is not that of {evaluation.configuration}")

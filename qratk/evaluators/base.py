@@ -75,7 +75,8 @@ class Evaluator(ABC):
         """Evaluations in the order of the requests, each yielded as soon as it is measured.
 
         A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having stopped. A
-        failure (loss not finite, out of memory) is yielded as a failed evaluation with its reason.
+        failure is yielded with its reason: as "failed" where it is the candidate's (loss not finite), as "lost" where
+        it is the machine's (out of memory).
         """
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
@@ -90,6 +91,10 @@ class Evaluator(ABC):
     @abstractmethod
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Scores on test data of a measured evaluation, from its checkpoint; called only after the search."""
+
+    def prepare_test(self) -> bool:
+        """Read the test data, so that errors come before the first step; False when there are none. After `open`."""
+        return True
 
     @abstractmethod
     def discard(self, evaluation: Evaluation) -> None:

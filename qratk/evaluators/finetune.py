@@ -164,11 +164,11 @@ class FineTuneEvaluator(Evaluator):
             self._free_memory()
             if len(configurations) > 1:
                 return self._in_halves(configurations, steps)
-            outcomes = [outcomes.reason]
+        found = [outcomes] if isinstance(outcomes, OutOfMemory) else outcomes
         seconds = (time.monotonic() - began) / len(configurations)
         return [
             self._evaluation(configuration, steps, outcome, seconds)
-            for configuration, outcome in zip(configurations, outcomes, strict=True)
+            for configuration, outcome in zip(configurations, found, strict=True)
         ]
 
     def _outcomes(self, configurations: Sequence[Configuration], steps: int) -> list[Trained | str] | OutOfMemory:
@@ -199,10 +199,12 @@ class FineTuneEvaluator(Evaluator):
         torch.cuda.empty_cache()
 
     def _evaluation(
-        self, configuration: Configuration, steps: int, outcome: Trained | str, seconds: float
+        self, configuration: Configuration, steps: int, outcome: Trained | str | OutOfMemory, seconds: float
     ) -> Evaluation:
         footprint = self._footprint(configuration)
         failed = Evaluation(configuration, steps, float("-inf"), footprint, status="failed", seconds=seconds)
+        if isinstance(outcome, OutOfMemory):
+            return replace(failed, status="lost", reason=outcome.reason)
         if isinstance(outcome, str):
             return replace(failed, reason=outcome)
         if not np.isfinite(outcome.score):
@@ -437,6 +439,11 @@ class FineTuneEvaluator(Evaluator):
         with quiet_lightning():
             metrics = self._trainer().test(self.module, datamodule=self.data, verbose=False)[0]
         return {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
+
+    def prepare_test(self) -> bool:
+        """Read and encode the test split; False when the data have none."""
+        self.data.setup("test")
+        return self.data.has("test")
 
     def discard(self, evaluation: Evaluation) -> None:
         """Delete a checkpoint; one that is gone already is no error."""

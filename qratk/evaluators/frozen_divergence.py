@@ -117,7 +117,7 @@ class FrozenDivergenceEvaluator(FineTuneEvaluator):
         return self._caught(lambda: [self._divergence(configuration) for configuration in configurations])
 
     def _evaluation(
-        self, configuration: Configuration, steps: int, outcome: Trained | str, seconds: float
+        self, configuration: Configuration, steps: int, outcome: Trained | str | OutOfMemory, seconds: float
     ) -> Evaluation:
         evaluation = super()._evaluation(configuration, steps, outcome, seconds)
         return replace(evaluation, checkpoint=None) if self._is_proxy(steps) else evaluation

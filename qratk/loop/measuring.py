@@ -15,6 +15,15 @@ from qratk.loop.state import Clock, SearchState, Stage
 from qratk.reporting.base import Reporter
 from qratk.run.journal import Journal
 
+_NO_MEMORY = ("out of memory", "outofmemory", "memoryerror", "not enough memory", "can't allocate memory")
+
+
+def of_the_machine(evaluation: Evaluation) -> bool:
+    """Whether the machine is why there is no score; in journals from before that was told, the reason says so."""
+    if evaluation.status == "failed":
+        return any(words in evaluation.reason.lower() for words in _NO_MEMORY)
+    return evaluation.status == "lost"
+
 
 @dataclass(frozen=True)
 class Measuring:

@@ -24,7 +24,7 @@ from qratk.evaluators.base import EvaluationContext
 from qratk.executors.base import Blueprint
 from qratk.loop.answer import conclude
 from qratk.loop.asking import Asking
-from qratk.loop.measuring import Measuring
+from qratk.loop.measuring import Measuring, of_the_machine
 from qratk.loop.promotion import Promotion, Trust, going, promote
 from qratk.loop.settings import Schedule, SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
@@ -84,7 +84,15 @@ class SearchLoop(SearchSettings):
                 decided=journal.decided,
             )
             with closing(self.executor):
-                return _search(self, journal, reporter, context, blueprint)
+                try:
+                    return _search(self, journal, reporter, context, blueprint)
+                except SystemExit as stop:
+                    if stop.code not in (None, 0):
+                        raise
+                    raise SearchError(
+                        f"a part of the search ended it with {type(stop).__name__}, before there was a result; run it "
+                        "again to go on, and report that to whoever made the part"
+                    ) from stop
 
 
 def _search(
@@ -98,6 +106,14 @@ def _search(
     with clock.timed("setup"):
         settings.executor.open(evaluator, context, blueprint)
         journal.bind("content", evaluator.fingerprint())
+        tests = settings.test and evaluator.prepare_test()
+    if settings.test and not tests:
+        reporter.message("There are no test data: the answer will be without test scores.")
+    if lost := journal.withdraw(of_the_machine):
+        reporter.message(
+            f"{len(lost)} evaluations failed for want of memory or by another fault of the machine, as "
+            f"{lost[0].evaluation.configuration} ({lost[0].evaluation.reason}): they are tried again."
+        )
     problem = _pose(settings, journal, reporter, clock)
     settings.executor.begin(problem.space)
     fitting = [c for c in problem.space.uniforms() if problem.feasible(c)]
@@ -116,7 +132,7 @@ def _search(
     utility = phases.freeze_utility()
     stop_reasons["local"] = phases.refine(utility)
     result = conclude(
-        settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=settings.test
+        settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=tests
     )
     reporter.finished(result)
     return result

@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -90,6 +91,7 @@ class Journal:
                 found = self._opened()
             undo.pop_all()
         self._records = {(r.evaluation.configuration, r.evaluation.steps): r for r in found.records}
+        self._withdrawn: dict[tuple[Configuration, int], int] = {}
         self._decisions = dict(found.decisions)
         self._meta = dict(found.meta)
 
@@ -152,14 +154,33 @@ class Journal:
 
     def extend(self, measured: Sequence[tuple[Candidate, Evaluation]]) -> list[Record]:
         """The records of evaluations that belong together: when this returns all are on disk, before it none is."""
-        first = len(self._records)
+        keys = [(evaluation.configuration, evaluation.steps) for _, evaluation in measured]
+        unused = count(len(self._records) + len(self._withdrawn))
+        again = [self._withdrawn[key] for key in keys if key in self._withdrawn]
         records = [
-            Record(first + number, candidate, evaluation) for number, (candidate, evaluation) in enumerate(measured)
+            Record(self._withdrawn[key] if key in self._withdrawn else next(unused), candidate, evaluation)
+            for key, (candidate, evaluation) in zip(keys, measured, strict=True)
         ]
         with self._transaction():
+            for position in again:
+                self._database.execute("DELETE FROM evaluations WHERE position = ?", (position,))
+                self._database.execute("DELETE FROM checks WHERE part = 'evaluations' AND key = ?", (str(position),))
             self._insert("evaluations", [_row(record) for record in records])
-        self._records.update({(r.evaluation.configuration, r.evaluation.steps): r for r in records})
+        for key, record in zip(keys, records, strict=True):
+            self._records[key] = record
+            self._withdrawn.pop(key, None)
         return records
+
+    def withdraw(self, which: Callable[[Evaluation], bool]) -> tuple[Record, ...]:
+        """Take back the evaluations that `which` names: they count as not measured.
+
+        On disk each stays until it is recorded again, in its old place.
+        """
+        taken = tuple(record for record in self.records if which(record.evaluation))
+        for record in taken:
+            key = (record.evaluation.configuration, record.evaluation.steps)
+            self._withdrawn[key] = self._records.pop(key).index
+        return taken
 
     def decision(self, key: str) -> Any:
         """Plain data recorded under a key; None when that decision was not taken yet."""

@@ -108,7 +108,7 @@ def test_running_out_of_memory_is_recorded(
 
     monkeypatch.setattr(FineTuneModule, "training_step", exhausted)
     failed = evaluated(evaluator, MIXED, 2)
-    assert (failed.status, failed.reason.split(":")[0]) == ("failed", "OutOfMemoryError")
+    assert (failed.status, failed.reason.split(":")[0]) == ("lost", "OutOfMemoryError")
 
 
 def test_another_failure_is_not_mistaken_for_a_bad_candidate(

@@ -236,7 +236,7 @@ def test_running_out_of_memory_is_recorded(
 
     monkeypatch.setattr(evaluator, "_frozen_logits", exhausted)
     failed = evaluated(evaluator, Configuration.uniform(2, 2, 3), 2)
-    assert (failed.status, failed.reason.split(":")[0]) == ("failed", "OutOfMemoryError")
+    assert (failed.status, failed.reason.split(":")[0]) == ("lost", "OutOfMemoryError")
 
 
 def test_a_ladder_of_one_rung_is_refused(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:

@@ -213,3 +213,20 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "run").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         Journal(tmp_path / "run")
+
+
+def test_a_withdrawn_evaluation_counts_as_not_measured_and_keeps_its_place(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        fill(journal)
+        old = journal.append(candidate(), evaluation(steps=10))
+    with Journal(tmp_path) as journal:
+        assert journal.withdraw(lambda e: e.steps == 10) == (old,)
+        assert journal.evaluation(candidate().configuration, 10) is None
+    with Journal(tmp_path) as journal:  # nothing was recorded in its stead
+        assert old in journal.records
+        journal.withdraw(lambda e: e.steps == 10)
+        other = journal.append(candidate(), evaluation(steps=500))
+        again = journal.append(candidate(), evaluation(steps=10, score=3.0))
+        assert (again.index, other.index) == (old.index, old.index + 1)
+    with Journal(tmp_path) as journal:
+        assert journal.records[-2:] == (again, other)
