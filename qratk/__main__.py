@@ -90,10 +90,11 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         return 130
     except Exception as error:  # also what nobody foresaw ends in one message
         from qratk.cli.outcome import told
+        from qratk.core.secrets import text_without_secrets
 
         if debug:
             traceback.print_exc()
-        print(f"qratk: error: {told(error)}", file=sys.stderr)
+        print(f"qratk: error: {text_without_secrets(told(error))}", file=sys.stderr)
         return 1
 
 

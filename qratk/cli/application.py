@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, sources_of
 from qratk.cli.parser import (
@@ -29,7 +29,6 @@ from qratk.cli.shipped import with_paths
 from qratk.cli.trainer import SearchTrainer, check_options
 from qratk.cli.values import impossible
 from qratk.core.errors import ConfigurationError, UnknownComponentError
-from qratk.core.text import without_secrets
 from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
 from qratk.settings import names
@@ -54,7 +53,7 @@ class QratkCLI(LightningCLI, ABC):
         super().__init__(
             FineTuneModule,
             TaskData,
-            save_config_callback=SaveCleanConfig,
+            save_config_kwargs={"overwrite": True},
             trainer_class=SearchTrainer,
             seed_everything_default=0,
             parser_kwargs={"parser_mode": YAML_MODE, "prog": "qratk", "description": "Commands of qratk."},
@@ -187,8 +186,7 @@ class QratkCLI(LightningCLI, ABC):
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain data, without secrets and without what names a single run."""
-        text = self._parser(self.command).dump(self.settings, skip_none=False)
-        document = without_secrets(yaml.safe_load(text))
+        document = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
         return {key: value for key, value in document.items() if key not in ("config", *SHARED)}
 
 
@@ -211,14 +209,6 @@ class SearchingCLI(QratkCLI, ABC):
     def _built(self) -> None:
         section = self._get(self.config_init, names.SECTION)
         self.loop = SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
-
-
-class SaveCleanConfig(SaveConfigCallback):
-    """Saves the configuration of a run beside its logs, without secrets."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        clean = parser.parse_object(without_secrets(config.as_dict()))
-        super().__init__(parser, clean, **{"overwrite": True, **options})
 
 
 def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qratk.cli.messages import explained
 from qratk.cli.shipped import with_paths
+from qratk.core.secrets import text_without_secrets, without_secrets
 from qratk.settings import names
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
@@ -59,8 +60,8 @@ class CommandParser(LightningArgumentParser):
         """Exit with status 2 and the message alone: Lightning's usage text takes a hundred lines."""
         if not self.exit_on_error:
             super().error(message, ex)
-        found = None if self.examine is None else self.examine()
-        print(f"qratk: error: {found or explained(message, self.settings)}", file=sys.stderr)
+        found = (None if self.examine is None else self.examine()) or explained(message, self.settings)
+        print(f"qratk: error: {text_without_secrets(found)}", file=sys.stderr)
         print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -99,7 +100,8 @@ def add_own_arguments(parser: LightningArgumentParser, command: str, *, present:
 
 
 def _as_yaml(data: Any) -> str:
-    return yaml.safe_dump(names.named_document(data, COMMANDS), sort_keys=False, allow_unicode=True)
+    """Settings as every file and `--print_config` has them: components by name, and no secrets."""
+    return yaml.safe_dump(names.named_document(without_secrets(data), COMMANDS), sort_keys=False, allow_unicode=True)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

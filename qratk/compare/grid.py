@@ -15,7 +15,7 @@ import yaml
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.memory import parse_bytes
 from qratk.core.plain import flatten
-from qratk.core.text import without_secrets
+from qratk.core.secrets import without_secrets
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.settings.identity import comparable, deciding

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from qratk.core.errors import QratkError
+from qratk.core.secrets import text_without_secrets
 
 INTERRUPTED = 130
 
@@ -55,7 +56,7 @@ def run_task(task: Task) -> Answer:
         try:
             _search(task)
         except QratkError as error:
-            print(f"qratk: error: {error}", file=sys.stderr)
+            print(f"qratk: error: {text_without_secrets(str(error))}", file=sys.stderr)
             return Answer(str(error))
         except SystemExit as stop:
             return _stopped(stop, task.log)

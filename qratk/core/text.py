@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from qratk.core.configuration import Configuration
-
-HIDDEN = "(hidden)"
+from qratk.core.secrets import HIDDEN, text_without_secrets
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+|\s+")
-_SECRETS = (
-    (re.compile(r"\b(?:hf|ghp|gho|github_pat|glpat|sk|wandb)[_-][A-Za-z0-9_-]{16,}"), HIDDEN),
-    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{HIDDEN}@"),
+_SAID = (
     (re.compile(r"(?i)\b(authorization:\s*\w+|password|passwd|secret|api_?key|access_?token|auth_?token)(\s*[=:]\s*|\s+)"
                 r"(?!\s)[^\s,;'\"]{6,}"), rf"\1\2{HIDDEN}"),
 )  # fmt: skip
-# Names of whole keys: `pad_token` and `max_tokens` are no secrets.
-_SECRET_KEY = re.compile(
-    r"(?i)^(.*_)?(password|passwd|secret|secret_key|api_?key|access_key|(hf|auth|access|hub|api|bearer)_?token)$|^token$"
-)
 
 
 def clean(text: str) -> str:
     """Text on one line, without control codes, and with what looks like a token or a password hidden."""
     text = _CONTROLS.sub(" ", _ESCAPES.sub("", text)).strip()
-    for pattern, replacement in _SECRETS:
+    for pattern, replacement in _SAID:
         text = pattern.sub(replacement, text)
-    return text
-
-
-def without_secrets(value: Any) -> Any:
-    """Plain data (a copy) in which the strings under keys such as `hf_token` or `password` are None."""
-    if isinstance(value, Mapping):
-        return {
-            key: None if isinstance(item, str) and _SECRET_KEY.match(str(key)) else without_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return value
+    return text_without_secrets(text)
 
 
 def duration(seconds: float | None) -> str:

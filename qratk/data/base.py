@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.parsing import AttributeDict
 from torch.utils.data import DataLoader
 
+from qratk.core.secrets import without_secrets
 from qratk.data.attached import Attached, of_trainer
 from qratk.data.batches import Batch, training_batch
 from qratk.data.encoding import Encoded, learnable
@@ -76,6 +78,11 @@ class TaskData(LightningDataModule, Task):
         self.asked_length = max_length
         self._attached: Attached | None = None
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """The arguments that a data module saves as hyper-parameters, as loggers write them: without secrets."""
+        return AttributeDict(without_secrets(super().hparams_initial))
 
     @property
     def batch_size(self) -> int:

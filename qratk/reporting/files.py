@@ -19,7 +19,8 @@ from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain
 from qratk.core.problem import Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.core.text import clean, without_secrets
+from qratk.core.secrets import without_secrets
+from qratk.core.text import clean
 from qratk.reporting.base import Reporter
 from qratk.reporting.tracker import Tracker, budget_bytes
 from qratk.run import files

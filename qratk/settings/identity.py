@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qratk.core.plain import flatten
+from qratk.core.secrets import without_secrets
 from qratk.settings.names import named_document
 
 UNDECIDING: Final = frozenset({
@@ -26,12 +27,13 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
 def comparable(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted key in the form in which two searches are compared: what decides, components by their names.
 
-    Takes what a run directory of any age holds. Empty mappings are left out: they set nothing.
+    Takes what a run directory of any age holds. Empty mappings are left out, for they set nothing, and so are
+    secrets, which no file holds.
     """
     compared: dict[str, Any] = {}
     for key, value in flat.items():
         if not any(key == other or key.startswith(f"{other}.") for other in UNDECIDING):
-            compared.update(flatten(named_document(_nested(key, value))))
+            compared.update(flatten(named_document(without_secrets(_nested(key, value)))))
     return {key: value for key, value in compared.items() if value != {}}
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.parsing import AttributeDict
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -32,6 +33,7 @@ from qratk.core.batching import BATCH_COST
 from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
+from qratk.core.secrets import without_secrets
 from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.sharding import ShardedStrategy, require_strategy, shard
 
@@ -164,6 +166,11 @@ class FineTuneModule(LightningModule):
     def options(self) -> Any:
         """The arguments of the constructor, as attributes."""
         return self.hparams
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """The arguments as loggers write them: without secrets."""
+        return AttributeDict(without_secrets(super().hparams_initial))
 
     # The backbone
 
@@ -398,6 +405,9 @@ class FineTuneModule(LightningModule):
         checkpoint["allocation"] = self._after.state() if self._after is not None else {}
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["device_random"] = device_random_state(self.device)
+        key = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
+        if key in checkpoint:
+            checkpoint[key] = without_secrets(checkpoint[key])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the adapters in place; raises `ConfigurationError` when they are of another configuration."""

@@ -229,16 +229,22 @@ def test_checkpoints_are_loaded_without_running_code(capsys, config):
 
 
 def test_secrets_are_not_saved(monkeypatch, config, tmp_path):
-    from qratk.cli import application
     from qratk.cli.trainer import SearchTrainer
 
-    monkeypatch.setattr(SearchTrainer, "search", lambda self, *a, **options: None)
-    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: hidden}}"
-    monkeypatch.setattr(application, "without_secrets", lambda document: {**document, "cleaned": True})
-    assert main(["search", "--config", config, "--run_dir=run", f"--trainer.logger={logger}"]) == 0
-    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved["cleaned"] is True
+    bound = []
+    monkeypatch.setattr(SearchTrainer, "search", lambda self, *a, **options: bound.append(options["config"]))
+    options = {"save_dir": "https://me:hunter22@host/x", "name": "hf_" + "a" * 34, "prefix": "?token=hunter22"}
+    logger = json.dumps({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options})
+    given = ["--config", config, "--run_dir=run", f"--trainer.logger={logger}", "--model.model=https://me:hunter22@h/x"]
+    assert main(["search", *given]) == 0
+    path = tmp_path / "run" / "config.yaml"
+    for text in (path.read_text(), json.dumps(bound)):
+        assert "hunter22" not in text
+        assert "hf_a" not in text
+    saved = yaml.safe_load(path.read_text())
     assert not {"run_dir", "ckpt_path", "config"} & set(saved)
+    assert main(["search", "--config", str(path), "--run_dir=run"]) == 0  # it can be read again, and is the same
+    assert bound[0] == bound[1]
 
 
 def test_interrupt_tells_how_to_go_on(monkeypatch, capsys, config):

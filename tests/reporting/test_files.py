@@ -122,7 +122,7 @@ def test_best_file_holds_no_token_but_keeps_settings_named_alike(tmp_path: Path,
     given = {"model": {"hf_token": "hf_abcdefghijklmnop", "pad_token": "<pad>", "max_tokens": 5}}
     play(RunFiles(tmp_path, fit_config=given), result)
     model = yaml.safe_load((tmp_path / "best.yaml").read_text())["model"]
-    assert (model["hf_token"], model["pad_token"], model["max_tokens"]) == (None, "<pad>", 5)
+    assert ("hf_token" in model, model["pad_token"], model["max_tokens"]) == (False, "<pad>", 5)
 
 
 def test_front_file_agrees_with_the_front(tmp_path: Path, result: SearchResult) -> None:
