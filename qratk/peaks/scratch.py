@@ -3,6 +3,8 @@
 The kernels' own buffers follow a rule by shapes. The products of the backward pass are oneDNN's where the processor
 multiplies numbers of 16 bits (AVX512 and later), and what that library takes for them depends on the processor and its
 caches: there it is measured. Products elsewhere in a step take from it too, up to about 2 MB a thread: not counted.
+Nor are the packed keys and values, about as large as these, that the forward pass makes of at least four heads whose
+width is a multiple of 64 on processors with AMX.
 """
 
 from __future__ import annotations
