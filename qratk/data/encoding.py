@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -55,12 +57,14 @@ class PairEncoder:
 
     Spaces at the end of the context move to the continuation; context plus continuation are encoded in one piece and
     cut after as many tokens as the context alone has; an empty context is replaced by the prefix token.
-    (`TemplateLM.loglikelihood` and `HFLM.tok_encode` of lm-eval 0.4.)
+    (`TemplateLM.loglikelihood` and `HFLM.tok_encode` of lm-eval 0.4.) Of a tokenizer that ends texts by a token, that
+    is left off, here and in `run_lm_eval`; lm-eval itself would cut it from the continuation's beginning.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.prefix = prefix_token_id(tokenizer)
+        self._behind = affixes(tokenizer)[1]
         self._prefix_text = tokenizer.decode(self.prefix) if self.prefix is not None else None
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -87,7 +91,9 @@ class PairEncoder:
         starts = self._prefix_text
         begun = [text for text in texts if starts and text.startswith(starts)]
         others = [text for text in texts if not (starts and text.startswith(starts))]
-        ids = _ids(self.tokenizer, begun, special=False) + _ids(self.tokenizer, others)
+        # What the tokenizer puts behind a text would stand between context and continuation.
+        ended = [without_end(ids, self._behind) for ids in _ids(self.tokenizer, others)]
+        ids = _ids(self.tokenizer, begun, special=False) + ended
         return dict(zip(begun + others, ids, strict=True))
 
     def _without_context(self, tokens: list[int]) -> tuple[list[int], list[int]]:
@@ -99,6 +105,11 @@ class PairEncoder:
         if tokens and tokens[0] == self.prefix:
             return tokens[:1], tokens[1:]
         return [self.prefix], tokens
+
+
+def without_end(ids: list[int], behind: list[int]) -> list[int]:
+    """Tokens of a text without those that the tokenizer put behind it."""
+    return ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool | None = None) -> list[list[int]]:
@@ -121,34 +132,43 @@ def bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _ids(tokenizer, texts, special=False)
 
 
+def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that a tokenizer puts before a text, and behind it."""
+    ((bare, whole),) = zip(_ids(tokenizer, ["a"], special=False), _ids(tokenizer, ["a"], special=True), strict=True)
+    for first in range(len(whole) - len(bare) + 1):
+        if whole[first : first + len(bare)] == bare:
+            return whole[:first], whole[first + len(bare) :]
+    return [], []
+
+
 def encode_pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]], *, special: bool) -> tuple[list[int], list[int]]:
-    """Tokens of the joined pieces, and for each token the index of the piece that it ends in (-1: added by the
-    tokenizer).
+    """Tokens of the joined pieces, and for each token the index of the piece that it ends in (-1: put before the text
+    by the tokenizer, if `special`; what it puts behind is left out, for the text may go on).
 
-    The text is encoded in one piece, as a user would; a tokenizer without character offsets encodes piece by piece.
+    The text is encoded in one piece, as a user would.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        return _piece_by_piece(tokenizer, pieces, special=special)
     text = "".join(piece for piece, _ in pieces)
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    ends, total = [], 0
-    for piece, _ in pieces:
-        total += len(piece)
-        ends.append(total)
-    owners, index = [], 0
-    for start, end in encoded["offset_mapping"]:
-        while index < len(ends) - 1 and end > ends[index]:
-            index += 1
-        owners.append(index if end > start else -1)
-    return list(encoded["input_ids"]), owners
+    before = affixes(tokenizer)[0] if special else []
+    ends = list(accumulate(len(piece) for piece, _ in pieces))
+    if getattr(tokenizer, "is_fast", False):
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, owners = list(encoding["input_ids"]), _owners([end for _, end in encoding["offset_mapping"]], ends)
+    else:
+        (ids,) = bare_ids(tokenizer, [text])
+        heads = bare_ids(tokenizer, [text[:end] for end in ends[:-1]])
+        owners = _owners_by_heads(ids, heads)
+    return before + ids, [-1] * len(before) + owners
 
 
-def _piece_by_piece(
-    tokenizer: Any, pieces: Sequence[tuple[str, bool]], *, special: bool
-) -> tuple[list[int], list[int]]:
-    ids, owners = [], []
-    for index, (piece, _) in enumerate(pieces):
-        tokens = tokenizer.encode(piece, add_special_tokens=special and index == 0)
-        ids += tokens
-        owners += [index] * len(tokens)
-    return ids, owners
+def _owners(token_ends: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Index of the piece that each token ends in."""
+    return [min(bisect_left(ends, end), len(ends) - 1) for end in accumulate(token_ends, max)]
+
+
+def _owners_by_heads(ids: Sequence[int], heads: Sequence[Sequence[int]]) -> list[int]:
+    """As `_owners`, without character offsets: a token ends in a piece if it is a token of the text up to there too."""
+    owners: list[int] = []
+    for index, head in enumerate(heads):
+        common = next((k for k, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), min(len(ids), len(head)))
+        owners += [index] * (common - len(owners))
+    return owners + [len(heads)] * (len(ids) - len(owners))

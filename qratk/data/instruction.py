@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
+from qratk.data.answers import Piece, end_answers, label_answers, pieces_of
 from qratk.data.base import TaskData
+from qratk.data.chat import ChatTemplate
+from qratk.data.conversation import FIELDS, Conversation, conversation
 from qratk.data.encoding import Encoded, encode_pieces, encoded, special_ids
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
 from qratk.data.splits import Item, Split
 from qratk.data.text import scored_tokens
 
+_logger = logging.getLogger(__name__)
+
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
-Piece = tuple[str, bool]
-Turn = tuple[str, str]
-_ROLES = ("system", "user", "assistant", "tool")
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -32,6 +35,10 @@ ALPACA_NO_INPUT = (
 class InstructionData(TaskData):
     """Rows of instruction, input and output, or of messages; the score is minus nats per answer token.
 
+    Beside these, rows may have `system`, `history` (pairs of question and answer) and `tools`; a message of the
+    assistant `tool_calls`, `reasoning_content`, and a `weight` of 0 when it is not to be learnt. Through the chat
+    template a row is token for token what the tokenizer's `apply_chat_template` makes of it, or it is refused.
+
     Args:
         train: As in `TaskData`, whose other options apply too.
         template: `chat` is the tokenizer's own template, `alpaca` the prompt of Stanford Alpaca, `plain` the bare texts
@@ -43,22 +50,19 @@ class InstructionData(TaskData):
         if template not in ("auto", "alpaca", "chat", "plain"):
             raise DataError(f"template must be auto, alpaca, chat or plain, got {template!r}")
         self.template = template
+        self._told: set[str] = set()
 
     def options(self) -> Mapping[str, Any]:
         """The template."""
         return {"template": self.template}
 
-    def parse(self, row: Row) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
-        """(instruction, input) or nothing, and the turns of the conversation, each (role, text)."""
-        if "messages" in row.data:
-            return (), _turns(row)
-        instruction, extra = row.text("instruction"), row.text("input", default="")
-        question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        return (instruction, extra), (("user", question), ("assistant", row.text("output")))
+    def parse(self, row: Row) -> Conversation:
+        """The conversation of a row."""
+        return conversation(row)
 
     def fields_used(self) -> frozenset[str]:
         """Those of both forms of rows."""
-        return frozenset(("instruction", "input", "output", "messages"))
+        return FIELDS
 
     @property
     def template_in_use(self) -> Literal["alpaca", "chat", "plain"]:
@@ -70,25 +74,56 @@ class InstructionData(TaskData):
             return "chat" if has_chat else "alpaca"
         return self.template
 
-    def pieces(self, item: Item) -> list[Piece]:
-        """Text of an item in pieces, each with whether it is an answer."""
-        fields, turns = item.content
-        match self.template_in_use:
-            case "chat":
-                return _chat_pieces(self.tokenizer, turns, item.where)
-            case "alpaca":
-                return _alpaca_pieces(fields, turns)
-            case _:
-                return _plain_pieces(turns)
-
     def _encode(self, items: Sequence[Item]) -> Iterator[Encoded]:
-        chat = self.template_in_use == "chat"
-        closing = special_ids(self.tokenizer) if chat else frozenset()
-        for index, item in enumerate(items):
-            pieces = self.pieces(item)
-            ids, owners = encode_pieces(self.tokenizer, pieces, special=not chat)
-            tokens, labelled = _close_answers(ids, owners, pieces, closing, self.tokenizer.eos_token_id)
+        form = self.template_in_use
+        encode = self._chat_rows(items) if form == "chat" else self._own_rows(items, form)
+        for index, (tokens, labelled) in enumerate(encode):
             yield self._fit(tokens, labelled, index)
+
+    def _chat_rows(self, items: Sequence[Item]) -> Iterator[tuple[list[int], list[bool]]]:
+        """Tokens of the chat template's own text, and labels: of answers, and of the special token that ends each."""
+        template, closing = ChatTemplate(self.tokenizer), special_ids(self.tokenizer)
+        ignored: dict[str, None] = {}
+        open_ended = 0
+        for item in items:
+            ignored |= dict.fromkeys(template.ignored(item.content))
+            text = template.text(item.content, item.where)
+            pieces = pieces_of(text, template.spans(item.content, text, item.where))
+            ids, owners = encode_pieces(self.tokenizer, pieces, special=False)
+            labelled, closed = label_answers(ids, owners, pieces, closing, blank=self._is_blank)
+            open_ended += not closed
+            yield ids, labelled
+        self._tell(ignored, open_ended)
+
+    def _own_rows(
+        self, items: Sequence[Item], form: Literal["alpaca", "plain"]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """Tokens of a form of ours, and labels: of answers, and of an end of sequence behind each."""
+        end = self.tokenizer.eos_token_id
+        for item in items:
+            content: Conversation = item.content
+            for name in content.told():
+                raise DataError(f"{item.where}: template {form} has no place for {name!r}; use the chat template")
+            pieces = _alpaca_pieces(content) if form == "alpaca" else _plain_pieces(content)
+            ids, owners = encode_pieces(self.tokenizer, pieces, special=True)
+            yield end_answers(ids, owners, pieces, end)
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
+
+    def _tell(self, ignored: Mapping[str, None], open_ended: int) -> None:
+        said = []
+        if ignored:
+            said.append(f"fields of messages that the chat template does not use: {', '.join(ignored)}")
+        if open_ended:
+            said.append(
+                f"the chat template puts no special token behind an answer of {open_ended} rows: there the model does "
+                f"not learn to stop"
+            )
+        for text in said:
+            if text not in self._told:
+                self._told.add(text)
+                _logger.warning(text)
 
     def _fit(self, tokens: list[int], labelled: list[bool], item: int) -> Encoded:
         """The stretch of `max_length` tokens with the most answer in it, the earliest if several; a leading
@@ -121,99 +156,38 @@ class InstructionData(TaskData):
         return scored_tokens(self.scoring_rows(stage), len(self.items(stage)))
 
 
-def _turns(row: Row) -> tuple[Turn, ...]:
-    messages = row.data["messages"]
-    if not isinstance(messages, list | tuple) or not messages:
-        raise row.error(f"needs `messages`, a list of {{role, content}}; got {messages!r:.80}")
-    turns = tuple(_turn(message, row) for message in messages)
-    if all(role != "assistant" for role, _ in turns):
-        raise row.error("has no message of the assistant, so there is nothing to learn")
-    return turns
-
-
-def _turn(message: Any, row: Row) -> Turn:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if role not in _ROLES or not isinstance(content, str):
-        raise row.error(f"has a message without a role of {', '.join(_ROLES)} and a text content: {message!r:.120}")
-    return role, content
-
-
 def _alpaca_prompt(instruction: str, extra: str = "") -> str:
     if extra.strip():
         return ALPACA_INPUT.format(instruction=instruction, input=extra)
     return ALPACA_NO_INPUT.format(instruction=instruction)
 
 
-def _alpaca_pieces(fields: tuple[str, ...], turns: Sequence[Turn]) -> list[Piece]:
-    if fields:
-        return [(_alpaca_prompt(*fields), False), (turns[-1][1], True)]
+def _alpaca_pieces(content: Conversation) -> list[Piece]:
+    if content.fields:
+        return [(_alpaca_prompt(*content.fields), False), (content.turns[-1][1], content.learnt[-1])]
     pieces: list[Piece] = []
     asked: list[str] = []
-    for role, text in turns:
+    for (role, text), learnt in zip(content.turns, content.learnt, strict=True):
         if role != "assistant":
             asked.append(text)
             continue
         question = "\n\n".join(asked)
         # Stanford Alpaca knows one turn; later turns repeat its headings without the preamble.
         prompt = f"\n\n### Instruction:\n{question}\n\n### Response:\n" if pieces else _alpaca_prompt(question)
-        pieces += [(prompt, False), (text, True)]
+        pieces += [(prompt, False), (text, learnt)]
         asked = []
     return pieces
 
 
-def _plain_pieces(turns: Sequence[Turn]) -> list[Piece]:
+def _plain_pieces(content: Conversation) -> list[Piece]:
+    turns = content.turns
     last = max(index for index, (role, _) in enumerate(turns) if role == "assistant")
     pieces: list[Piece] = []
-    for role, text in turns[: last + 1]:
-        pieces.append((text, True) if role == "assistant" else (f"{text}\n", False))
+    for (role, text), learnt in list(zip(turns, content.learnt, strict=True))[: last + 1]:
+        pieces.append((text, learnt) if role == "assistant" else (f"{text}\n", False))
         if role == "assistant":
             pieces.append(("\n", False))
     return pieces[:-1]
-
-
-def _chat_pieces(tokenizer: Any, turns: Sequence[Turn], where: str) -> list[Piece]:
-    """The chat template's text, cut where answers begin and end.
-
-    Rendered once with marks in place of the answers: templates differ in what surrounds an answer, and some treat the
-    last one differently, but all insert it whole.
-    """
-    marks = {index: f"@@answer-{index}-mark@@" for index, (role, _) in enumerate(turns) if role == "assistant"}
-    messages = [{"role": role, "content": marks.get(index, text)} for index, (role, text) in enumerate(turns)]
-    try:
-        rest = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise on purpose: wrong order of roles, no system message allowed
-        raise DataError(f"{where}: the chat template rejects the messages: {error}") from error
-    pieces: list[Piece] = []
-    for index, mark in marks.items():
-        before, found, rest = rest.partition(mark)
-        if not found:
-            raise DataError(f"{where}: the chat template drops or changes an answer; use template alpaca or plain")
-        pieces += [(before, False), (turns[index][1].strip(), True)]
-    return [*pieces, (rest, False)]
-
-
-def _close_answers(
-    ids: list[int], owners: list[int], pieces: Sequence[Piece], closing: frozenset[int], end: int | None
-) -> tuple[list[int], list[bool]]:
-    """Tokens and labels, with the token that ends each answer learnt: the template's special token where one follows,
-    else an end of sequence put in."""
-    tokens: list[int] = []
-    labelled: list[bool] = []
-    position = 0
-    for piece, (_, answer) in enumerate(pieces):
-        while position < len(ids) and owners[position] <= piece:
-            tokens.append(ids[position])
-            labelled.append(answer and owners[position] == piece)
-            position += 1
-        if answer and position < len(ids) and ids[position] in closing:
-            tokens.append(ids[position])
-            labelled.append(True)
-            position += 1
-        elif answer and end is not None:
-            tokens.append(end)
-            labelled.append(True)
-    return tokens, labelled
 
 
 def _richest_stretch(labelled: Sequence[bool], size: int, *, counts_first: bool) -> int:

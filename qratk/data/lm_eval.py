@@ -62,7 +62,7 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     with _placed(model, device), _quiet():
-        harness = HFLM(
+        harness = _harness(HFLM, tokenizer)(
             pretrained=_view(model),
             tokenizer=copy.deepcopy(tokenizer),  # a padding token is set on it
             batch_size=batch_size,
@@ -75,6 +75,22 @@ def run_lm_eval(
     if results is None:  # on other ranks than the first
         raise DataError("lm-eval returned no results: call it on the first process only")
     return results
+
+
+def _harness(kind: Any, tokenizer: Any) -> Any:
+    """lm-eval's `HFLM`, of texts without what the tokenizer puts behind them: it would stand before continuations."""
+    from qratk.data.encoding import affixes, without_end
+
+    behind = affixes(tokenizer)[1]
+    if not behind:
+        return kind
+
+    class Harness(kind):  # type: ignore[misc]
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, add_special_tokens, **options)
+            return ids if add_special_tokens is False else without_end(ids, behind)
+
+    return Harness
 
 
 def _view(model: nn.Module) -> Any:

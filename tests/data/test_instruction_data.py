@@ -66,17 +66,6 @@ def test_alpaca_rows_go_through_the_chat_template_where_there_is_one(write: Writ
     assert learnt(chat_tokenizer, row) == "It is four,\nas is known.<|end|>"
 
 
-def test_a_template_that_ends_answers_with_nothing_gets_an_end_of_sequence(write: Write, chat_tokenizer: Any) -> None:
-    template = chat_tokenizer.chat_template
-    try:
-        chat_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        (row,) = make(write, chat_tokenizer, [{"messages": CHAT}]).scoring_rows("test")
-    finally:
-        chat_tokenizer.chat_template = template
-    # The space before a word may be part of the word's token.
-    assert learnt(chat_tokenizer, row).strip() == "The dog barks.</s>Blue, blue.</s>"
-
-
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_multi_turn_rows_without_a_chat_template_learn_all_answers(write: Write, tokenizer: Any, template: Any) -> None:
     (row,) = make(write, tokenizer, [{"messages": CHAT}], template=template).scoring_rows("test")

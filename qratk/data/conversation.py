@@ -1,0 +1,164 @@
+"""Rows of instruction tuning as conversations: messages, which of them are learnt, and the tools that they may call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qratk.data.sources import Row, shown
+
+Message = Mapping[str, Any]
+_ROLES = ("system", "user", "assistant", "tool")
+
+FIELDS = frozenset(("instruction", "input", "output", "system", "history", "messages", "tools"))
+"""Fields of a row that make up its conversation."""
+
+TOLD = frozenset(("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio"))
+"""Fields of a message that are part of what it says, beside its content."""
+
+_OF_ANOTHER_KIND = (
+    "functions", "function_call", "documents", "images", "image", "videos", "video", "audios", "audio",
+    "chat_template_kwargs", "reasoning_content", "weight",
+)  # fmt: skip
+_MASKS = ("train", "trainable", "training", "learn", "loss", "mask", "loss_mask")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as the tokenizer's template takes them, and for each whether it is learnt.
+
+    `fields` are (instruction, input) where the row is one question of that form, else nothing.
+    """
+
+    fields: tuple[str, ...]
+    messages: tuple[Message, ...]
+    learnt: tuple[bool, ...]
+    tools: tuple[Any, ...] = ()
+
+    def plain(self) -> Any:
+        """What tells conversations apart, as JSON takes it."""
+        turns = [(message["role"], message.get("content")) for message in self.messages]
+        every = all(learnt == (role == "assistant") for (role, _), learnt in zip(turns, self.learnt, strict=True))
+        if every and not self.tools and all(set(message) == {"role", "content"} for message in self.messages):
+            return self.fields, turns
+        return self.fields, [dict(message) for message in self.messages], self.learnt, self.tools
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """(role, text) of each message."""
+        return [(message["role"], message.get("content") or "") for message in self.messages]
+
+    def told(self) -> list[str]:
+        """What it says beside the texts: `tools`, and fields of messages."""
+        named = sorted({name for message in self.messages for name in message if name in TOLD})
+        return (["tools"] if self.tools else []) + named
+
+
+def conversation(row: Row) -> Conversation:
+    """The conversation of a row. Raises DataError when it is none, or holds what would change its meaning and is not
+    supported."""
+    for name in _OF_ANOTHER_KIND:
+        if not _empty(row.data.get(name)):
+            raise row.error(f"has a field {name!r}, which changes what is to be learnt and is not supported")
+    if row.data.get("messages") is not None:
+        return _of_messages(row)
+    return _of_instruction(row)
+
+
+def _of_instruction(row: Row) -> Conversation:
+    instruction, extra = row.text("instruction"), row.text("input", default="")
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    before = [*_system(row), *_history(row)]
+    turns = [*before, ("user", question), ("assistant", row.text("output"))]
+    return Conversation(
+        () if before else (instruction, extra),
+        tuple({"role": role, "content": text} for role, text in turns),
+        tuple(role == "assistant" for role, _ in turns),
+        _tools(row),
+    )
+
+
+def _system(row: Row) -> list[tuple[str, str]]:
+    text = row.text("system", default="")
+    return [("system", text)] if text.strip() else []
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Earlier rounds: pairs of question and answer."""
+    history = row.data.get("history")
+    if _empty(history):
+        return []
+    if not isinstance(history, list | tuple) or not all(_is_pair(pair) for pair in history):
+        raise row.error(f"needs `history` as a list of [question, answer]; got {shown(history)}")
+    return [turn for asked, answered in history for turn in (("user", asked), ("assistant", answered))]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _of_messages(row: Row) -> Conversation:
+    given = row.data["messages"]
+    if not isinstance(given, list | tuple) or not given:
+        raise row.error(f"needs `messages`, a list of {{role, content}}; got {shown(given)}")
+    if not _empty(row.data.get("history")):
+        raise row.error("has both `messages` and `history`; put all of it into `messages`")
+    messages = [_message(message, row) for message in given]
+    for _, text in _system(row):
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": text})
+        elif messages[0]["content"] != text:
+            raise row.error("has a field 'system' beside another system message; remove one")
+    learnt = tuple(_learnt(message, row) for message in messages)
+    if all(message["role"] != "assistant" for message in messages):
+        raise row.error("has no message of the assistant, so there is nothing to learn")
+    if not any(learnt):
+        raise row.error("gives every message of the assistant the weight 0, so there is nothing to learn")
+    kept = tuple({name: value for name, value in message.items() if name != "weight"} for message in messages)
+    return Conversation((), kept, learnt, _tools(row))
+
+
+def _message(message: Any, row: Row) -> dict[str, Any]:
+    """A message without its nulls, which stand for what is absent; but content may be null beside calls of tools."""
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+        raise row.error(f"has a message without a role of {', '.join(_ROLES)} and a text content: {shown(message)}")
+    kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+    content = kept.get("content")
+    if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
+        raise row.error(f"has a message without a role of {', '.join(_ROLES)} and a text content: {shown(message)}")
+    for name in _MASKS:
+        if name in kept:
+            raise row.error(f"has a message with {name!r}; what is not to be learnt has the weight 0")
+    return kept
+
+
+def _learnt(message: Message, row: Row) -> bool:
+    weight: Any = message.get("weight")
+    answer = bool(message["role"] == "assistant")
+    if weight is None:
+        return answer
+    if weight not in (0, 1) or (weight and not answer):
+        raise row.error(f"gives a message of the {message['role']} the weight {shown(weight)}; only the assistant's "
+                        f"are learnt, with weight 1, or not, with weight 0")  # fmt: skip
+    return bool(weight)
+
+
+def _tools(row: Row) -> tuple[Any, ...]:
+    """Tools, as a list or as its JSON text."""
+    tools = row.data.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise row.error(f"needs `tools` as a list; its text is not valid JSON: {shown(tools)}") from error
+    if _empty(tools):
+        return ()
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise row.error(f"needs `tools` as a list of objects; got {shown(tools)}")
+    return tuple(tools)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], (), {})
