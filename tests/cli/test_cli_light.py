@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from documents import evaluation_entry, result_document
 
 from qratk import __version__
 from qratk.__main__ import COMMANDS, main
 from qratk.cli.components import rows
 from qratk.cli.gain import gain_text
 from qratk.components import REGISTRIES
+from qratk.run.document import ComparisonEntry
 
 _PROBE = """
 import sys
@@ -77,22 +79,15 @@ def test_every_component_has_a_summary():
         assert all(row.summary or row.problem for row in rows(registry)), registry.kind
 
 
-def row(configuration: str, score: float, size: int) -> dict:
-    bits = float(configuration.partition(":")[0])
-    return {"configuration": configuration, "score": score, "bytes": size, "average_bits": bits}
-
-
 def test_gain_is_told_for_the_asked_bits_only():
-    four, two = row("4:8*2", 0.5, 100), row("2:8*2", 0.1, 60)
-    result = {
-        "best": row("8:4 2:8", 0.75, 90),
-        "comparisons": [
-            {"baseline": four, "difference": 0.25, "low": 0.1, "high": 0.4},
-            {"baseline": two, "difference": 0.65, "low": 0.5, "high": 0.8},
-        ],
-        "test_scores": {"8:4 2:8": {"score": 0.7}, "4:8*2": {"score": 0.6}},
-    }
-    text = gain_text(result, 4)
+    four, two = evaluation_entry("4:8*2", 0.5, 100), evaluation_entry("2:8*2", 0.1, 60)
+    comparisons = (
+        ComparisonEntry(baseline=four, difference=0.25, low=0.1, high=0.4, confidence=0.95),
+        ComparisonEntry(baseline=two, difference=0.65, low=0.5, high=0.8, confidence=0.95),
+    )
+    tests = {"8:4 2:8": {"score": 0.7}, "4:8*2": {"score": 0.6}}
+    best = evaluation_entry("8:4 2:8", 0.75, 90)
+    text = gain_text(result_document(best, comparisons=comparisons, test_scores=tests), 4)
     assert "over uniform 4:8: +0.2500 [+0.1000, +0.4000] at 90% of its bytes; on test data +0.1000" in text
     assert "2:8" not in text.splitlines()[-1]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from documents import evaluation_entry, result_document
 from example_comparison import compare
 
 from qratk.cli.compare import print_table, report
@@ -25,36 +26,14 @@ from qratk.compare.table import (
     text_row,
     write_tables,
 )
-from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.run.document import (
-    EvaluationEntry,
-    FrontDocument,
-    ImportanceEntry,
-    ProblemEntry,
-    ResultDocument,
-    Settings,
-)
+from qratk.run.document import Settings
 
 
 def outcome(recipe, seed, score, *, test=None, items=(), weights=None, size=100, limit=100, budget=OWN) -> Outcome:
-    configuration = Configuration.from_text("4:8*2")
-    best = EvaluationEntry(
-        configuration=configuration, digest=configuration.digest, steps=9, score=score, bytes=size, fits=True,
-        storage_bytes=size, training_bytes=2 * size, serving_bytes=size, fixed_bytes=0, average_bits=4.0,
-        average_rank=8.0, seconds=1.0, status="ok", reason="", checkpoint=None,
-    )  # fmt: skip
-    problem = ProblemEntry(
-        layers=("a", "b"), bits=(4,), ranks=(8,), log10_configurations=0.0, limit_bytes=limit, scope="storage",
-        max_average_bits=None, fixed_bytes=0, importance=ImportanceEntry(bits=(1.0, 1.0), rank=(1.0, 1.0)),
-        steps=(3, 9), reduction_factor=3.0, resumed=0,
-    )  # fmt: skip
-    result = ResultDocument(
-        name="search", best=best, baselines=(), references=(), comparisons=(),
-        test_scores={} if test is None else {"4:8*2": test},
-        front=FrontDocument(scope="storage", limit_bytes=limit, steps=9, evaluations=(best,)), failed_evaluations=0,
-        item_weights=weights, problem=problem,
-    )  # fmt: skip
+    best = evaluation_entry("4:8*2", score, size)
+    tests = {} if test is None else {"4:8*2": test}
+    result = result_document(best, limit=limit, test_scores=tests, item_weights=weights)
     return Outcome(recipe, budget, seed, result, items=tuple(items))
 
 
