@@ -30,7 +30,7 @@ from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchResult
 from qratk.evaluators._landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
-from qratk.reporting.multi import Reporters
+from qratk.reporters.multi import Reporters
 from qratk.searchers._sampling import sample_feasible
 from qratk.settings.merge import laid_over
 from qratk.settings.recipe import from_section

@@ -228,7 +228,7 @@ def search(subject: Subject, folder: Path, options: dict[str, Any]) -> Any:
 
     from lightning import Trainer as LightningTrainer
 
-    from qratk.reporting.standard import standard_reporters
+    from qratk.reporters.standard import standard_reporters
     from qratk.settings.recipe import autoqra
 
     loop = autoqra(evaluator={"finetune": options}, test=False, **subject.search)

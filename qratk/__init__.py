@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from qratk.quantizers.base import Quantizer as Quantizer
     from qratk.refiners.base import LocalRefiner as LocalRefiner
     from qratk.repairs.base import RepairPolicy as RepairPolicy
-    from qratk.reporting.base import Reporter as Reporter
-    from qratk.reporting.standard import standard_reporters as standard_reporters
+    from qratk.reporters.base import Reporter as Reporter
+    from qratk.reporters.standard import standard_reporters as standard_reporters
     from qratk.searchers.base import GlobalSearcher as GlobalSearcher
     from qratk.searchers.generations import GenerationSearcher as GenerationSearcher
     from qratk.settings.recipe import autoqra as autoqra
@@ -96,8 +96,8 @@ _HOMES = {
     "qratk.settings.recipe": ("autoqra",),
     "qratk.refiners.base": ("LocalRefiner",),
     "qratk.repairs.base": ("RepairPolicy",),
-    "qratk.reporting.base": ("Reporter",),
-    "qratk.reporting.standard": ("standard_reporters",),
+    "qratk.reporters.base": ("Reporter",),
+    "qratk.reporters.standard": ("standard_reporters",),
     "qratk.searchers.base": ("GlobalSearcher",),
     "qratk.searchers.generations": ("GenerationSearcher",),
     "qratk.surrogates.base": ("PromotionSurrogate",),

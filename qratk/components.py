@@ -15,6 +15,7 @@ from qratk.quantizers.base import quantizers
 from qratk.refiners.base import refiners
 from qratk.registry import Registry
 from qratk.repairs.base import repairs
+from qratk.reporters.base import reporters
 from qratk.searchers.base import searchers
 from qratk.surrogates.base import surrogates
 
@@ -33,5 +34,6 @@ REGISTRIES: dict[str, Registry[Any]] = {
         evaluators,
         executors,
         exporters,
+        reporters,
     )
 }

@@ -27,7 +27,7 @@ HEAVY = (
 )
 OPEN_SETS = (
     "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators",
-    "executors", "exporters", "reporting", "adapters",
+    "executors", "exporters", "reporters", "adapters",
 )  # fmt: skip
 STRATEGIES = {"estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "adapters"}
 MODEL = ("adapters", "bank", "backbone", "training", "peaks")
@@ -128,7 +128,7 @@ def is_light(path: Path) -> bool:
         return True
     if inside[:2] == ("adapters", "starts"):
         return True
-    if inside[0] not in {*STRATEGIES, "evaluators", "executors", "exporters"} or len(inside) != 2:
+    if inside[0] not in {*STRATEGIES, "evaluators", "executors", "exporters", "reporters"} or len(inside) != 2:
         return False
     return not inside[1].startswith("_")  # helpers may be heavy, and no registry imports them
 

@@ -37,7 +37,7 @@ from qratk.core.result import (
 )
 from qratk.estimators.base import ImportanceEstimator
 from qratk.loop import SearchLoop
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Destination, Reporter
 from qratk.run.journal import Journal
 from qratk.searchers.nsga2 import NSGA2
 from qratk.testing import ToyEvaluator
@@ -54,6 +54,9 @@ class Recorder(Reporter):
         self.generations: list[GenerationSummary] = []
         self.refinements: list[RefinementSummary] = []
         self.results: list[SearchResult] = []
+
+    def open(self, destination: Destination) -> None:
+        self._destination = destination
 
     def started(self, plan: SearchPlan) -> None:
         self.plans.append(plan)

@@ -10,7 +10,7 @@ import pytest
 
 from qratk.core import ConfigurationError, ParetoFront
 from qratk.core.result import SearchResult
-from qratk.reporting.multi import Reporters
+from qratk.reporters.multi import Reporters
 from qratk.settings.recipe import autoqra
 from qratk.testing import ToyEvaluator
 

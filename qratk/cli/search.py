@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
@@ -19,8 +19,8 @@ from qratk.cli.application import SearchingCLI, run
 from qratk.cli.trainer import SearchTrainer
 from qratk.core.errors import SearchError
 from qratk.data.base import TaskData
-from qratk.reporting.base import Reporter
-from qratk.reporting.standard import standard_reporters
+from qratk.reporters.base import Destination, Reporter
+from qratk.reporters.multi import Reporters
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.settings.identity import deciding
@@ -28,13 +28,11 @@ from qratk.training.module import FineTuneModule
 
 
 class SearchCommand(SearchingCLI):
-    """Runs a search. `reporters` makes what it reports to, of its run directory."""
+    """Runs a search, and tells `reporters` of it in place of those of its settings, if any are given."""
 
     command = "search"
 
-    def __init__(
-        self, arguments: Sequence[str] = (), *, reporters: Callable[..., Reporter] = standard_reporters
-    ) -> None:
+    def __init__(self, arguments: Sequence[str] = (), *, reporters: Sequence[Reporter] | None = None) -> None:
         self._reporters = reporters
         super().__init__(arguments)
 
@@ -44,7 +42,8 @@ class SearchCommand(SearchingCLI):
         run_dir = choose_run_dir(self.settings.run_dir, name=loop.name)
         config = self.resolved()
         save_config(config, run_dir)
-        reporter = self._reporters(run_dir, fit_config=fit_config(config, steps=loop.ladder.highest))
+        reporter = Reporters(loop.reporters if self._reporters is None else self._reporters)
+        reporter.open(Destination(run_dir, fit_config(config, steps=loop.ladder.highest)))
         go_on = shlex.join(["qratk", "search", "--config", str(run_dir / files.CONFIG), "--run_dir", str(run_dir)])
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
@@ -52,7 +51,7 @@ class SearchCommand(SearchingCLI):
             )
 
 
-def search(arguments: Sequence[str], *, reporters: Callable[..., Reporter] = standard_reporters) -> int:
+def search(arguments: Sequence[str], *, reporters: Sequence[Reporter] | None = None) -> int:
     """Exit status of `qratk search`; `reporters` as for `SearchCommand`."""
     return run(partial(SearchCommand, reporters=reporters), arguments)
 

@@ -19,7 +19,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.result import SearchResult
 from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Reporter
 from qratk.settings.identity import comparable
 from qratk.training.module import FineTuneModule
 

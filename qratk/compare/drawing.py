@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.compare.read import Cells, Limits, Outcome
-from qratk.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
+from qratk.reporters.figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from qratk.compare import problem_figures, search_figures
 from qratk.compare.drawing import Drawing, NoDataError, Picture, View
 from qratk.compare.read import Cells
 from qratk.compare.table import to_csv
-from qratk.reporting.figures import to_png
+from qratk.reporters.figures import to_png
 from qratk.run.atomic import write_atomically
 
 DRAWINGS: Final[Mapping[str, Drawing]] = {

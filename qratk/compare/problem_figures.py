@@ -22,7 +22,7 @@ from qratk.core.configuration import KNOBS, Configuration, Knob
 from qratk.core.correlation import pearson, spearman
 from qratk.core.evaluation import Evaluation
 from qratk.core.text import short_names
-from qratk.reporting.figures import BLACK, BLUE, GREY, ORANGE, RED, SKY, layer_ticks, legend, new_figure
+from qratk.reporters.figures import BLACK, BLUE, GREY, ORANGE, RED, SKY, layer_ticks, legend, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

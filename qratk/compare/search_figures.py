@@ -25,7 +25,7 @@ from qratk.compare.drawing import (
 from qratk.compare.read import Outcome
 from qratk.compare.table import difference
 from qratk.core.plain import flatten
-from qratk.reporting.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
+from qratk.reporters.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

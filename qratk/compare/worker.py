@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,7 +21,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Task:
-    """A search to run: arguments of `qratk search`, the file of its output, whether to draw and to log."""
+    """A search to run: arguments of `qratk search`, the file of its output, whether all its own reporters are told."""
 
     arguments: tuple[str, ...]
     log: Path
@@ -80,11 +79,10 @@ def _release_memory() -> None:
 
 def _search(task: Task) -> None:
     from qratk.cli.search import search
-    from qratk.reporting.standard import standard_reporters
+    from qratk.reporters.files import RunFiles
+    from qratk.reporters.terminal import TerminalReporter
 
-    full = task.full_reports
-    reporters = partial(standard_reporters, plain=True, pictures=full, tensorboard=full)
-    search(task.arguments, reporters=reporters)
+    search(task.arguments, reporters=None if task.full_reports else (RunFiles(), TerminalReporter(plain=True)))
 
 
 def _stopped(stop: SystemExit, log: Path) -> Answer:

@@ -12,7 +12,7 @@ from qratk.core.result import Record, SearchPlan
 from qratk.evaluators.base import Evaluator
 from qratk.executors.base import Executor, Group
 from qratk.loop.state import Clock, SearchState, Stage
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Reporter
 from qratk.run.journal import Journal
 
 _NO_MEMORY = ("out of memory", "outofmemory", "memoryerror", "not enough memory", "can't allocate memory")

@@ -30,7 +30,7 @@ from qratk.loop.settings import Schedule, SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
 from qratk.loop.stopping import cap_reached, enough, room
 from qratk.mutations.proposer import Proposer
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Reporter
 from qratk.run.journal import Comparable, Journal
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from qratk.executors.base import Executor, executors
 from qratk.mutations.base import MutationOperator
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Reporter
 from qratk.run.journal import Comparable
 from qratk.searchers.base import GlobalSearcher
 from qratk.surrogates.base import PromotionSurrogate
@@ -76,6 +76,8 @@ class SearchSettings(ABC):
         seed: seed of every random choice of the search.
         name: name of the run.
         executor: where evaluations happen; it decides nothing of what they come to.
+        reporters: who shows and writes what happens, when the command line runs the search; without `files` a run has
+            no result for other commands to read.
     """
 
     evaluator: Evaluator
@@ -109,6 +111,7 @@ class SearchSettings(ABC):
     seed: int = 0
     name: str = "search"
     executor: Executor = field(default_factory=lambda: executors.create("serial"))
+    reporters: list[Reporter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.generations < 0 or self.high_fidelity_candidates < 1 or self.hypervolume_patience < 1:

@@ -36,6 +36,7 @@ SLOTS: Final[Mapping[str, str]] = {
     "rank_importance": "estimators",
     "evaluator": "evaluators",
     "executor": "executors",
+    "reporters": "reporters",
 }
 """Which open set each component of a search comes from."""
 

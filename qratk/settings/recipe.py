@@ -20,6 +20,7 @@ RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
     "rank_importance": "gradient_spectrum",
     "evaluator": "finetune",
     "executor": "serial",
+    "reporters": ("files", "pictures", "tensorboard", "terminal"),
 }
 """The default of each component: AutoQRA as published."""
 
@@ -27,7 +28,8 @@ RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
 def autoqra(**settings: Any) -> SearchLoop:
     """Search loop with the published recipe, except for what is given.
 
-    A component is given as a name, as a mapping {name: options}, or as an object; `mutations` as a list of these. All
+    A component is given as a name, as a mapping {name: options}, or as an object; `mutations` and
+    `reporters` as lists of these. All
     other settings are those of `SearchLoop`. Raises `UnknownComponentError` or `ConfigurationError`.
 
         autoqra(like=[4, 8], searcher={"nsga2": {"population": 20}}, refiner="none")
@@ -35,7 +37,7 @@ def autoqra(**settings: Any) -> SearchLoop:
     built: dict[str, Any] = {}
     for slot, kind in SLOTS.items():
         given = settings.pop(slot, RECIPE[slot])
-        built[slot] = [_built(kind, item) for item in given] if slot == "mutations" else _built(kind, given)
+        built[slot] = [_built(kind, item) for item in given] if isinstance(RECIPE[slot], tuple) else _built(kind, given)
     return SearchLoop(**built, **settings)
 
 

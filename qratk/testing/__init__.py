@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         failed,
         promoted,
     )
+    from qratk.testing.reporter_contract import ReporterContract
 
 __all__ = [
     "CASES",
@@ -52,6 +53,7 @@ __all__ = [
     "QuantizerContract",
     "RefinerContract",
     "RepairContract",
+    "ReporterContract",
     "SearcherContract",
     "SurrogateContract",
     "ToyEvaluator",
@@ -64,6 +66,12 @@ __all__ = [
 ]
 
 _WITH_TORCH = ("VOCABULARY", "EstimatorContract", "ExporterContract", "QuantizerContract", "tiny_batches")
+_APART = {
+    **dict.fromkeys(_WITH_TORCH, "_torch_contracts"),
+    "AdapterContract": "_torch_adapters",
+    "ReporterContract": "reporter_contract",
+}
+"""Modules of suites that need torch, or whole searches: the others stay without them."""
 
 
 def __getattr__(name: str) -> Any:
@@ -72,8 +80,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import pytest
 
-    # Apart, so that suites without torch stay without it.
-    apart = {**dict.fromkeys(_WITH_TORCH, "_torch_contracts"), "AdapterContract": "_torch_adapters"}
-    module = apart.get(name, "contracts")
+    module = _APART.get(name, "contracts")
     pytest.register_assert_rewrite(f"{__name__}.{module}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from example_search import opened
 
 from qratk.compare.grid import FAILURE, OWN
 from qratk.compare.read import Cells, read_cells
-from qratk.reporting.files import RunFiles
+from qratk.reporters.files import RunFiles
 from qratk.settings.recipe import autoqra
 from qratk.testing.toy import ToyEvaluator
 
@@ -36,7 +37,7 @@ def search(folder: Path, settings: Mapping[str, Any], seed: int, *, layers: int 
     chosen = {**BASE, **settings, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump({"search": resolved(chosen)}))
     loop = autoqra(evaluator=ToyEvaluator(layers, seed, importance_noise=0.2), **chosen)
-    loop.run(run_dir=folder, reporter=RunFiles(folder), config=chosen)
+    loop.run(run_dir=folder, reporter=opened(RunFiles(), folder), config=chosen)
 
 
 def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from qratk.compare.search_figures import (
     target,
 )
 from qratk.compare.table import difference
-from qratk.reporting.figures import new_figure
+from qratk.reporters.figures import new_figure
 
 
 @pytest.fixture(scope="module")

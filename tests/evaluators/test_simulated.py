@@ -13,7 +13,7 @@ from qratk.core.problem import Importance, Problem
 from qratk.evaluators._landscape import Landscape, LandscapeOptions, best_known
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.simulated import SimulatedEvaluator
-from qratk.reporting.multi import Reporters
+from qratk.reporters.multi import Reporters
 from qratk.settings.recipe import autoqra
 from qratk.testing import ToyEvaluator, toy_problem
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +38,7 @@ from qratk.core.result import (
     SearchPlan,
     SearchResult,
 )
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Destination, Reporter
 
 STEPS = (50, 150, 450)
 
@@ -168,6 +171,15 @@ def _generation(problem: Problem, records: list[Record], number: int) -> Generat
     quality = SurrogateQuality(3 * number, 0.7, 0.6, math.nan) if number else None
     volume = front.hypervolume((0.0, 1.1), problem.budget.limit_bytes)
     return GenerationSummary(number, front, volume, 0.01, best_of(problem, records), quality, number > 1, 130.0)
+
+
+R = TypeVar("R", bound=Reporter)
+
+
+def opened(reporter: R, folder: Path, fit_config: Mapping[str, Any] | None = None) -> R:
+    """The reporter, with a folder to report to."""
+    reporter.open(Destination(folder, fit_config or {}))
+    return reporter
 
 
 def play(reporter: Reporter, result: SearchResult, *, resumed: int = 0, stop_after: int | None = None) -> None:

@@ -92,7 +92,7 @@ from qratk.training.module import FineTuneModule
 from qratk.components import REGISTRIES as R
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.loop import SearchLoop
-from qratk.reporting.terminal import TerminalReporter
+from qratk.reporters.terminal import TerminalReporter
 torch.set_num_threads(1)
 run_dir, model, train, validation, test, cohort = sys.argv[1:]
 make = lambda kind, name, **options: R[kind].create(name, **options)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from example_search import opened
 
 from qratk.core import History, RunDirectoryError
 from qratk.core.result import Progress, Record, SearchResult
-from qratk.reporting.files import RunFiles
-from qratk.reporting.multi import Reporters
+from qratk.reporters.files import RunFiles
+from qratk.reporters.multi import Reporters
 from qratk.run import files
 from qratk.run.journal import Journal
 from qratk.run.run import Run
@@ -26,7 +27,7 @@ SETTINGS = {
 
 def stopping(folder: Path, after: int) -> Reporters:
     """Files of a run, and a search that is stopped after a number of evaluations, as by Ctrl-C."""
-    reporters = Reporters([RunFiles(folder)])
+    reporters = Reporters([opened(RunFiles(), folder)])
     tell = reporters.evaluated
 
     def evaluated(record: Record, progress: Progress) -> None:

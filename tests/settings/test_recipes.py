@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qratk.core.result import SearchResult
-from qratk.reporting.multi import Reporters
+from qratk.reporters.multi import Reporters
 from qratk.settings.merge import laid_over
 from qratk.settings.recipe import from_section
 

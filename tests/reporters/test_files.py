@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from example_search import STEPS, best_of, example_search, play
+from example_search import STEPS, best_of, example_search, opened, play
 
 from qratk.core import Configuration, RunDirectoryError
 from qratk.core.result import SearchResult
-from qratk.reporting.files import COLUMNS, RunFiles
+from qratk.reporters.files import COLUMNS, RunFiles
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def _strict_json(path: Path) -> dict:
 
 
 def test_table_has_one_row_for_each_record_with_its_figures(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result)
+    play(opened(RunFiles(), tmp_path), result)
     rows = _rows(tmp_path)
     assert len(rows) == len(result.records)
     memory = result.plan.problem.memory
@@ -54,7 +54,7 @@ def test_table_has_one_row_for_each_record_with_its_figures(tmp_path: Path, resu
 
 
 def test_failed_evaluation_has_no_score_and_its_reason_on_one_line(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result)
+    play(opened(RunFiles(), tmp_path), result)
     failed = [row for row in _rows(tmp_path) if row["status"] == "failed"]
     assert [(row["score"], row["reason"]) for row in failed] == [("", "loss is nan at step 3, red")]
 
@@ -63,12 +63,12 @@ def test_failed_evaluation_has_no_score_and_its_reason_on_one_line(tmp_path: Pat
 def test_interrupted_search_leaves_a_table_of_what_was_measured(
     tmp_path: Path, result: SearchResult, records: int
 ) -> None:
-    play(RunFiles(tmp_path), result, stop_after=records)
+    play(opened(RunFiles(), tmp_path), result, stop_after=records)
     assert len(_rows(tmp_path)) == records
 
 
 def test_interrupted_search_leaves_the_best_of_the_last_generation(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result, stop_after=20)
+    play(opened(RunFiles(), tmp_path), result, stop_after=20)
     told = [r for r in result.records[:20] if r.candidate.phase != "global" or r.candidate.generation == 0]
     best = best_of(result.plan.problem, told)
     assert best is not None
@@ -78,31 +78,31 @@ def test_interrupted_search_leaves_the_best_of_the_last_generation(tmp_path: Pat
 
 
 def test_resumed_search_ends_in_the_same_table_as_an_uninterrupted_one(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path / "whole"), result)
-    play(RunFiles(tmp_path / "parts"), result, stop_after=13)
-    play(RunFiles(tmp_path / "parts"), result, resumed=13)
+    play(opened(RunFiles(), tmp_path / "whole"), result)
+    play(opened(RunFiles(), tmp_path / "parts"), result, stop_after=13)
+    play(opened(RunFiles(), tmp_path / "parts"), result, resumed=13)
     for name in ("evaluations.csv", "front.json", "best.yaml"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_kill_while_records_are_replayed_keeps_the_earlier_table(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result, stop_after=25)
+    play(opened(RunFiles(), tmp_path), result, stop_after=25)
     before = (tmp_path / "evaluations.csv").read_bytes()
-    play(RunFiles(tmp_path), result, resumed=25, stop_after=18)
+    play(opened(RunFiles(), tmp_path), result, resumed=25, stop_after=18)
     assert (tmp_path / "evaluations.csv").read_bytes() == before
 
 
 def test_table_cut_short_by_a_crash_is_mended_on_resume(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result, stop_after=10)
+    play(opened(RunFiles(), tmp_path), result, stop_after=10)
     path = tmp_path / "evaluations.csv"
     path.write_bytes(path.read_bytes()[:-20])
-    play(RunFiles(tmp_path), result, resumed=10, stop_after=11)
+    play(opened(RunFiles(), tmp_path), result, resumed=10, stop_after=11)
     assert len(_rows(tmp_path)) == 11
 
 
 def test_best_file_adds_the_configuration_to_the_given_settings(tmp_path: Path, result: SearchResult) -> None:
     given = {"model": {"name": "tiny", "alpha": 16}, "data": {"path": "x.jsonl"}, "trainer": {"max_steps": 450}}
-    play(RunFiles(tmp_path, fit_config=given), result)
+    play(opened(RunFiles(), tmp_path, given), result)
     text = (tmp_path / "best.yaml").read_text()
     config = yaml.safe_load(text)
     assert Configuration.from_text(config["model"].pop("configuration")) == result.best.configuration
@@ -113,20 +113,20 @@ def test_best_file_adds_the_configuration_to_the_given_settings(tmp_path: Path, 
 
 def test_best_file_puts_the_configuration_among_the_arguments_of_a_class(tmp_path: Path, result: SearchResult) -> None:
     given = {"model": {"class_path": "qratk.X", "init_args": {"name": "tiny"}}}
-    play(RunFiles(tmp_path, fit_config=given), result)
+    play(opened(RunFiles(), tmp_path, given), result)
     model = yaml.safe_load((tmp_path / "best.yaml").read_text())["model"]
     assert model["init_args"] == {"name": "tiny", "configuration": str(result.best.configuration)}
 
 
 def test_best_file_holds_no_token_but_keeps_settings_named_alike(tmp_path: Path, result: SearchResult) -> None:
     given = {"model": {"hf_token": "hf_abcdefghijklmnop", "pad_token": "<pad>", "max_tokens": 5}}
-    play(RunFiles(tmp_path, fit_config=given), result)
+    play(opened(RunFiles(), tmp_path, given), result)
     model = yaml.safe_load((tmp_path / "best.yaml").read_text())["model"]
     assert ("hf_token" in model, model["pad_token"], model["max_tokens"]) == (False, "<pad>", 5)
 
 
 def test_front_file_agrees_with_the_front(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result)
+    play(opened(RunFiles(), tmp_path), result)
     front = _strict_json(tmp_path / "front.json")
     assert front["limit_bytes"] == result.plan.problem.budget.limit_bytes
     written = [(e["configuration"], e["score"], e["bytes"]) for e in front["evaluations"]]
@@ -136,13 +136,13 @@ def test_front_file_agrees_with_the_front(tmp_path: Path, result: SearchResult) 
 
 
 def test_front_of_a_running_search_is_the_one_of_feasible_measurements(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result, stop_after=len(result.records))  # everything, but never finished
+    play(opened(RunFiles(), tmp_path), result, stop_after=len(result.records))  # everything, but never finished
     written = [e["configuration"] for e in _strict_json(tmp_path / "front.json")["evaluations"]]
     assert written == [str(e.configuration) for e in result.front.evaluations]
 
 
 def test_result_file_is_strict_json_with_the_search_in_figures(tmp_path: Path, result: SearchResult) -> None:
-    play(RunFiles(tmp_path), result)
+    play(opened(RunFiles(), tmp_path), result)
     data = _strict_json(tmp_path / "result.json")
     assert data["best"]["configuration"] == str(result.best.configuration)
     assert data["best"]["fits"]
@@ -164,7 +164,7 @@ def test_result_file_is_strict_json_with_the_search_in_figures(tmp_path: Path, r
 def test_full_disk_is_one_clear_error_and_the_old_file_stays(
     tmp_path: Path, result: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = RunFiles(tmp_path)
+    files = opened(RunFiles(), tmp_path)
     play(files, result, stop_after=13)
     before = (tmp_path / "evaluations.csv").read_bytes()
 
@@ -182,7 +182,7 @@ def test_partly_written_row_is_cut_off_again(
     tmp_path: Path, result: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
-    files = RunFiles(tmp_path)
+    files = opened(RunFiles(), tmp_path)
     play(files, result, stop_after=3)
     before = (tmp_path / "evaluations.csv").read_bytes()
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
@@ -201,4 +201,4 @@ def play_one(files: RunFiles, result: SearchResult, index: int) -> None:
 def test_run_directory_that_is_a_file_is_one_clear_error(tmp_path: Path, result: SearchResult) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot be written"):
-        play(RunFiles(tmp_path / "run"), result)
+        play(opened(RunFiles(), tmp_path / "run"), result)

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from example_search import example_search, play
+from example_search import example_search, opened, play
 
 from qratk.core import RunDirectoryError
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.reporting.base import Reporter
-from qratk.reporting.files import RunFiles
-from qratk.reporting.multi import Reporters
-from qratk.reporting.standard import standard_reporters
+from qratk.reporters.base import Destination, Reporter
+from qratk.reporters.files import RunFiles
+from qratk.reporters.multi import Reporters
+from qratk.reporters.standard import standard_reporters
 
 
 class _Noted(Reporter):
@@ -30,6 +30,9 @@ class _Noted(Reporter):
         self.calls.append(name)
         if name == self.fails_at:
             raise OSError(28, "No space left on device")
+
+    def open(self, destination: Destination) -> None:
+        self._destination = destination
 
     def started(self, plan: SearchPlan) -> None:
         self._note("started")
@@ -98,7 +101,7 @@ def test_failure_of_the_only_reporter_that_speaks_is_logged(
     tmp_path: Path, result: SearchResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "qratk"):
-        play(Reporters([RunFiles(tmp_path), _Noted("generation")]), result)
+        play(Reporters([opened(RunFiles(), tmp_path), _Noted("generation")]), result)
     assert caplog.text.count("switched off") == 1
 
 
@@ -118,7 +121,7 @@ def test_all_are_closed_even_if_one_cannot_be(result: SearchResult) -> None:
 def test_run_files_on_a_bad_folder_end_the_search_with_advice(tmp_path: Path, result: SearchResult) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="Free space on that disk"):
-        play(Reporters([RunFiles(tmp_path / "file" / "run")]), result)
+        play(Reporters([opened(RunFiles(), tmp_path / "file" / "run")]), result)
 
 
 def test_standard_reporters_write_all_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +137,7 @@ def test_standard_reporters_write_all_files_of_a_run(tmp_path: Path, capsys: pyt
 
 def test_reporters_are_imported_without_torch_matplotlib_and_rich() -> None:
     code = (
-        "import sys, qratk.reporting.standard; "
+        "import sys, qratk.reporters.standard; "
         "print([m for m in ('torch', 'matplotlib', 'rich', 'tensorboard') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

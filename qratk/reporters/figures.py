@@ -18,7 +18,7 @@ from qratk.core.problem import Importance
 from qratk.core.result import Record, SearchResult
 from qratk.core.space import SearchSpace
 from qratk.core.text import label, short_names
-from qratk.reporting.tracker import Tracker
+from qratk.reporters.tracker import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

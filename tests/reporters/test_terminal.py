@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qratk.core import Configuration
 from qratk.core.result import Progress, SearchResult
-from qratk.reporting.terminal import LiveView, Summary, TerminalReporter, strip, summary_lines
+from qratk.reporters.terminal import LiveView, Summary, TerminalReporter, strip, summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def _render(renderable: object, width: int) -> list[str]:
 
 def test_plain_lines_hold_every_score_and_no_control_codes(result: SearchResult) -> None:
     stream = io.StringIO()
-    play(TerminalReporter(stream), result)
+    play(TerminalReporter.to(stream), result)
     text = stream.getvalue()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     for record in result.records:
@@ -64,7 +64,7 @@ def test_plain_lines_hold_every_score_and_no_control_codes(result: SearchResult)
 
 def test_plain_lines_say_how_many_evaluations_were_taken_over_instead_of_listing_them(result: SearchResult) -> None:
     stream = io.StringIO()
-    play(TerminalReporter(stream, plain=True), result, resumed=20)
+    play(TerminalReporter.to(stream, plain=True), result, resumed=20)
     text = stream.getvalue()
     assert "20 evaluations of the earlier run were taken over" in text
     assert f"20/{len(result.records)} " not in text.split("taken over")[0]
@@ -73,7 +73,7 @@ def test_plain_lines_say_how_many_evaluations_were_taken_over_instead_of_listing
 
 def test_plain_lines_survive_a_stream_that_knows_only_ascii(result: SearchResult) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    reporter = TerminalReporter(stream, plain=True)
+    reporter = TerminalReporter.to(stream, plain=True)
     reporter.started(result.plan)
     reporter.message("Modell für Köln")
     assert "Modell f?r K?ln" in stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def test_live_view_gives_the_terminal_back_after_an_error(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = _Terminal()
-    reporter = TerminalReporter(stream)
+    reporter = TerminalReporter.to(stream)
     play(reporter, result, stop_after=12)
     reporter.close()
     reporter.close()
@@ -162,7 +162,7 @@ def test_live_view_gives_the_terminal_back_after_an_error(
 def test_live_view_ends_in_the_summary(result: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = _Terminal()
-    play(TerminalReporter(stream), result)
+    play(TerminalReporter.to(stream), result)
     tail = stream.getvalue().rpartition("\x1b[?25h")[2]
     assert f"{result.best.score:.4f}" in tail
     assert "3 generations were allowed" in tail
@@ -173,7 +173,7 @@ def test_colours_forced_by_the_environment_do_not_make_a_log_file_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
-    play(TerminalReporter(stream), result)
+    play(TerminalReporter.to(stream), result)
     assert "\x1b" not in stream.getvalue()
 
 
@@ -182,5 +182,5 @@ def test_terminal_that_cannot_move_its_cursor_gets_plain_lines(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = _Terminal()
-    play(TerminalReporter(stream), result)
+    play(TerminalReporter.to(stream), result)
     assert "\x1b" not in stream.getvalue()

@@ -26,8 +26,8 @@ from qratk.core.result import (
     SearchResult,
 )
 from qratk.core.text import clean, duration, label
-from qratk.reporting.base import Reporter
-from qratk.reporting.tracker import Tracker, budget_bytes
+from qratk.reporters.base import Destination, Reporter, reporters
+from qratk.reporters.tracker import Tracker, budget_bytes
 from qratk.run import files
 
 if TYPE_CHECKING:
@@ -44,34 +44,35 @@ _LONG = 200
 
 
 @final
+@reporters.register("terminal")
 class TerminalReporter(Reporter):
     """Live view on a terminal, else one line an event without control codes; a summary at the end.
 
     Args:
-        stream: where to write; standard output if not given.
-        plain: lines instead of the live view; by default when the stream is not a terminal that can move its cursor.
-        run_dir: the run's folder, whose files the summary names; reporters that write them must be told before.
-        clock: seconds that only grow, for the times shown.
+        plain: lines instead of the live view; by default when the output is not a terminal that can move its cursor.
     """
 
     speaks = True
 
-    def __init__(
-        self,
-        stream: TextIO | None = None,
-        plain: bool | None = None,
-        *,
-        run_dir: str | Path | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream = sys.stdout if stream is None else stream
+    def __init__(self, plain: bool | None = None) -> None:
+        self._stream: TextIO = sys.stdout
         self._plain = plain
-        self._run_dir = None if run_dir is None else Path(run_dir)
-        self._view = LiveView(clock)
+        self._run_dir: Path | None = None
+        self._view = LiveView()
         self._live: Live | None = None
         self._console: Console | None = None
         self._stage: tuple[object, ...] = ()
         self._replayed = True
+
+    @classmethod
+    def to(cls, stream: TextIO, plain: bool | None = None) -> TerminalReporter:
+        """Reporter that writes to a stream instead of standard output."""
+        made = cls(plain)
+        made._stream = stream
+        return made
+
+    def open(self, destination: Destination) -> None:
+        self._run_dir = destination.run_dir
 
     def started(self, plan: SearchPlan) -> None:
         self._console = _console(self._stream)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_search import STEPS, example_search, play
+from example_search import STEPS, example_search, opened, play
 
 from qratk.core.result import SearchResult
-from qratk.reporting.tensorboard import TensorBoardReporter
+from qratk.reporters.tensorboard import TensorBoardReporter
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,13 @@ def _read(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def events(tmp_path_factory: pytest.TempPathFactory, result: SearchResult) -> Any:
     """Of a search that was interrupted after 14 evaluations and resumed."""
-    folder = tmp_path_factory.mktemp("tensorboard")
+    folder = tmp_path_factory.mktemp("run") / "tensorboard"
+    folder.mkdir()
     (folder / "events.out.tfevents.0.other").write_bytes(b"")
-    first = TensorBoardReporter(folder)
+    first = opened(TensorBoardReporter(), folder.parent)
     play(first, result, stop_after=14)
     first.close()
-    second = TensorBoardReporter(folder)
+    second = opened(TensorBoardReporter(), folder.parent)
     play(second, result, resumed=14)
     second.close()
     assert (folder / "events.out.tfevents.0.other").exists()

@@ -21,8 +21,8 @@ from qratk.core.problem import Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.secrets import without_secrets
 from qratk.core.text import clean
-from qratk.reporting.base import Reporter
-from qratk.reporting.tracker import Tracker, budget_bytes
+from qratk.reporters.base import Destination, Reporter, reporters
+from qratk.reporters.tracker import Tracker, budget_bytes
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.run.document import FrontDocument, ResultDocument, to_json
@@ -34,6 +34,7 @@ COLUMNS = (
 
 
 @final
+@reporters.register("files")
 class RunFiles(Reporter):
     """Writes the files of a run directory; a kill at any moment leaves each of them well-formed.
 
@@ -41,26 +42,28 @@ class RunFiles(Reporter):
     generation ends; all other files are replaced atomically. `front.json` and `best.yaml` are refreshed after every
     generation and refinement step, so that an interrupted search leaves a usable best. While a resumed search
     replays its records, the files of the earlier run stay as they are.
-
-    Args:
-        run_dir: made if it is missing.
-        fit_config: what `qratk fit` needs besides the configuration; `model.configuration` is added to it.
     """
 
     essential = True
 
-    def __init__(self, run_dir: str | Path, *, fit_config: Mapping[str, Any] | None = None) -> None:
-        self._folder = Path(run_dir)
-        self._fit_config = dict(fit_config or {})
+    def __init__(self) -> None:
+        self._destination = Destination(Path())
         self._rows: list[str] = []
         self._tracker: Tracker | None = None
         self._pending = False
+
+    @property
+    def _folder(self) -> Path:
+        return self._destination.run_dir
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files that exist by now."""
         names = (files.EVALUATIONS, files.FRONT, files.BEST, files.RESULT)
         return tuple(path for path in (self._folder / name for name in names) if path.exists())
+
+    def open(self, destination: Destination) -> None:
+        self._destination = destination
 
     def started(self, plan: SearchPlan) -> None:
         self._tracker = Tracker(plan)
@@ -132,7 +135,7 @@ class RunFiles(Reporter):
 
     def _write_best(self, best: Evaluation | None) -> None:
         if best is not None:
-            text = best_text(self._known().plan.problem, best, self._fit_config)
+            text = best_text(self._known().plan.problem, best, self._destination.fit_config)
             write_atomically(self._folder / files.BEST, text)
 
     @contextlib.contextmanager

@@ -9,14 +9,14 @@ from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean
-from qratk.reporting.base import Reporter
+from qratk.reporters.base import Destination, Reporter
 
 _log = logging.getLogger("qratk")
 
 
 @final
 class Reporters(Reporter):
-    """Tells every reporter, in order.
+    """Tells every reporter, in order, those that speak after the others.
 
     A reporter that raises is closed and dropped, and the others say so once; one that is `essential` passes its
     error on, since a search whose results cannot be written should stop.
@@ -25,12 +25,15 @@ class Reporters(Reporter):
     essential = True
 
     def __init__(self, reporters: Iterable[Reporter]) -> None:
-        self._reporters = list(reporters)
+        self._reporters = sorted(reporters, key=lambda reporter: reporter.speaks)
 
     @property
     def alive(self) -> tuple[Reporter, ...]:
         """The reporters that still listen."""
         return tuple(self._reporters)
+
+    def open(self, destination: Destination) -> None:
+        self._tell(lambda reporter: reporter.open(destination))
 
     def started(self, plan: SearchPlan) -> None:
         self._tell(lambda reporter: reporter.started(plan))

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.registry import Registry
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a search reports to.
+
+    Args:
+        run_dir: the run's folder, which need not be there yet.
+        fit_config: what `qratk fit` needs besides the configuration that was found.
+    """
+
+    run_dir: Path
+    fit_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Reporter(ABC):
     """Shows or writes what a search does. A resumed search replays what was recorded before it goes on.
 
-    An `essential` reporter that raises ends the search; any other is dropped with a warning. A person reads the
-    messages of one that `speaks`.
+    `open` comes first and `close` last, also when nothing came between. An `essential` reporter that raises ends the
+    search; any other is dropped with a warning. A person reads the messages of one that `speaks`; it is told after
+    the others, so that it can name what they wrote.
     """
 
     essential: ClassVar[bool] = False
     speaks: ClassVar[bool] = False
+
+    @abstractmethod
+    def open(self, destination: Destination) -> None:
+        """Take where to report to; writes nothing yet."""
 
     @abstractmethod
     def started(self, plan: SearchPlan) -> None:
@@ -49,3 +71,6 @@ class Reporter(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the terminal and files, also after an error."""
+
+
+reporters: Registry[Reporter] = Registry("reporters", "Reporter")

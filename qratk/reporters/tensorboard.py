@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, final
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean
-from qratk.reporting._throttle import Throttle
-from qratk.reporting.base import Reporter
-from qratk.reporting.figures import MIB, FrontParts, allocation_figure, front_figure, to_array
-from qratk.reporting.tracker import Tracker, budget_bytes
+from qratk.reporters._throttle import Throttle
+from qratk.reporters.base import Destination, Reporter, reporters
+from qratk.reporters.figures import MIB, FrontParts, allocation_figure, front_figure, to_array
+from qratk.reporters.tracker import Tracker, budget_bytes
+from qratk.run import files
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -22,21 +23,26 @@ SUFFIX = ".qratk"
 
 
 @final
+@reporters.register("tensorboard")
 class TensorBoardReporter(Reporter):
     """Writes event files for TensorBoard.
 
-    Since a resumed search replays what was recorded, `started` first removes the event files that an earlier run of
-    this reporter left in the directory (known by their suffix `.qratk`; others stay), so that no point appears twice.
+    They lie in the run's folder `tensorboard`. Since a resumed search replays what was recorded, `started` first
+    removes those that an earlier run of this reporter left there (known by their suffix `.qratk`; others stay), so that
+    no point appears twice.
     Images are drawn at the end, and when a generation or refinement step ends while that takes little of the time.
     Scalars of evaluations are drawn against their index, those of generations and refinement steps against theirs.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self._folder = Path(directory)
+    def __init__(self) -> None:
+        self._folder = Path()
         self._writer: SummaryWriter | None = None
         self._tracker: Tracker | None = None
         self._drawn: tuple[object, ...] = ()
         self._throttle = Throttle()
+
+    def open(self, destination: Destination) -> None:
+        self._folder = destination.run_dir / files.TENSORBOARD
 
     def started(self, plan: SearchPlan) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter

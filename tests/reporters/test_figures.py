@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_search import STEPS, example_problem, example_search, play
+from example_search import STEPS, example_problem, example_search, opened, play
 from matplotlib.figure import Figure
 
 from qratk.core import Configuration
 from qratk.core.result import SearchResult
-from qratk.reporting.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_array, to_png
-from qratk.reporting.pictures import Pictures
+from qratk.reporters.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_array, to_png
+from qratk.reporters.pictures import Pictures
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_progress_can_be_drawn_of_nothing() -> None:
 
 
 def test_pictures_are_written_to_the_run_directory(tmp_path: Path, result: SearchResult) -> None:
-    pictures = Pictures(tmp_path)
+    pictures = opened(Pictures(), tmp_path)
     pictures.started(result.plan)
     pictures.finished(result)
     names = {path.name for path in tmp_path.iterdir()}
@@ -120,7 +120,7 @@ def test_pictures_are_written_to_the_run_directory(tmp_path: Path, result: Searc
 
 
 def test_pictures_of_an_interrupted_search_show_its_last_generation(tmp_path: Path) -> None:
-    play(Pictures(tmp_path), example_search(generations=1), stop_after=18)
+    play(opened(Pictures(), tmp_path), example_search(generations=1), stop_after=18)
     assert (tmp_path / "front.png").exists()
 
 

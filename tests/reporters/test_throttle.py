@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from qratk.reporting._throttle import Throttle
+from qratk.reporters._throttle import Throttle
 
 
 def test_drawing_waits_twenty_times_as_long_as_it_took() -> None:

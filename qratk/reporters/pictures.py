@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
-from qratk.reporting._throttle import Throttle
-from qratk.reporting.base import Reporter
-from qratk.reporting.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
-from qratk.reporting.tracker import Tracker
+from qratk.reporters._throttle import Throttle
+from qratk.reporters.base import Destination, Reporter, reporters
+from qratk.reporters.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
+from qratk.reporters.tracker import Tracker
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 
 
 @final
+@reporters.register("pictures")
 class Pictures(Reporter):
     """Draws the pictures anew when a generation ends, as long as that takes little of the time, and at the end."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self._folder = Path(run_dir)
+    def __init__(self) -> None:
+        self._folder = Path()
         self._tracker: Tracker | None = None
         self._throttle = Throttle()
+
+    def open(self, destination: Destination) -> None:
+        self._folder = destination.run_dir
 
     def started(self, plan: SearchPlan) -> None:
         self._tracker = Tracker(plan)
