@@ -40,6 +40,11 @@ def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows * labels.shape[1] + columns, labels[rows, columns + 1]
 
 
+def labelled_tokens(labels: Tensor) -> int:
+    """How many tokens a model is trained to predict in labels (B, T): the first of a row never counts."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
 def model_inputs(batch: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Arguments of a Hugging Face model; a batch of shared prompts gets a mask (B, 1, T, T) of `dtype` to be added."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

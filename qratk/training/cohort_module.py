@@ -10,9 +10,11 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
 from qratk.backbone.logits import labelled_logits, replicate, target_log_likelihood, training_losses
 from qratk.core.errors import ConfigurationError
+from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
 from qratk.training.module import (
     FineTuneModule,
@@ -77,6 +79,7 @@ class CohortModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Set the random state, as for one candidate."""
+        self._weighting = TokenWeighting(self.trainer)
         torch.manual_seed(self.module.options.seed)  # of every device
         if self.states:
             set_random_state(self.states[0].random, self.states[0].device_random, self.device)
@@ -95,7 +98,11 @@ class CohortModule(LightningModule):
             for member, loss in enumerate(losses.tolist()):
                 if not torch.isfinite(losses[member]):
                     self.failures.setdefault(member, not_finite(loss, self.first_step + self.global_step))
-        return losses.sum()
+        return self._weighting.weighted(losses.sum(), batch["labels"])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Bring the gradients to means over the tokens of the step."""
+        self._weighting.finish(parameter for _, parameter in self.cohort.parameters())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the stacked adapters, continued where the rung ended, and the module's schedule."""

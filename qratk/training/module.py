@@ -35,6 +35,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
 from qratk.core.secrets import without_secrets
 from qratk.quantizers.base import Quantizer, quantizers
+from qratk.training.accumulation import TokenWeighting
 from qratk.training.sharding import ShardedStrategy, require_strategy, shard
 
 _logger = logging.getLogger(__name__)
@@ -315,7 +316,11 @@ class FineTuneModule(LightningModule):
             raise NonFiniteLossError(not_finite(float(loss.item()), self.first_step + self.global_step))
         self.log("train/loss", loss, prog_bar=True)
         penalty = self.backbone.adapters.penalty()
-        return loss if penalty is None else loss + penalty
+        return self._weighting.weighted(loss if penalty is None else loss + penalty, batch["labels"])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Bring the gradients to means over the tokens of the step."""
+        self._weighting.finish(parameter for _, parameter in self.backbone.trainable_parameters())
 
     @property
     def first_step(self) -> int:
@@ -324,6 +329,7 @@ class FineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Set the random state: of dropout, the only draw in training."""
+        self._weighting = TokenWeighting(self.trainer)
         torch.manual_seed(self.options.seed)  # of every device
         if self.resume_state is not None:
             set_random_state(self.resume_state.random, self.resume_state.device_random, self.device)

@@ -23,7 +23,7 @@ SCRIPT = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from qratk.training.sharding import local
+from qratk.adapters.matrices.shards import local
 from tiny_runs import Files, adapters_of, fitted, make_module
 torch.set_num_threads(1)
 given = json.loads(sys.argv[1])
