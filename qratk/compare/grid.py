@@ -18,16 +18,40 @@ from qratk.core.plain import flatten
 from qratk.core.secrets import without_secrets
 from qratk.run import files
 from qratk.run.atomic import write_atomically
+from qratk.run.document import read_document, read_json, to_json
 from qratk.settings.identity import comparable, deciding
 from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
 
 OWN: Final = "own"
-PLAN: Final = "compare.json"
+COMPARED: Final = "compare.json"
 IDENTITY: Final = "cell.json"
 FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeEntry:
+    """What is known of a recipe: whether it has a budget of its own."""
+
+    own_budget: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedDocument:
+    """`compare.json`: what was compared in a folder, in the order given; `base` is empty when it was left out."""
+
+    base: str
+    recipes: Mapping[str, RecipeEntry]
+    budgets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureDocument:
+    """`failure.json`: why a cell has no result."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -218,7 +242,7 @@ class Grid:
             if not (cell.folder / IDENTITY).exists():
                 write_atomically(cell.folder / IDENTITY, json.dumps(identity, indent=1))
             self._write_budget(cell)
-        write_atomically(self.folder / PLAN, json.dumps(self._plan(), indent=1) + "\n")
+        write_atomically(self.folder / COMPARED, to_json(self._compared()))
 
     def _write_budget(self, cell: Cell) -> None:
         path = self.budget_file(cell)
@@ -227,21 +251,19 @@ class Grid:
             choice = BudgetChoice() if cell.recipe.has_budget else cell.budget
             write_atomically(path, yaml.safe_dump(choice.document))
 
-    def _plan(self) -> dict[str, Any]:
+    def _compared(self) -> ComparedDocument:
         """What the report needs to know; that of earlier commands in the same folder is kept."""
-        before: dict[str, Any] = {"recipes": {}, "budgets": [], "base": ""}
-        if (self.folder / PLAN).exists():
-            before = read_plan(self.folder)
-        recipes = {recipe.name: {"own_budget": recipe.has_budget} for recipe in self.recipes}
+        path = self.folder / COMPARED
+        before = read_compared(self.folder) if path.exists() else ComparedDocument(base="", recipes={}, budgets=())
+        recipes = {recipe.name: RecipeEntry(own_budget=recipe.has_budget) for recipe in self.recipes}
         budgets = [choice.label for choice in self.budgets]
         if not self.budgets and any(not recipe.has_budget for recipe in self.recipes):
             budgets.append(OWN)
-        base = next((recipe.name for recipe in self.recipes if recipe.path is None), before["base"])
-        return {
-            "base": base,
-            "recipes": {**before["recipes"], **recipes},
-            "budgets": list(dict.fromkeys([*before["budgets"], *budgets])) or [OWN],
-        }
+        return ComparedDocument(
+            base=next((recipe.name for recipe in self.recipes if recipe.path is None), before.base),
+            recipes={**before.recipes, **recipes},
+            budgets=tuple(dict.fromkeys([*before.budgets, *budgets])) or (OWN,),
+        )
 
     def _has(self, key: str) -> bool:
         """Whether a seed can be set: data of third parties need not have one."""
@@ -254,14 +276,12 @@ class Grid:
         return _takes_seed(str(name))
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
+def read_compared(folder: Path) -> ComparedDocument:
     """What was compared in a folder; raises `RunDirectoryError`."""
-    path = folder / PLAN
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{folder} holds no comparison: {path.name} cannot be read ({error})") from None
-    return found
+    path = folder / COMPARED
+    if not path.exists():
+        raise RunDirectoryError(f"{folder} holds no comparison: {path.name} is missing")
+    return read_document(ComparedDocument, path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -316,7 +336,10 @@ def _check(cell: Cell, identity: Mapping[str, Any]) -> None:
         if cell.state != "new":
             raise RunDirectoryError(f"{cell.folder} holds a search that `qratk compare` did not begin; move it away")
         return
-    stored, given = (_compared(found) for found in (json.loads(path.read_text(encoding="utf-8")), identity))
+    before = read_json(path)
+    if not isinstance(before, Mapping):
+        raise RunDirectoryError(f"{path} is damaged, or was not written by qratk: it holds no settings")
+    stored, given = _comparable(before), _comparable(identity)
     keys = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]
     if keys:
         lines = [f"  {key}: {stored.get(key, 'not set')} there, {given.get(key, 'not set')} now" for key in keys[:5]]
@@ -328,5 +351,5 @@ def _check(cell: Cell, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _compared(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {"seed": identity.get("seed"), **comparable(flatten(identity.get("settings") or {}))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,11 +11,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.compare.grid import FAILURE, OWN, read_plan
+from qratk.compare.grid import FAILURE, OWN, FailureDocument, read_compared
 from qratk.core.configuration import Configuration, Knob
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import Record
-from qratk.run.document import EvaluationEntry, ResultDocument, Settings
+from qratk.run.document import EvaluationEntry, ResultDocument, Settings, read_document
 from qratk.run.run import Run
 from qratk.settings.names import named_document
 
@@ -216,16 +215,16 @@ class Limits:
 
 def read_cells(folder: Path) -> Cells:
     """What a folder holds by now; raises `RunDirectoryError`."""
-    plan = read_plan(folder)
-    recipes = {name: bool(facts["own_budget"]) for name, facts in plan["recipes"].items()}
+    compared = read_compared(folder)
+    recipes = {name: entry.own_budget for name, entry in compared.recipes.items()}
     outcomes: list[Outcome] = []
     failed: list[Failed] = []
     for recipe, own in recipes.items():
-        for label in [OWN] if own else plan["budgets"]:
+        for label in [OWN] if own else compared.budgets:
             for path in _seed_folders(folder / recipe / label):
                 cell = read_cell(path, recipe, label, int(path.name))
                 (outcomes if isinstance(cell, Outcome) else failed).append(cell)  # type: ignore[arg-type]
-    return Cells(plan["base"], recipes, tuple(plan["budgets"]), tuple(outcomes), tuple(failed))
+    return Cells(compared.base, recipes, compared.budgets, tuple(outcomes), tuple(failed))
 
 
 def read_cell(folder: Path, recipe: str, budget: str, seed: int) -> Outcome | Failed:
@@ -247,7 +246,7 @@ def _light(record: Record) -> Record:
 def _why(run: Run) -> str:
     path = run.folder / FAILURE
     if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
+        return read_document(FailureDocument, path).reason
     return UNFINISHED[0] if run.begun else UNFINISHED[1]
 
 

@@ -61,7 +61,7 @@ class Problem:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers, L."""
         return self.space.num_layers
 
     @cached_property

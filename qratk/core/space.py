@@ -42,7 +42,7 @@ class SearchSpace:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers, L."""
         return len(self.layer_names)
 
     @property

@@ -19,7 +19,7 @@ class Serial(Executor):
 
     @property
     def workers(self) -> int:
-        """One."""
+        """One: groups are measured one after the other."""
         return 1
 
     def open(self, evaluator: Evaluator, context: EvaluationContext, blueprint: Blueprint | None) -> None:

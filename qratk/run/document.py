@@ -358,19 +358,21 @@ def to_json(document: object) -> str:
 
 def read_result(path: Path) -> ResultDocument:
     """A `result.json`; raises `RunDirectoryError` when it is missing, damaged or of another make."""
-    return _read(ResultDocument, path)
+    return read_document(ResultDocument, path)
 
 
 def read_front(path: Path) -> FrontDocument:
     """A `front.json`; raises `RunDirectoryError` when it is missing, damaged or of another make."""
-    return _read(FrontDocument, path)
+    return read_document(FrontDocument, path)
 
 
 def read_settings(path: Path) -> Settings:
     """Settings in a YAML file; raises `RunDirectoryError`."""
     try:
         found = yaml.load(_text(path), Loader=_LOADER)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, RunDirectoryError):
+            raise
         raise RunDirectoryError(f"{path} is damaged, or no file of settings: {_first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise RunDirectoryError(f"{path} holds no settings; they are given by name, as in 'search: {{...}}'")
@@ -380,17 +382,29 @@ def read_settings(path: Path) -> Settings:
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _read(kind: type[T], path: Path) -> T:
+def read_document(kind: type[T], path: Path) -> T:
+    """A JSON file as a dataclass; raises `RunDirectoryError` when it is missing, damaged or of another make."""
+    found = read_json(path)
+    version = found.get("format", 1) if isinstance(found, Mapping) else 1
+    if isinstance(version, int) and version > FORMAT:
+        raise RunDirectoryError(f"{path} is of format {version}, and this qratk reads up to {FORMAT}: update qratk")
     try:
-        found = json.loads(_text(path))
-        version = found.get("format", 1) if isinstance(found, Mapping) else 1
-        if isinstance(version, int) and version > FORMAT:
-            raise RunDirectoryError(f"{path} is of format {version}, and this qratk reads up to {FORMAT}: update qratk")
         return typed(kind, found, path.name)
+    except ConfigurationError as error:
+        raise _foreign(path, error) from error
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds; raises `RunDirectoryError` when it is missing or damaged."""
+    text = _text(path)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RunDirectoryError):
-            raise
-        raise RunDirectoryError(f"{path} is damaged, or was not written by qratk: {_first_line(error)}") from error
+        raise _foreign(path, error) from error
+
+
+def _foreign(path: Path, why: Exception) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} is damaged, or was not written by qratk: {_first_line(why)}")
 
 
 def _text(path: Path) -> str:
@@ -400,6 +414,8 @@ def _text(path: Path) -> str:
         raise RunDirectoryError(f"{path} is missing") from None
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise _foreign(path, error) from error
 
 
 def _first_line(error: Exception) -> str:

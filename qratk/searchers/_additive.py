@@ -35,7 +35,7 @@ MINIMUM = 8
 
 @dataclass(frozen=True)
 class Curves:
-    """k and p."""
+    """How the error falls with the bits, k (`decay`), and over how many ranks an adapter gains, p (`rank_scale`)."""
 
     decay: float
     rank_scale: float

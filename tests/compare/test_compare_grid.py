@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from qratk.compare.grid import BudgetChoice, Grid, Recipe, read_plan
+from qratk.compare.grid import BudgetChoice, Grid, Recipe, read_compared
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 
 
@@ -123,13 +123,13 @@ def test_search_of_another_command_is_not_taken_over(files):
         made.prepare()
 
 
-def test_plan_grows_with_later_commands(files):
+def test_what_was_compared_grows_with_later_commands(files):
     grid(files, "random").prepare()
     grid(files, "lora", budgets=["[4, 16]"], base=False).prepare()
-    plan = read_plan(files["base"].parent / "out")
-    assert list(plan["recipes"]) == ["full", "random", "lora"]
-    assert plan["budgets"] == ["own", "like-4-16"]
-    assert plan["base"] == "full"
+    compared = read_compared(files["base"].parent / "out")
+    assert list(compared.recipes) == ["full", "random", "lora"]
+    assert compared.budgets == ("own", "like-4-16")
+    assert compared.base == "full"
 
 
 def test_states_of_a_cell(files):

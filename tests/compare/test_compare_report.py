@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from dataclasses import replace
 
@@ -239,3 +240,20 @@ def test_unreadable_result_names_its_folder(tmp_path):
     (folder / "result.json").write_text("{")
     with pytest.raises(RunDirectoryError, match=r"result\.json is damaged"):
         read_cells(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"base": "full", "recipes": {"full": 3}, "budgets": ["own"]}'])
+def test_damaged_list_of_what_was_compared_is_one_message(tmp_path, content):
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"compare\.json is damaged"):
+        read_cells(tmp_path)
+
+
+def test_damaged_reason_of_a_failed_cell_is_one_message(tmp_path):
+    recipes = {"full": {"own_budget": False}}
+    (tmp_path / "compare.json").write_text(json.dumps({"base": "full", "recipes": recipes, "budgets": [OWN]}))
+    folder = tmp_path / "full" / OWN / "0"
+    folder.mkdir(parents=True)
+    (folder / "failure.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"failure\.json\.reason is missing"):
+        read_cells(tmp_path)
