@@ -87,8 +87,23 @@ def test_a_budget_may_be_like_a_uniform_configuration_off_the_ladders(tmp_path: 
     assert off.plan.problem.budget == on.plan.problem.budget
 
 
-@pytest.mark.parametrize("wrong", [{"promotion": "never"}, {"promote_by": "luck"}, {"max_evaluations": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"promotion": "never"},
+        {"promote_by": "luck"},
+        {"max_evaluations": 0},
+        {"seed": -1},
+        {"max_average_bits": 0},
+        {"max_average_bits": -3},
+        {"references": [[16]]},
+        {"name": "../../x"},
+        {"name": ""},
+        {"limit": "1e400GB", "like": None},
+    ],
+)
 def test_settings_that_make_no_sense_are_named(wrong: dict[str, Any]) -> None:
-    (name,) = wrong
-    with pytest.raises(ConfigurationError, match=name):
-        autoqra(evaluator=ToyEvaluator(), like=(4, 16), **wrong)
+    name = next(iter(wrong))
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        autoqra(**{"evaluator": ToyEvaluator(), "like": (4, 16), **wrong})
+    assert [problem.option for problem in caught.value.problems] == [name]

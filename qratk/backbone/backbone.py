@@ -26,7 +26,7 @@ from qratk.bank.store import BankStore, Part, Plan, bank_directory, checksum, lo
 from qratk.bank.table import Chosen, Fallback, QuantizerTable, describe
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
-from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.memory import LayerShape, MemoryModel, require_ranks
 from qratk.core.space import SearchSpace
 from qratk.peaks.estimate import ModelFacts, memory_model
 from qratk.quantizers.base import Moments, Quantizer
@@ -586,6 +586,7 @@ class Backbone:
         """
         from qratk.peaks.table import training_peaks
 
+        require_ranks(self.shapes, space.ranks)
         dense = self._dense.mode == "on" if dense_cache is None else dense_cache
         options: dict[str, Any] = {
             "batch_size": batch_size,

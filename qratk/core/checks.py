@@ -22,7 +22,11 @@ class Checks:
     def require(self, holds: bool, option: str, given: object, expected: str) -> None:
         """Note that an option is wrong unless the condition holds; `expected` says what it must be."""
         if not holds:
-            self._problems.append(Problem(option, f"{expected}, got {given!r}"))
+            self.note(option, f"{expected}, got {given!r}")
+
+    def note(self, option: str, text: str) -> None:
+        """Note that an option is wrong, in words."""
+        self._problems.append(Problem(option, text))
 
     def at_least(self, smallest: float, **options: float | None) -> None:
         """Note each option that is neither None nor a finite number of at least `smallest`."""

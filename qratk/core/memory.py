@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -35,10 +36,10 @@ def parse_bytes(text: str | int | float) -> int:
     match = _SIZE.fullmatch(str(text))
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigurationError(f"{text!r} is not a size; write a number and a unit, as in '5.5GiB' or '800MB'")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise ConfigurationError(f"a size must be positive, got {text!r}")
-    return size
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < math.inf:
+        raise ConfigurationError(f"a size must be positive and finite, got {text!r}")
+    return int(size)
 
 
 def format_bytes(size: float) -> str:
@@ -65,9 +66,24 @@ class LayerShape:
         """Number of weights that the bit-width applies to, N(W)."""
         return sum(d_in * d_out for _, d_in, d_out in self.projections)
 
+    @property
+    def largest_rank(self) -> int:
+        """The rank beyond which an adapter can say nothing more on any projection of the layer."""
+        return max(min(d_in, d_out) for _, d_in, d_out in self.projections)
+
     def adapter_parameters(self, rank: int, input_group: int = 1) -> int:
         """Number of adapter weights at a rank (Eq. 23), `input_group` inputs being pooled into one."""
         return sum(rank * (d_in // input_group + d_out) for _, d_in, d_out in self.projections)
+
+
+def require_ranks(shapes: Sequence[LayerShape], ranks: Iterable[int]) -> None:
+    """Raise `ConfigurationError` for a rank above every matrix of some layer."""
+    largest = max(ranks, default=0)
+    for shape in shapes:
+        if largest > shape.largest_rank:
+            raise ConfigurationError(
+                f"rank {largest} is above the matrices of {shape.name}: give ranks of at most {shape.largest_rank}"
+            )
 
 
 @dataclass(frozen=True)

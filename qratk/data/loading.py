@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,6 +17,8 @@ from qratk.data.splits import Split, require_at_least
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+_LARGEST_BATCH: Final = 65_536
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         require_at_least("batch_size", self.batch_size, 1)
+        if self.batch_size > _LARGEST_BATCH:
+            raise DataError(f"batch_size must be at most {_LARGEST_BATCH:,} rows of one pass, got {self.batch_size:,}")
         require_at_least("eval_batch_size", self.eval_batch_size, 1)
         require_at_least("num_workers", self.num_workers, 0)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
@@ -19,6 +19,8 @@ from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 from qratk.run import files
 
 Array = NDArray[np.float64]
+
+_MOST: Final = 100_000  # layers or items: more would fill the memory without a word
 
 
 @evaluators.register("simulated")
@@ -51,11 +53,11 @@ class SimulatedEvaluator(Evaluator):
         failures: float = 0.0,
         seconds_per_step: float = 0.001,
     ) -> None:
-        if num_layers < 1 or items < 1 or not 0 <= failures <= 1:
-            raise ConfigurationError(
-                "num_layers and items must be positive and failures in [0, 1], "
-                f"got {num_layers}, {items} and {failures}"
-            )
+        checks = Checks()
+        for option, given in (("num_layers", num_layers), ("items", items)):
+            checks.require(1 <= given <= _MOST, option, given, f"must be between 1 and {_MOST:,}")
+        checks.require(0 <= failures <= 1, "failures", failures, "must lie in [0, 1]")
+        checks.finish()
         self.num_layers = num_layers
         self.seed = seed
         self.options = LandscapeOptions.of(landscape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration, LayerChoice
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import FidelityLadder
-from qratk.core.memory import Budget, MemoryModel, Scope, resolve_budget
+from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
 from qratk.core.result import SearchResult
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
@@ -114,27 +116,26 @@ class SearchSettings(ABC):
     reporters: list[Reporter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.generations < 0 or self.high_fidelity_candidates < 1 or self.hypervolume_patience < 1:
-            raise ConfigurationError(
-                "generations must be at least 0, high_fidelity_candidates and hypervolume_patience at least 1; got "
-                f"{self.generations}, {self.high_fidelity_candidates} and {self.hypervolume_patience}"
-            )
-        if self.max_evaluations is not None and self.max_evaluations < 1:
-            raise ConfigurationError(f"max_evaluations must be at least 1, got {self.max_evaluations}")
-        if self.promotion not in ("each", "last") or self.promote_by not in ("score", "front"):
-            raise ConfigurationError(
-                f"promotion must be 'each' or 'last' and promote_by 'score' or 'front', got {self.promotion!r} and "
-                f"{self.promote_by!r}"
-            )
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ConfigurationError(f"alpha must lie in [0, 1], got {self.alpha}")
-        if self.seed < 0:
-            raise ConfigurationError(f"seed must be at least 0, got {self.seed}")
-        if self.max_average_bits is not None and not self.max_average_bits > 0:
-            raise ConfigurationError(f"max_average_bits must be positive, got {self.max_average_bits}")
+        checks = Checks()
+        checks.at_least(0, generations=self.generations, seed=self.seed)
+        checks.at_least(1, high_fidelity_candidates=self.high_fidelity_candidates, max_evaluations=self.max_evaluations)
+        checks.at_least(1, hypervolume_patience=self.hypervolume_patience)
+        for option, known in (("promotion", ("each", "last")), ("promote_by", ("score", "front"))):
+            given = getattr(self, option)
+            checks.require(given in known, option, given, f"must be one of {', '.join(map(repr, known))}")
+        checks.require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "must lie in [0, 1]")
+        mean = self.max_average_bits
+        checks.require(mean is None or 0 < mean < math.inf, "max_average_bits", mean, "must be positive")
         for pair in self.references:
-            if len(pair) != 2:
-                raise ConfigurationError(f"references are pairs [bits, rank], as in [[16, 16]]; got {list(pair)}")
+            checks.require(len(pair) == 2, "references", list(pair), "must be pairs [bits, rank], as in [[16, 16]]")
+        if self.limit is not None:
+            try:
+                parse_bytes(self.limit)
+            except ConfigurationError as error:
+                checks.note("limit", str(error))
+        named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
+        checks.require(named, "name", self.name, "must be the name of a folder, without a path")
+        checks.finish()
         _ = self.ladder  # raises where there is none
 
     @abstractmethod

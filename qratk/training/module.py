@@ -33,6 +33,7 @@ from qratk.core.batching import BATCH_COST
 from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
+from qratk.core.memory import require_ranks
 from qratk.core.secrets import without_secrets
 from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.accumulation import TokenWeighting
@@ -272,6 +273,7 @@ class FineTuneModule(LightningModule):
             )
         backbone = self.backbone
         configuration = spread(Configuration.from_text(text), len(backbone.layers))
+        require_ranks(backbone.shapes, configuration.ranks)
         choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
         if self._trainer is not None and (backbone.needs_initial(choices) or backbone.table.calibrated):
             backbone.model.to(self.trainer.strategy.root_device)  # where a search makes them

@@ -26,7 +26,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["components"], ["serch"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["components"], ["serch"], ["init", "--help"], []])
 def test_small_commands_import_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "HEAVY []"

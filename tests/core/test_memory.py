@@ -37,7 +37,9 @@ def test_size_with_unit_is_read(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "5 gigs", "-3MB", "0", "0.4B", "5GiB5", "nan", "1,5GB", True, None])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "5 gigs", "-3MB", "0", "0.4B", "5GiB5", "nan", "1,5GB", "1e400GB", True, None]
+)
 def test_what_is_no_size_is_refused_with_an_example(text):
     with pytest.raises(ConfigurationError, match=r"size"):
         parse_bytes(text)
@@ -139,3 +141,12 @@ def test_violation_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         toy_problem(2).violation(toy_problem(2).space.largest)
+
+
+def test_rank_above_every_matrix_of_a_layer_is_refused():
+    from qratk.core.memory import require_ranks
+
+    shapes = [LayerShape("wide", (("q", 96, 96), ("k", 96, 24))), LayerShape("narrow", (("q", 96, 48),))]
+    require_ranks(shapes, [0, 48])
+    with pytest.raises(ConfigurationError, match="rank 49 is above the matrices of narrow: give ranks of at most 48"):
+        require_ranks(shapes, [4, 49])

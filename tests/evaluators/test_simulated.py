@@ -92,7 +92,8 @@ def test_one_estimator_may_be_noisier_than_the_others():
         ({"landscape": {"noise": -1.0}}, "noise must be at least 0"),
         ({"landscape": {"noise": [0.2, 0.1]}}, "ascending pair"),
         ({"landscape": {"noise": "loud"}}, "a number or a pair"),
-        ({"num_layers": 0}, "must be positive"),
+        ({"num_layers": 0}, "num_layers must be between 1 and"),
+        ({"num_layers": 2147483648}, "num_layers must be between 1 and"),
     ],
 )
 def test_wrong_options_are_named(options, message):

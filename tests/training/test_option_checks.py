@@ -52,3 +52,15 @@ def test_home_folder_is_expanded_in_the_models_name(monkeypatch):
     assert [model for model, _ in given] == ["/homes/somebody/model", "./here"]
     assert given[0][1]["tokenizer"] == "/homes/somebody/words"
     assert given[1][1]["tokenizer"] is None
+
+
+def test_plan_and_fit_refuse_ranks_above_the_matrices_alike(model_dir):
+    from qratk.core.space import SearchSpace
+
+    module = FineTuneModule(str(model_dir), configuration="4:1000000000", bank_dir=None)
+    with pytest.raises(ConfigurationError, match="rank 1000000000 is above the matrices"):
+        module.setup("validate")
+    backbone = module.load_backbone(weights=False)
+    names = tuple(shape.name for shape in backbone.shapes)
+    with pytest.raises(ConfigurationError, match="rank 1000000000 is above the matrices"):
+        backbone.memory_model(SearchSpace((4,), (1000000000,), names))
