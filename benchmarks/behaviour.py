@@ -166,7 +166,11 @@ REQUEST: Final = ("configuration", "origin", "parents", "generation", "phase", "
 RESULT: Final = (
     "best", "baselines", "references", "comparisons", "test_scores", "hypervolume_by_generation", "generations",
     "refinements", "evaluations_by_rung", "failed_evaluations", "item_weights", "top3_hit_rates", "proposals",
-    "utility", "problem",
+    "utility",
+)  # fmt: skip
+PROBLEM: Final = (
+    "layers", "bits", "ranks", "log10_configurations", "limit_bytes", "scope", "max_average_bits", "fixed_bytes",
+    "importance", "steps", "reduction_factor",
 )  # fmt: skip
 PHASES: Final = ("baseline", "global", "local", "reference")
 
@@ -179,7 +183,7 @@ def of_search(run: Path) -> Parts:
     parts["evaluations.csv"] = text_of([chosen(row, CSV_COLUMNS) for row in _rows(run / "evaluations.csv")])
     parts["front"] = text_of(_measured(front))
     parts["best"] = text_of(_best(run / "best.yaml"))
-    parts["result"] = text_of(_measured(chosen(result, RESULT)))
+    parts["result"] = text_of(_measured({**chosen(result, RESULT), "problem": chosen(result["problem"], PROBLEM)}))
     parts["stops"] = text_of(result["stop_reasons"])
     kept = sorted(json.dumps(tensors(path), sort_keys=True) for path in run.rglob("adapter*.safetensors"))
     if kept:
@@ -235,7 +239,7 @@ def _measured(value: Plain) -> Plain:
         return value
     if "digest" in value and "score" in value:
         return chosen(value, EVALUATION)
-    return {key: _measured(item) for key, item in value.items() if key not in ("seconds", "resumed")}
+    return {key: _measured(item) for key, item in value.items() if key != "seconds"}
 
 
 def _rows(path: Path) -> list[dict[str, Plain]]:
@@ -305,7 +309,7 @@ FITS: Final[dict[str, tuple[str, ...]]] = {
     "awq": ("--model.quantizers={4: awq}",),
     "mixed": ("--model.configuration=2:4 4:8*3 8:2 16:4 4:0*2 2:16*4",),
     "sublayer": ("--model.granularity=sublayer", "--model.configuration=4:8*12 2:4*12"),
-    "dropout": ("--model.lora_dropout=0.1", "--model.gradient_checkpointing=true", "--model.adapter_dtype=float32"),
+    "dropout": ("--model.lora_dropout=0.1", "--model.gradient_checkpointing=true", "--model.adapter_dtype=float16"),
 }  # fmt: skip
 ESTIMATORS: Final = (
     ("activation_error", "fisher_residual"),
@@ -551,6 +555,7 @@ def about(tree: Path) -> Plain:
         "commit": git("rev-parse", "HEAD") + changed,
         "python": platform.python_version(),
         "processor": names[0] if names else platform.machine(),
+        "instructions": importlib.import_module("torch").backends.cpu.get_cpu_capability(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
