@@ -28,10 +28,10 @@ import yaml
 
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchResult
-from qratk.evaluators._landscape import best_known
+from qratk.evaluators.landscape import best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
 from qratk.reporters.multi import Reporters
-from qratk.searchers._sampling import sample_feasible
+from qratk.searchers.sampling import sample_feasible
 from qratk.settings.merge import laid_over
 from qratk.settings.recipe import from_section
 

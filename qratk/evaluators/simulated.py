@@ -14,8 +14,8 @@ from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
-from qratk.evaluators._landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
+from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.run import files
 
 Array = NDArray[np.float64]
@@ -25,7 +25,7 @@ _MOST: Final = 100_000  # layers or items: more would fill the memory without a 
 
 @evaluators.register("simulated")
 class SimulatedEvaluator(Evaluator):
-    """Scores configurations on a `Landscape` (the formula is in `qratk.evaluators._landscape`).
+    """Scores configurations on a `Landscape` (the formula is in `qratk.evaluators.landscape`).
 
     A whole search takes seconds and needs neither model nor data, through the same loop and the same YAML. Scores on
     test data are those without noise.

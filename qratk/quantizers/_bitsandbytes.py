@@ -8,16 +8,16 @@ without that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from qratk.quantizers.base import PackedLayer
-    from qratk.quantizers.int8 import Int8Quantizer
-    from qratk.quantizers.nf4 import NF4Quantizer
+from qratk.quantizers.base import PackedLayer
+
+Product = Callable[[torch.Tensor, Callable[[], torch.Tensor], torch.Tensor | None], torch.Tensor]
 
 bnb: Any = bitsandbytes  # it has no types
 
@@ -25,82 +25,91 @@ bnb: Any = bitsandbytes  # it has no types
 class WeightOnlyLinear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """A `Linear8bitLt` that never quantises activations: the same product in training and evaluation."""
 
-    quantizer: Int8Quantizer
-    multiply: Any
+    multiply: Product
+    dense: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Product with the dequantised weight, (..., d_out)."""
         if self.weight.CB is not None:
             self.init_8bit_state()
-        packed = {self.quantizer.CODES: self.state.CB, "absmax": self.state.SCB}
-        shape, dtype = (self.out_features, self.in_features), x.dtype
+        codes, absmax, dtype = self.state.CB, self.state.SCB, x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        out: torch.Tensor = self.multiply(x, lambda: self.quantizer.dequantize(packed, shape, 8, dtype), bias)
-        return out
+        return self.multiply(x, lambda: self.dense(codes, absmax, dtype), bias)
 
 
 class WeightOnlyLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     """A `Linear4bit` that never repacks its weight: the same product in training and evaluation, on every processor."""
 
-    quantizer: NF4Quantizer
-    multiply: Any
+    multiply: Product
+    dense: Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Product with the dequantised weight in `compute_dtype`, (..., d_out), in the dtype of `x`."""
         bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
-        packed = self.quantizer.packed_of(self.weight.data, self.weight.quant_state)
-        shape, dtype = (self.out_features, self.in_features), self.compute_dtype
+        codes, state, dtype = self.weight.data, self.weight.quant_state, self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        dense = lambda: self.quantizer.dequantize(packed, shape, 4, dtype)  # noqa: E731
-        out: torch.Tensor = self.multiply(x.to(dtype), dense, bias)
-        return out.to(x.dtype)
+        return self.multiply(x.to(dtype), lambda: self.dense(codes, state, dtype), bias).to(x.dtype)
 
 
-def linear_8bit(quantizer: Int8Quantizer, layer: PackedLayer) -> nn.Module:
-    """A layer of 8 bits; bitsandbytes' own where the library's product is wanted."""
-    bias, packed = layer.parameters()
+def linear_8bit(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer: PackedLayer,
+    *,
+    dense: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor],
+) -> nn.Module:
+    """A layer of 8 bits; bitsandbytes' own where the library's product is wanted.
+
+    `dense` makes the weight (d_out, d_in) of codes, row maxima (d_out,) and a type.
+    """
     d_out, d_in = layer.shape
     cls = bnb.nn.Linear8bitLt if layer.library_product else WeightOnlyLinear8bitLt
     module: Any = cls(d_in, d_out, bias=bias is not None, has_fp16_weights=False, device="meta")
-    codes, absmax = packed[quantizer.CODES], packed["absmax"]
     module.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
-    return _finished(module, bias, quantizer, layer)
+    module.dense = dense
+    return _finished(module, bias, layer)
 
 
-def linear_4bit(quantizer: NF4Quantizer, layer: PackedLayer) -> nn.Module:
-    """A layer of 4 bits in the NormalFloat code."""
-    bias, packed = layer.parameters()
+def linear_4bit(
+    codes: torch.Tensor,
+    state: Any,
+    bias: torch.Tensor | None,
+    layer: PackedLayer,
+    *,
+    dense: Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor],
+) -> nn.Module:
+    """A layer of 4 bits in the NormalFloat code, of codes and their `QuantState`.
+
+    `dense` makes the weight (d_out, d_in) of codes, a state and a type.
+    """
     d_out, d_in = layer.shape
-    state = quantizer.quant_state(packed, layer.shape, layer.dtype)
     state.code = state.code.clone()
-    double = quantizer.double_quantization
     module: Any = WeightOnlyLinear4bit(
         d_in,
         d_out,
         bias=bias is not None,
         compute_dtype=layer.dtype,
-        compress_statistics=double,
+        compress_statistics=state.nested,
         quant_type="nf4",
         device="meta",
     )
     module.weight = bnb.nn.Params4bit(
-        packed[quantizer.CODES],
+        codes,
         requires_grad=False,
         quant_state=state,
-        blocksize=quantizer.block_size,
-        compress_statistics=double,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
         quant_type="nf4",
         module=module,
         bnb_quantized=True,
     )
-    module.quant_state = state
-    return _finished(module, bias, quantizer, layer)
+    module.quant_state, module.dense = state, dense
+    return _finished(module, bias, layer)
 
 
-def _finished(
-    module: Any, bias: torch.Tensor | None, quantizer: Int8Quantizer | NF4Quantizer, layer: PackedLayer
-) -> nn.Module:
+def _finished(module: Any, bias: torch.Tensor | None, layer: PackedLayer) -> nn.Module:
     module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    module.quantizer, module.multiply = quantizer, layer.multiply
+    module.multiply = layer.multiply
     made: nn.Module = module
     return made

@@ -62,4 +62,8 @@ class Int8Quantizer(Quantizer):
         """A `WeightOnlyLinear8bitLt`, or bitsandbytes' own layer, which quantises activations too."""
         from qratk.quantizers._bitsandbytes import linear_8bit
 
-        return linear_8bit(self, layer)
+        def dense(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return self.dequantize({self.CODES: codes, "absmax": absmax}, layer.shape, 8, dtype)
+
+        bias, packed = layer.parameters()
+        return linear_8bit(packed[self.CODES], packed["absmax"], bias, layer, dense=dense)

@@ -118,7 +118,12 @@ class NF4Quantizer(Quantizer):
         """A `WeightOnlyLinear4bit`."""
         from qratk.quantizers._bitsandbytes import linear_4bit
 
-        return linear_4bit(self, layer)
+        def dense(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+            return self.dequantize(self.packed_of(codes, state), layer.shape, 4, dtype)
+
+        bias, packed = layer.parameters()
+        state = self.quant_state(packed, layer.shape, layer.dtype)
+        return linear_4bit(packed[self.CODES], state, bias, layer, dense=dense)
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """Half a byte a weight; one byte (or four) a block; four a nested block and four for the offset."""

@@ -16,7 +16,7 @@ from qratk.refiners._model_guided import ModelGuided
 from qratk.refiners._pool import pool
 from qratk.refiners._regions import RadiusRule, spread
 from qratk.refiners.base import refiners
-from qratk.searchers._sampling import sample_feasible
+from qratk.searchers.sampling import sample_feasible
 
 DRAWS = 20
 

@@ -15,8 +15,8 @@ from qratk.core.errors import InfeasibleBudgetError
 from qratk.core.evaluation import Candidate
 from qratk.core.problem import Problem
 from qratk.mutations.proposer import Proposer
-from qratk.searchers._integer_program import bits_then_ranks
-from qratk.searchers._sampling import sample_feasible
+from qratk.searchers.integer_program import bits_then_ranks
+from qratk.searchers.sampling import sample_feasible
 
 
 def greedy_fill(

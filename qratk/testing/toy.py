@@ -15,8 +15,8 @@ from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Budget, MemoryModel, resolve_budget
 from qratk.core.problem import Importance, Problem
 from qratk.core.space import SearchSpace
-from qratk.evaluators._landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.evaluators.base import Evaluator
+from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.evaluators.simulated import SimulatedEvaluator
 
 Array = NDArray[np.float64]

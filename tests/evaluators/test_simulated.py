@@ -10,8 +10,8 @@ import pytest
 
 from qratk.core import ConfigurationError, FidelityLadder
 from qratk.core.problem import Importance, Problem
-from qratk.evaluators._landscape import Landscape, LandscapeOptions, best_known
 from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.landscape import Landscape, LandscapeOptions, best_known
 from qratk.evaluators.simulated import SimulatedEvaluator
 from qratk.reporters.multi import Reporters
 from qratk.settings.recipe import autoqra

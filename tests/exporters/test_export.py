@@ -139,7 +139,10 @@ def test_original_4_bit_layers_take_no_odd_number_of_outputs_where_the_processor
 
 def test_a_quantizer_without_a_native_layer_is_refused_with_the_alternatives(tiny_backbone):
     class Doubled(type(quantizers.create("int8"))):
-        """A third party's quantizer."""
+        """A third party's quantizer, of a layout that no library has."""
+
+        def native_layer(self, layer):
+            return None
 
     backbone = tiny_backbone(quantizers={8: Doubled()})
     backbone.build_bank([8])

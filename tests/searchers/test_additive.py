@@ -9,10 +9,10 @@ import pytest
 
 from qratk.core import History
 from qratk.core.problem import Importance
-from qratk.evaluators._landscape import best_known
+from qratk.evaluators.landscape import best_known
 from qratk.searchers._additive import AdditiveModel
-from qratk.searchers._integer_program import best_choice
-from qratk.searchers._sampling import sample_feasible
+from qratk.searchers.integer_program import best_choice
+from qratk.searchers.sampling import sample_feasible
 from qratk.testing import ToyEvaluator
 
 STEPS = (100, 300, 900)

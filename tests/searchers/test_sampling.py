@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qratk.searchers._sampling import random_downgrade, sample_feasible
+from qratk.searchers.sampling import random_downgrade, sample_feasible
 from qratk.testing import toy_problem
 
 

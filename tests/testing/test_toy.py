@@ -7,8 +7,8 @@ import pytest
 
 from qratk.core import Configuration, ConfigurationError, FidelityLadder, Request
 from qratk.core.evaluation import Candidate
-from qratk.evaluators._landscape import LandscapeOptions
 from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.landscape import LandscapeOptions
 from qratk.testing import ToyEvaluator, ToyLandscape, toy_problem
 
 
