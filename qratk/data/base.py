@@ -73,8 +73,7 @@ class TaskData(LightningDataModule, Task):
         self._batches = Batches(
             batch_size, batch_size if eval_batch_size is None else eval_batch_size, seed, num_workers, share_prompts
         )
-        if max_length is not None:
-            require_at_least("max_length", max_length, 2)
+        require_at_least("max_length", 2 if max_length is None else max_length, 2)
         self.asked_length = max_length
         self._attached: Attached | None = None
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
@@ -106,8 +105,7 @@ class TaskData(LightningDataModule, Task):
     def attached(self) -> Attached:
         """What was attached, or what the module in the Trainer has. Raises DataError when there is no tokenizer."""
         if self._attached is None or self._attached.tokenizer is None:
-            found = self._attached = of_trainer(self.trainer, wanted_by=type(self).__name__)
-            return found
+            self._attached = of_trainer(self.trainer, wanted_by=type(self).__name__)
         return self._attached
 
     @property
@@ -147,8 +145,7 @@ class TaskData(LightningDataModule, Task):
         """Encoded rows to train on, only those with something to learn."""
         if ("train", True) not in self._encoded:
             rows = self.encode_training(self.items("train"))
-            kept = learnable(rows, max_length=self.max_length, batch_size=self.batch_size)
-            self._encoded["train", True] = kept
+            self._encoded["train", True] = learnable(rows, max_length=self.max_length, batch_size=self.batch_size)
         return self._encoded["train", True]
 
     def scoring_rows(self, split: Split) -> tuple[Encoded, ...]:

@@ -18,8 +18,8 @@ TEXT = [
 ]
 
 
-def build_tokenizer(*, begin: bool, chat: bool = False) -> Any:
-    """Byte-level BPE of some 300 tokens, trained on a few sentences; with or without `<s>` put in front."""
+def build_tokenizer(*, begin: bool, chat: bool = False, end: bool = False) -> Any:
+    """Byte-level BPE of some 300 tokens, trained on a few sentences; with or without `<s>` in front, `</s>` behind."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,9 @@ def build_tokenizer(*, begin: bool, chat: bool = False) -> Any:
     )
     backend.train_from_iterator(TEXT, trainer)
     if begin:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        around = "<s> $A </s>" if end else "<s> $A"
+        pairs = [("<s>", 0), ("</s>", 1)]
+        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=pairs)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="</s>", model_max_length=256, **({"bos_token": "<s>"} if begin else {})
     )
@@ -56,6 +58,11 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def bare_tokenizer() -> Any:
     return build_tokenizer(begin=False)
+
+
+@pytest.fixture(scope="session")
+def ending_tokenizer() -> Any:
+    return build_tokenizer(begin=True, end=True)
 
 
 @pytest.fixture(scope="session")

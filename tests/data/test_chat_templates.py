@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from qratk.core import DataError
 from qratk.data import InstructionData, MultipleChoiceData
 from qratk.data.encoding import Encoded, encode_pieces
+from qratk.data.sources import content_key
 
 Write = Callable[[str, list[Any]], str]
 
@@ -326,6 +327,18 @@ def test_a_choice_keeps_its_first_token_with_a_tokenizer_that_ends_texts(write: 
     data.attach(ENDING)
     assert [learnt(ENDING, encoded) for encoded in data.scoring_rows("test")] == [" blue", " yes"]
     assert all(encoded.tokens.tolist().count(1) == 0 for encoded in data.scoring_rows("test"))
+
+
+def test_rows_are_told_apart_by_what_they_say_beside_their_texts(write: Write) -> None:
+    plain = {"messages": [ASKED, ANSWER]}
+    told = [{**plain, "tools": [TOOL]}, {"messages": [ASKED, {**ANSWER, "reasoning_content": "r"}]},
+            {"messages": [ASKED, ANSWER, ASKED, {**ANSWER, "weight": 0}]}]  # fmt: skip
+    rows = [plain, {"instruction": "a", "output": "b"}, {"messages": [ASKED, ANSWER, ASKED, ANSWER]}, *told]
+    keys = [item.key for item in InstructionData(test=write("test.jsonl", rows)).items("test")]
+    assert len(set(keys)) == len(rows)
+    # The key of a row that says nothing else is that of its texts alone: digests of such data stay as they were.
+    assert keys[0] == content_key(((), (("user", "a"), ("assistant", "b"))))
+    assert keys[1] == content_key((("a", ""), (("user", "a"), ("assistant", "b"))))
 
 
 @pytest.mark.parametrize("kind", ["chatml", "spaced"])

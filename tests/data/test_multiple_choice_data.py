@@ -112,6 +112,18 @@ def test_figures_equal_lm_eval_item_by_item(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lm-eval's dependencies
 @pytest.mark.usefixtures("datasets_cache")
+def test_a_tokenizer_that_ends_texts_gives_the_figures_of_one_that_does_not(
+    write: Write, tokenizer: Any, ending_tokenizer: Any, model: Any, scored: Any, tmp_path: Path
+) -> None:
+    data = make(write, ending_tokenizer, make_rows("mixed"))
+    scorer = scored(data, model)
+    other = scored(make(write, tokenizer, make_rows("mixed")), model)
+    assert scorer.log_likelihood.tolist() == other.log_likelihood.tolist()
+    assert_equal_to_lm_eval(data, model, ending_tokenizer, tmp_path / "tasks", scorer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lm-eval's dependencies
+@pytest.mark.usefixtures("datasets_cache")
 def test_rows_that_are_cut_still_equal_lm_eval(
     write: Write, tokenizer: Any, model: Any, scored: Any, tmp_path: Path
 ) -> None:
