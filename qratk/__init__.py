@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from qratk.core.memory import resolve_budget as resolve_budget
     from qratk.core.problem import Importance as Importance
     from qratk.core.problem import Problem as Problem
+    from qratk.core.result import GenerationSummary as GenerationSummary
+    from qratk.core.result import Progress as Progress
+    from qratk.core.result import Record as Record
+    from qratk.core.result import RefinementSummary as RefinementSummary
+    from qratk.core.result import SearchPlan as SearchPlan
     from qratk.core.result import SearchResult as SearchResult
     from qratk.core.space import SearchSpace as SearchSpace
     from qratk.data.base import TaskData as TaskData
@@ -54,8 +59,10 @@ if TYPE_CHECKING:
     from qratk.quantizers.base import Quantizer as Quantizer
     from qratk.refiners.base import LocalRefiner as LocalRefiner
     from qratk.repairs.base import RepairPolicy as RepairPolicy
+    from qratk.reporters.base import Destination as Destination
     from qratk.reporters.base import Reporter as Reporter
     from qratk.reporters.standard import standard_reporters as standard_reporters
+    from qratk.run.run import Run as Run
     from qratk.searchers.base import GlobalSearcher as GlobalSearcher
     from qratk.searchers.generations import GenerationSearcher as GenerationSearcher
     from qratk.settings.recipe import autoqra as autoqra
@@ -77,7 +84,14 @@ _HOMES = {
     "qratk.core.evaluation": ("Candidate", "Evaluation", "FidelityLadder", "History", "Request"),
     "qratk.core.memory": ("resolve_budget",),
     "qratk.core.problem": ("Importance", "Problem"),
-    "qratk.core.result": ("SearchResult",),
+    "qratk.core.result": (
+        "GenerationSummary",
+        "Progress",
+        "Record",
+        "RefinementSummary",
+        "SearchPlan",
+        "SearchResult",
+    ),
     "qratk.core.space": ("SearchSpace",),
     "qratk.data.base": ("TaskData",),
     "qratk.data.instruction": ("InstructionData",),
@@ -96,8 +110,9 @@ _HOMES = {
     "qratk.settings.recipe": ("autoqra",),
     "qratk.refiners.base": ("LocalRefiner",),
     "qratk.repairs.base": ("RepairPolicy",),
-    "qratk.reporters.base": ("Reporter",),
+    "qratk.reporters.base": ("Destination", "Reporter"),
     "qratk.reporters.standard": ("standard_reporters",),
+    "qratk.run.run": ("Run",),
     "qratk.searchers.base": ("GlobalSearcher",),
     "qratk.searchers.generations": ("GenerationSearcher",),
     "qratk.surrogates.base": ("PromotionSurrogate",),
