@@ -136,7 +136,7 @@ class QratkCLI(LightningCLI, ABC):
         """Where settings were given; none where a file cannot be read as settings."""
         try:
             return sources_of(self._words)
-        except (OSError, ValueError, yaml.YAMLError):
+        except ConfigurationError:
             return []
 
     def _impossible(self, settings: Namespace) -> tuple[Mistake, ...]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from jsonargparse import Namespace, get_loader
+from jsonargparse import Namespace
 
 from qratk.cli.messages import shortened
 from qratk.cli.parser import COMMANDS, CommandParser
 from qratk.core.errors import QratkError
 from qratk.settings import names
+from qratk.settings.reading import SettingsLoader, read_settings
 
 Keys = tuple[Any, ...]
 """Where a setting stands: the keys that lead to it."""
@@ -40,12 +41,9 @@ class Source:
 
     @classmethod
     def of_file(cls, path: Path) -> Source:
-        """Settings of a YAML file; raises `OSError`, `yaml.YAMLError` or `UnicodeDecodeError`."""
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = get_loader("yaml")(text)
-        if not isinstance(document, Mapping):
-            raise yaml.YAMLError("no settings by name")
+        """Settings of a YAML file; raises `ConfigurationError`."""
+        document = read_settings(path)
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=SettingsLoader)
         return cls(document, {keys: f"{path}:{line}" for keys, line in _lines(root, ())})
 
     @classmethod

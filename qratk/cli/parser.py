@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from jsonargparse import Namespace, set_dumper, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from qratk.cli.messages import explained
-from qratk.cli.shipped import with_paths
+from qratk.cli.shipped import files_of, with_paths
 from qratk.core.secrets import text_without_secrets, without_secrets
 from qratk.settings import names
+from qratk.settings.reading import load, read_settings
 
 LIGHTNING_COMMANDS: Final = ("fit", "validate", "test", "predict")
 COMMANDS: Final = (*LIGHTNING_COMMANDS, "search", "plan")
@@ -52,8 +53,10 @@ class CommandParser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Namespace of command-line arguments."""
-        given = sys.argv[1:] if args is None else args
-        parsed: Namespace = super().parse_args(names.resolve_arguments(with_paths(given)), *more, **options)
+        given = with_paths(sys.argv[1:] if args is None else args)
+        for path in files_of(given):
+            read_settings(path)  # says what is wrong with a whole file before its settings are looked at
+        parsed: Namespace = super().parse_args(names.resolve_arguments(given), *more, **options)
         return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -68,8 +71,7 @@ class CommandParser(LightningArgumentParser):
 
 def prepare_parsing() -> None:
     """Teach jsonargparse our YAML, and keep off what other libraries say that a user cannot act on."""
-    yaml_loader = get_loader("yaml")
-    set_loader(YAML_MODE, lambda text: names.resolve_document(yaml_loader(text), COMMANDS), (yaml.YAMLError,))
+    set_loader(YAML_MODE, lambda text: names.resolve_document(load(text), COMMANDS), (yaml.YAMLError,))
     set_dumper(YAML_MODE, _as_yaml)
     # Lightning calls methods that jsonargparse has renamed; nothing a user could do.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -72,5 +72,13 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
+def files_of(arguments: Sequence[str]) -> list[Path]:
+    """The files after `--config` that are there."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    given = [value for option, value in pairs if option == "--config"]
+    given += [text.removeprefix("--config=") for text in arguments if text.startswith("--config=")]
+    return [path for path in map(Path, given) if path.is_file()]
+
+
 def _is_name(given: str) -> bool:
     return bool(_NAME.fullmatch(given)) and not given.endswith(_SUFFIXES) and not Path(given).is_file()

@@ -22,6 +22,7 @@ from qratk.run.document import read_document, read_json, to_json
 from qratk.settings.identity import comparable, deciding
 from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
+from qratk.settings.reading import load, read_settings
 
 OWN: Final = "own"
 COMPARED: Final = "compare.json"
@@ -102,7 +103,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """Recipe named by a file's stem; raises `ConfigurationError`."""
-        document = read_yaml(path)
+        document = read_settings(path)
         if not isinstance(document.get("search", {}), Mapping):
             raise ConfigurationError(f"{path}: 'search' must hold settings")
         return cls(path.stem, path, document)
@@ -179,7 +180,7 @@ class Grid:
         base: bool = True,
     ) -> Grid:
         """The grid of a command line; with `base`, the base is the first recipe. Raises `ConfigurationError`."""
-        documents = [read_yaml(path) for path in configs]
+        documents = [read_settings(path) for path in configs]
         found = [Recipe.read(path) for path in recipes]
         if base:
             found.insert(0, Recipe(_base_name(documents)))
@@ -224,7 +225,7 @@ class Grid:
     def identity(self, cell: Cell) -> dict[str, Any]:
         """What decides a cell's outcome, merged as plain data."""
         budget = BudgetChoice() if cell.recipe.has_budget else cell.budget
-        documents = [read_yaml(path) for path in self.configs] + [_document(text) for text in self.extra]
+        documents = [read_settings(path) for path in self.configs] + [_document(text) for text in self.extra]
         if self.budgets or cell.recipe.has_budget:
             documents.append(budget.document)
         merged: dict[str, Any] = {}
@@ -271,7 +272,7 @@ class Grid:
             return True
         data: Any = {}
         for path in self.configs:
-            data = laid_over({"data": data}, {"data": read_yaml(path).get("data", data)})["data"]
+            data = laid_over({"data": data}, {"data": read_settings(path).get("data", data)})["data"]
         name = data.get("class_path", "") if isinstance(data, Mapping) else data
         return _takes_seed(str(name))
 
@@ -282,19 +283,6 @@ def read_compared(folder: Path) -> ComparedDocument:
     if not path.exists():
         raise RunDirectoryError(f"{folder} holds no comparison: {path.name} is missing")
     return read_document(ComparedDocument, path)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A file's settings; raises `ConfigurationError`."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is no YAML: {error}") from None
-    if document is not None and not isinstance(document, dict):
-        raise ConfigurationError(f"{path} must hold settings by name, as in 'search: {{...}}'")
-    return document or {}
 
 
 def _takes_seed(class_path: str) -> bool:
@@ -324,7 +312,7 @@ def _unique(names: Sequence[Any], kind: str) -> None:
 
 def _document(argument: str) -> dict[str, Any]:
     key, _, value = argument.removeprefix("--").partition("=")
-    document: Any = yaml.safe_load(value)
+    document: Any = load(value)
     for part in reversed(key.split(".")):
         document = {part: document}
     return dict(document)

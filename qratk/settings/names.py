@@ -21,6 +21,7 @@ import yaml
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError
 from qratk.core.text import nearest
+from qratk.settings.reading import load
 
 SECTION: Final = "search"
 DATA: Final = "data"
@@ -188,8 +189,8 @@ def _resolve_text(slot: str, text: str) -> str:
     path = Path(text)
     try:
         is_file = path.suffix in {".yaml", ".yml", ".json"} and path.is_file()
-        value = yaml.safe_load(path.read_text(encoding="utf-8") if is_file else text)
-    except (OSError, yaml.YAMLError):
+        value = load(path.read_text(encoding="utf-8") if is_file else text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return text  # jsonargparse says what is wrong with it
     resolved = resolve_section(value) if slot == SECTION else resolve_component(SLOTS.get(slot, slot), value)
     if resolved == value and not is_file:

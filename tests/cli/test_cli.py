@@ -141,8 +141,8 @@ def test_missing_data_file_is_told_in_one_message(capsys, config):
 def test_broken_yaml_is_told_in_one_message(capsys, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: {model: x\nsearch: [\n")
     status, error = failed(capsys, "search", "--config", "broken.yaml")
-    assert status == 2
-    assert "Problems parsing config" in error
+    assert status == 1
+    assert "broken.yaml:2 is no YAML" in error
 
 
 def test_fit_without_a_configuration_says_how_to_give_one(capsys, config):
