@@ -87,6 +87,7 @@ class Plan:
     flops_per_second: float
     seconds: float
     fallbacks: tuple[str, ...] = ()
+    coverage: str = ""
     peak_source: str = "estimate"
     batch: tuple[int, int] = (1, DEFAULT_LENGTH)
     search_memory: SearchMemory | None = None
@@ -141,6 +142,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         flops_per_second=speed,
         seconds=tokens * per_token / speed,
         fallbacks=tuple(str(fallback) for fallback in backbone.fallbacks),
+        coverage=str(backbone.coverage) if backbone.coverage.left else "",
         peak_source=memory.training.source,
         batch=(datamodule.batch_size, length),
         search_memory=search_memory(backbone, loop, _dense_cache(module)),

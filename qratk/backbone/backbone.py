@@ -17,15 +17,25 @@ from qratk.adapters.lora import Lora
 from qratk.adapters.matrices.factors import BLOCK, Factors, Weighting
 from qratk.adapters.options import AdapterOptions
 from qratk.adapters.starts.kept import InitialPart, divided
-from qratk.backbone.layers import Granularity, LayerNames, TargetLayer, find_blocks, find_layers, is_conv1d
+from qratk.backbone.layers import (
+    Coverage,
+    Granularity,
+    LayerNames,
+    TargetLayer,
+    coverage,
+    find_blocks,
+    find_layers,
+    is_conv1d,
+)
+from qratk.backbone.loading import check_finite, check_tokens, load_model, load_tokenizer, resolve_dtype
 from qratk.backbone.logits import without_adapters
 from qratk.bank.calibration import Calibration
 from qratk.bank.dense import DenseCache, dense_cache_mode
 from qratk.bank.linear import BankLinear, ReferenceVariant, Variant
 from qratk.bank.store import BankStore, Part, Plan, bank_directory, checksum, log, return_freed_memory
-from qratk.bank.table import Chosen, Fallback, QuantizerTable, describe
+from qratk.bank.table import Chosen, Fallback, QuantizerTable, describe, told
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
+from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.memory import LayerShape, MemoryModel, require_ranks
 from qratk.core.space import SearchSpace
 from qratk.peaks.estimate import ModelFacts, memory_model
@@ -72,6 +82,7 @@ class Backbone:
         compute_dtype: str | torch.dtype = "auto",
         bank_dir: str | Path | None = "auto",
     ) -> None:
+        check_tokens(model, tokenizer)
         self.tokenizer = tokenizer
         self.table = QuantizerTable(quantizers)
         self.granularity: Granularity = granularity
@@ -92,6 +103,7 @@ class Backbone:
         self.layers = tuple(_bank_layer(model, layer) for layer in names)
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
         self._fixed_names = _distinct(model)
+        self.coverage: Coverage = coverage(model)
         self.dense_cache("off")
         self.adapters: Adapters = (method or Lora()).wrap(model, self._banks, adapter or AdapterOptions())
         self.model: PeftModel = self.adapters.peft_model
@@ -122,8 +134,8 @@ class Backbone:
         Raises `UnsupportedModelError`, saying what could not be loaded.
         """
         return cls(
-            _load_model(str(model), trust_remote_code=trust_remote_code, weights=weights),
-            _load_tokenizer(str(tokenizer or model), trust_remote_code=trust_remote_code, required=weights),
+            load_model(str(model), trust_remote_code=trust_remote_code, weights=weights),
+            load_tokenizer(str(tokenizer or model), trust_remote_code=trust_remote_code, required=weights),
             quantizers=quantizers,
             granularity=granularity,
             target_modules=target_modules,
@@ -177,6 +189,11 @@ class Backbone:
         """Projections that a quantizer could not take, met so far by `build_bank` or `memory_model`."""
         return self.table.fallbacks
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the bank: weights that are not in it, and fallbacks, equal ones together."""
+        return (*((str(self.coverage),) if self.coverage.left else ()), *told(self.fallbacks))
+
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """Embeddings, head, norms and persistent buffers by name, tied ones once."""
         state = self.base.state_dict(keep_vars=True)
@@ -206,6 +223,7 @@ class Backbone:
         if self._digests is None:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 names, tensors = zip(*self._reference_tensors(), strict=True)
+                check_finite(dict(zip(names, tensors, strict=True)))
                 self._digests = dict(zip(names, pool.map(_tensor_digest, tensors), strict=True))
         return self._digests
 
@@ -614,19 +632,6 @@ class Backbone:
         return stored_bytes(self.adapters.method, self.adapters.options, shapes, rank)
 
 
-def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
-    """The compute dtype; "auto" is bfloat16 where CUDA has it, and float32 elsewhere (16-bit matmul on CPU is slow)."""
-    if isinstance(compute_dtype, torch.dtype):
-        return compute_dtype
-    if compute_dtype == "auto":
-        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if cuda else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if compute_dtype not in known:
-        raise ConfigurationError(f"compute_dtype must be 'auto' or one of {tuple(known)}, got {compute_dtype!r}")
-    return known[compute_dtype]
-
-
 def _sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -673,48 +678,3 @@ def _distinct(model: nn.Module) -> tuple[str, ...]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), name)
     return tuple(first.values())
-
-
-def _dtype_argument() -> str:
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-
-
-def _load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        if weights:
-            dtype: Any = {_dtype_argument(): "auto"}
-            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        stored = getattr(config, _dtype_argument(), None) or torch.float32
-        options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
-        auto: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, **options)
-        return model
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"the model {name!r} cannot be loaded as a causal language model: {_first_line(error)} "
-            "Give a Hugging Face name, or a directory with config.json and safetensors files"
-        ) from error
-
-
-def _load_tokenizer(name: str, *, trust_remote_code: bool, required: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer classes raise whatever their files make them raise
-        if not required:
-            return None
-        raise UnsupportedModelError(
-            f"no tokenizer can be loaded from {name!r}: {_first_line(error)} Give one with the option 'tokenizer'"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+import torch
 from torch import nn
 
+from qratk.bank.linear import BankLinear
 from qratk.core.errors import ConfigurationError, UnsupportedModelError
 from qratk.core.memory import LayerShape
-
-if TYPE_CHECKING:
-    from qratk.bank.linear import BankLinear
 
 Granularity = Literal["block", "sublayer", "linear"]
 
@@ -37,6 +37,41 @@ class LayerNames:
 def is_projection(module: nn.Module) -> bool:
     """Whether a module is a linear map that the bank can replace: `nn.Linear`, or GPT-2's transposed `Conv1D`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the blocks' matrix weights the bank holds, and which it cannot: names, the block's number as *."""
+
+    banked: int
+    total: int
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.banked:,} of {self.total:,} weights of the blocks are in the bank; left as they are, neither "
+            f"quantised nor adapted: {', '.join(self.left) or 'none'}"
+        )
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Coverage of a model whose target projections are in the bank; biases and norms, which are vectors, do not count.
+
+    Projections that `target_modules` leaves out are not in `left`: whoever named the others knows.
+    """
+    prefix, blocks = find_blocks(model)
+    banked = total = 0
+    left: dict[str, None] = {}
+    for block in blocks:
+        for local, module in block.named_modules():
+            for name, tensor in module.named_parameters(local, recurse=False):
+                total += tensor.numel() if tensor.dim() > 1 else 0
+                if tensor.dim() > 1 and not is_projection(module):
+                    left[f"{prefix}.*.{name}"] = None
+            if isinstance(module, BankLinear):
+                held = math.prod(module.shape)
+                banked, total = banked + held, total + held
+    return Coverage(banked, total, tuple(left))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -105,9 +140,26 @@ def find_layers(
         groups: dict[str, list[str]] = {}
         for local, module in block.named_modules():
             if is_projection(module) and _is_wanted(local, wanted):
+                _check_projection(f"{block_name}.{local}", module)
                 groups.setdefault(_group(block_name, local, granularity), []).append(f"{block_name}.{local}")
         layers += [LayerNames(name, tuple(projections)) for name, projections in groups.items()]
     return tuple(layers)
+
+
+def _check_projection(name: str, module: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for a module that does not multiply by a plain weight of floating point."""
+    weight = module.weight
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2):
+        raise UnsupportedModelError(
+            f"{name!r} is a {kind}, whose weight is packed already ({getattr(weight, 'dtype', 'no tensor')}); the bank "
+            "packs full-precision weights itself: give the model before it was quantised"
+        )
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        raise UnsupportedModelError(
+            f"{name!r} is a {kind}, which does not multiply as torch's nn.Linear does, so that the bank cannot stand "
+            "for it; name other projections as target_modules"
+        )
 
 
 def _as_list(names: str | Sequence[str]) -> Sequence[str]:

@@ -49,6 +49,13 @@ def _left_in_container(folder: Path, *, otherwise: int) -> int:
     return max(0, limit - used + reclaimable)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
+    # The CPU allocator, and whoever maps a file, raise a plain RuntimeError.
+    words = ("can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 class DenseCache:
     """Dense weights of the projections of one backbone, at any bit-widths, within an allowance of bytes.
 
@@ -115,9 +122,7 @@ class DenseCache:
             try:
                 return make()
             except RuntimeError as error:
-                # The CPU allocator raises a plain RuntimeError.
-                memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not memory or not self._entries:
+                if not is_out_of_memory(error) or not self._entries:
                     raise
                 self.clear()
                 self._allowance = 0

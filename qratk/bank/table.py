@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 
 from qratk.core.errors import ConfigurationError, QuantizationError
@@ -26,6 +26,14 @@ class Fallback:
         return (
             f"{self.layer}.{self.projection} at {self.bits} bits: {self.used} instead of {self.wanted} ({self.reason})"
         )
+
+
+def told(fallbacks: Iterable[Fallback]) -> tuple[str, ...]:
+    """A line for each kind of fallback: its first projection, and how many more there are."""
+    groups: dict[tuple[int, str, str], list[Fallback]] = {}
+    for fallback in fallbacks:
+        groups.setdefault((fallback.bits, fallback.wanted, fallback.used), []).append(fallback)
+    return tuple(f"{first}{f' (and {len(more)} more projections)' if more else ''}" for first, *more in groups.values())
 
 
 @dataclass(frozen=True)

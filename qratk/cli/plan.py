@@ -57,7 +57,7 @@ def as_text(plan: Plan) -> str:
         f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
         "             multiplications alone, without dequantising, attention and overhead",
     ]
-    return "\n".join([*lines, *(f"note         {text}" for text in plan.fallbacks)])
+    return "\n".join([*lines, *(f"note         {text}" for text in (plan.coverage, *plan.fallbacks) if text)])
 
 
 def _table(rows: Sequence[PlanRow]) -> list[str]:

@@ -104,7 +104,7 @@ class FineTuneEvaluator(Evaluator):
         self.data.setup("fit")
         self.module.calibrate(self.data)
         self._footprints: dict[SearchSpace, MemoryModel] = {}
-        self._announced: set[tuple[int, str, str]] = set()
+        self._announced: set[str] = set()
         self._fastest: int | None = None
         self._fitting = sys.maxsize  # candidates side by side, once more of them did not fit into memory
         self._tried_sharing = False
@@ -179,7 +179,7 @@ class FineTuneEvaluator(Evaluator):
     @staticmethod
     def _caught(measure: Callable[[], list[Trained | str]]) -> list[Trained | str] | OutOfMemory:
         """What `measure` returns, or what went wrong that concerns the candidate alone."""
-        from qratk.training.cohort_speed import is_out_of_memory
+        from qratk.bank.dense import is_out_of_memory
         from qratk.training.module import NonFiniteLossError
 
         try:
@@ -369,13 +369,10 @@ class FineTuneEvaluator(Evaluator):
         backbone.build_bank(bits)
         ranks = sorted({*self.space.ranks, *self.context.reference_ranks})
         self.module.build_initial([(b, r) for b in bits for r in ranks], self.data)
-        groups: dict[tuple[int, str, str], list[Any]] = {}
-        for fallback in backbone.fallbacks:
-            groups.setdefault((fallback.bits, fallback.wanted, fallback.used), []).append(fallback)
-        for key in groups.keys() - self._announced:
-            more = f" (and {len(groups[key]) - 1} more projections)" if len(groups[key]) > 1 else ""
-            self.context.say(f"{groups[key][0]}{more}")
-            self._announced.add(key)
+        for note in backbone.notes:
+            if note not in self._announced:
+                self.context.say(note)
+                self._announced.add(note)
 
     def _latest(self, configuration: Configuration, steps: int) -> tuple[int, TrainingState | None]:
         """Steps and state of the highest stored rung up to `steps`."""

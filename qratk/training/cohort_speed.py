@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qratk.bank.dense import is_out_of_memory
 from qratk.core.configuration import Configuration
 from qratk.training.cohort_module import CohortModule
 from qratk.training.module import FineTuneModule
@@ -42,12 +43,6 @@ def fastest_cohort(
             return best
         best, least = size, seconds
     return best
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out."""
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _powers_of_two(largest: int) -> Iterator[int]:

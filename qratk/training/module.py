@@ -285,6 +285,8 @@ class FineTuneModule(LightningModule):
         backbone.release_reference()
         self.activate(configuration)
         backbone.keep_active()
+        for note in backbone.notes if self.global_rank == 0 else ():
+            backbone.say(note)
 
     def configure_model(self) -> None:
         """Shard the adapters where the strategy asks for it."""

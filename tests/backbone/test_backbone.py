@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qratk.backbone.backbone import Backbone, resolve_dtype
+from qratk.backbone.backbone import Backbone
+from qratk.backbone.loading import resolve_dtype
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.core.space import SearchSpace
@@ -214,10 +215,10 @@ def test_a_stored_model_loads_in_its_own_dtype(tiny_model, tiny_batch, tmp_path)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="tokenizer"):
         Backbone.load(tmp_path, quantizers={})
-    from qratk.backbone.backbone import _load_model
+    from qratk.backbone.loading import load_model
 
     backbone = Backbone.from_model(
-        _load_model(str(tmp_path), trust_remote_code=False, weights=True), quantizers={}, compute_dtype="float32"
+        load_model(str(tmp_path), trust_remote_code=False, weights=True), quantizers={}, compute_dtype="float32"
     )
     assert {bank.reference.dtype for bank in backbone.banks.values()} == {torch.bfloat16}
     with torch.no_grad():

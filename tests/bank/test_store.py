@@ -394,7 +394,8 @@ _PEAK = """
 import sys
 import torch
 from transformers import LlamaConfig, AutoModelForCausalLM
-from qratk.backbone.backbone import Backbone, _load_model
+from qratk.backbone.backbone import Backbone
+from qratk.backbone.loading import load_model
 from qratk.quantizers.base import quantizers
 folder, banks, mode = sys.argv[1:]
 if mode == "write":
@@ -407,7 +408,7 @@ def anonymous():
     text = open("/proc/self/status").read()
     return int(text.split("RssAnon:")[1].split()[0]) * 1024
 table = {4: quantizers.create("nf4"), 8: quantizers.create("int8"), 16: quantizers.create("none")}
-model = _load_model(folder, trust_remote_code=False, weights=True)
+model = load_model(folder, trust_remote_code=False, weights=True)
 backbone = Backbone.from_model(model, quantizers=table, bank_dir=banks if mode == "disk" else None)
 packed, peak, before = backbone._packed, 0, anonymous()
 def watched(name, chosen):

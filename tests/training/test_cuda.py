@@ -12,7 +12,8 @@ from tiny_runs import MIXED, Files, adapters_of, evaluated, fitted, make_module,
 from torch.optim import AdamW
 
 from qratk.adapters.options import AdapterOptions
-from qratk.backbone.backbone import Backbone, resolve_dtype
+from qratk.backbone.backbone import Backbone
+from qratk.backbone.loading import resolve_dtype
 from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, targets_of
 from qratk.core.configuration import Configuration
 

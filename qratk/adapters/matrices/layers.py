@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from qratk.adapters.matrices.factors import pooled
-from qratk.core.errors import ConfigurationError
+from qratk.core.errors import ConfigurationError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -54,6 +54,7 @@ class PeftLayers:
         self._options = options
         self.model: PeftModel = _wrapped(model, banks, options)
         base = self.model.get_base_model()
+        _check_wrapped(base, list(banks))
         self._layers: dict[str, Any] = {name: base.get_submodule(name) for name in banks}
 
     def __iter__(self) -> Iterator[str]:
@@ -150,6 +151,25 @@ def check_patterns(patterns: Mapping[str, str], names: Sequence[str]) -> None:
             raise ConfigurationError(f"the pattern {pattern!r} also matches {name!r}")
 
 
+def _check_wrapped(base: Any, names: Sequence[str]) -> None:
+    """Raise `UnsupportedModelError` for projections that PEFT left without a layer.
+
+    In mixtures whose experts are one tensor, PEFT takes the names of the experts' projections for that tensor, also
+    where a shared expert or a dense block has projections of these names.
+    """
+    left = [name for name in names if not hasattr(base.get_submodule(name), "lora_A")]
+    if left:
+        able = _tails(set(names) - {n for n in names if n.rpartition(".")[2] in _tails(left)})
+        raise UnsupportedModelError(
+            f"PEFT leaves {len(left)} of the {len(names)} projections without an adapter, {left[0]!r} for one: in this "
+            f"family it takes {_tails(left)} for the experts of the mixture; give target_modules={able}"
+        )
+
+
+def _tails(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
 def _wrapped(model: PreTrainedModel, banks: Mapping[str, BankLinear], options: AdapterOptions) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
@@ -166,6 +186,11 @@ def _wrapped(model: PreTrainedModel, banks: Mapping[str, BankLinear], options: A
         bank.hide_weight = True  # PEFT looks at every weight; on the meta device that costs nothing
     try:
         return get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"PEFT cannot adapt {type(model).__name__}: {str(error).strip().splitlines()[0]} Name projections that it "
+            f"can adapt as target_modules; there are {_tails(banks)}"
+        ) from error
     finally:
         for bank in banks.values():
             bank.hide_weight = False

@@ -1,0 +1,143 @@
+"""Models and tokenizers from a name or a directory, with the one reason why they cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qratk.bank.dense import is_out_of_memory
+from qratk.core.errors import ConfigurationError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_POINTER = b"version https://git-lfs"
+_SPECIAL = ("pad", "bos", "eos")
+
+
+def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
+    """The compute dtype; "auto" is bfloat16 where CUDA has it, and float32 elsewhere (16-bit matmul on CPU is slow)."""
+    if isinstance(compute_dtype, torch.dtype):
+        return compute_dtype
+    if compute_dtype == "auto":
+        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if cuda else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if compute_dtype not in known:
+        raise ConfigurationError(f"compute_dtype must be 'auto' or one of {tuple(known)}, got {compute_dtype!r}")
+    return known[compute_dtype]
+
+
+def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrainedModel:
+    """A causal language model in its checkpoint's own dtype; without weights on the meta device.
+
+    Raises `UnsupportedModelError`, naming the file at fault where there is one, and for a checkpoint that is quantised
+    already.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _require_unquantised(name, config)
+        if weights:
+            dtype: Any = {_dtype_argument(): "auto"}
+            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
+        stored = getattr(config, _dtype_argument(), None) or torch.float32
+        options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
+        auto: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, **options)
+        return model
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a model's own code, and the readers of its files, raise whatever they like
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"the model {name!r} cannot be loaded as a causal language model: {_file_at_fault(name) or reason(error)} "
+            "Give a Hugging Face name, or a directory with config.json and safetensors files"
+        ) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool, required: bool) -> Any:
+    """A tokenizer; None where there is none and none is required. Raises `UnsupportedModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer classes raise whatever their files make them raise
+        if not required:
+            return None
+        raise UnsupportedModelError(
+            f"no tokenizer can be loaded from {name!r}: {reason(error)} Give one with the option 'tokenizer'"
+        ) from error
+
+
+def check_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise `UnsupportedModelError` for a special token that every batch needs and the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
+    for kind in _SPECIAL:
+        token = getattr(tokenizer, f"{kind}_token_id", None)
+        if token is not None and token >= rows:
+            raise UnsupportedModelError(
+                f"the tokenizer's {kind}_token {getattr(tokenizer, f'{kind}_token', '')!r} is number {token}, but the "
+                f"model has embeddings for {rows} tokens (0 to {rows - 1}); give the tokenizer that the model was "
+                "trained with as the option 'tokenizer', or make the token one of those it has"
+            )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedModelError` for a tensor of a checkpoint that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        # A sum shows both, in one pass and without another tensor; when it overflows, every number is looked at.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            if wrong:
+                raise UnsupportedModelError(
+                    f"{name!r} of the checkpoint holds NaN or infinity ({wrong:,} of {tensor.numel():,} numbers), so "
+                    "that every output would; download the checkpoint again, or take another one"
+                )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _dtype_argument() -> str:
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def _require_unquantised(name: str, config: Any) -> None:
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    settings: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
+    raise UnsupportedModelError(
+        f"the checkpoint {name!r} is quantised already (quant_method {settings.get('quant_method', 'unknown')!r}), and "
+        "the bank packs full-precision weights at every bit-width itself; give the model that it was made from"
+    )
+
+
+def _file_at_fault(name: str) -> str:
+    """What is wrong with a file of weights in a local directory; empty when nothing is seen."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                return f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` there."
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:  # the reader has an error of its own
+            return f"{path} is cut off or damaged ({reason(error)}); download it again."
+    return ""
