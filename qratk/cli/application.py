@@ -211,11 +211,15 @@ class SearchingCLI(QratkCLI, ABC):
         self.loop = SearchLoop(**section.as_dict() if isinstance(section, Namespace) else section)
 
 
-def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) -> int:
-    """Exit status of a command with its arguments."""
-    # Classes named in a configuration may live in the working directory; last, so that they shadow nothing.
+def find_local_classes() -> None:
+    """Let classes that a configuration names live in the working directory; last, so that they shadow nothing."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+
+
+def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) -> int:
+    """Exit status of a command with its arguments."""
+    find_local_classes()
     try:
         command(arguments)
     except MisconfigurationException as error:

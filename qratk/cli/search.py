@@ -16,6 +16,7 @@ from typing import Any, cast
 import yaml
 
 from qratk.cli.application import SearchingCLI, run
+from qratk.cli.blueprint import SettingsBlueprint
 from qratk.cli.trainer import SearchTrainer
 from qratk.core.errors import SearchError
 from qratk.data.base import TaskData
@@ -47,7 +48,13 @@ class SearchCommand(SearchingCLI):
         go_on = shlex.join(["qratk", "search", "--config", str(run_dir / files.CONFIG), "--run_dir", str(run_dir)])
         with resumable(go_on), closing(reporter):
             cast(SearchTrainer, self.trainer).search(
-                model, datamodule, loop, run_dir=run_dir, reporter=reporter, config=deciding(config)
+                model,
+                datamodule,
+                loop,
+                run_dir=run_dir,
+                reporter=reporter,
+                config=deciding(config),
+                blueprint=SettingsBlueprint(config),
             )
 
 

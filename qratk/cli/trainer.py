@@ -18,6 +18,7 @@ from qratk.core.checks import Checks
 from qratk.core.errors import ConfigurationError
 from qratk.core.result import SearchResult
 from qratk.data.base import TaskData
+from qratk.executors.base import Blueprint
 from qratk.loop import SearchLoop
 from qratk.reporters.base import Reporter
 from qratk.settings.identity import comparable
@@ -47,6 +48,7 @@ class SearchTrainer(Trainer):
         run_dir: Path,
         reporter: Reporter,
         config: dict[str, Any] | None = None,
+        blueprint: Blueprint | None = None,
     ) -> SearchResult:
         """Result of searching bits and ranks under a memory budget; continues what `run_dir` holds."""
         return search.run(
@@ -57,6 +59,7 @@ class SearchTrainer(Trainer):
             module=model,
             datamodule=datamodule,
             trainer=self.another,
+            blueprint=blueprint,
         )
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation, FidelityLadder, Request
-from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.space import SearchSpace
 from qratk.registry import Registry
 
@@ -28,6 +29,10 @@ def _just_decide(key: str, decide: Callable[[], Any]) -> Any:
     return decide()
 
 
+def _nothing(key: str) -> Any:
+    return None
+
+
 @dataclass(frozen=True)
 class EvaluationContext:
     """What an evaluator may use: where to write, the rungs, the seed, and the Lightning objects of the command.
@@ -35,7 +40,8 @@ class EvaluationContext:
     `trainer` makes a Trainer from keyword arguments. `reference_bits` and `reference_ranks` are those of uniform
     references that will be measured after the search; `say` tells a person something, such as a fallback. `decided`
     returns what was decided under a key, as plain data: in a new run directory what its second argument returns, in a
-    resumed one what was recorded.
+    resumed one what was recorded. `recorded` returns what was decided under a key, or None. `workers` is how many
+    groups of requests are measured at the same time.
     """
 
     run_dir: Path
@@ -48,6 +54,8 @@ class EvaluationContext:
     say: Callable[[str], None] = print
     decided: Callable[[str, Callable[[], Any]], Any] = _just_decide
     reference_ranks: tuple[int, ...] = ()
+    recorded: Callable[[str], Any] = _nothing
+    workers: int = 1
 
 
 class Evaluator(ABC):
@@ -65,6 +73,12 @@ class Evaluator(ABC):
     @abstractmethod
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes over a space of these layers."""
+
+    def footprint(self, configuration: Configuration) -> Footprint:
+        """Exact bytes of a configuration, on or off the ladders of the search."""
+        names = tuple(shape.name for shape in self.shapes)
+        space = SearchSpace(tuple(sorted(set(configuration.bits))), tuple(sorted(set(configuration.ranks))), names)
+        return self.memory_model(space).footprint(configuration)
 
     @abstractmethod
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:

@@ -201,7 +201,7 @@ class FineTuneEvaluator(Evaluator):
     def _evaluation(
         self, configuration: Configuration, steps: int, outcome: Trained | str | OutOfMemory, seconds: float
     ) -> Evaluation:
-        footprint = self._footprint(configuration)
+        footprint = self.footprint(configuration)
         failed = Evaluation(configuration, steps, float("-inf"), footprint, status="failed", seconds=seconds)
         if isinstance(outcome, OutOfMemory):
             return replace(failed, status="lost", reason=outcome.reason)
@@ -230,10 +230,15 @@ class FineTuneEvaluator(Evaluator):
         if alone or len(configurations) == 1:
             return 1
         if self.cohort != "auto":
-            return min(self.cohort, self._fitting)
+            return self._within_memory(self.cohort)
         if self._fastest is None:
             self._fastest = int(self.context.decided("cohort", lambda: self._fastest_cohort(configurations)))
-        return min(self._fastest, self._fitting)
+        return self._within_memory(self._fastest)
+
+    def _within_memory(self, size: int) -> int:
+        """At most so many side by side that memory did not run out, in any process, also before a resume."""
+        halves = (self.context.recorded(f"cohort/{count}") for count in range(2, size + 1))
+        return min([size, self._fitting, *(int(half) for half in halves if half is not None)])
 
     def _explain_alone(self, refusal: str) -> None:
         if self.cohort != 1 and not self._explained:
@@ -245,10 +250,13 @@ class FineTuneEvaluator(Evaluator):
         from qratk.training.cohort_speed import fastest_cohort
 
         self._prepare()
+        # For larger groups than this one too; with workers, no more than leaves work for each of them.
+        share = -(-len(configurations) // self.context.workers)
+        largest = _LARGEST_COHORT if self.context.workers == 1 else min(_LARGEST_COHORT, share)
         configurations = [c for c in configurations if any(c.ranks)]
         if not configurations:
             return 1
-        footprints = [self._footprint(configuration) for configuration in configurations]
+        footprints = [self.footprint(configuration) for configuration in configurations]
         each = max(f.training_bytes - f.weights - f.metadata - f.fixed for f in footprints)
         room = available_memory(self.device) // 2 // max(1, each)
         (batch,) = self.data.calibration_batches(1)
@@ -257,18 +265,20 @@ class FineTuneEvaluator(Evaluator):
             self._trainer(max_steps=1),
             {name: tensor.to(self.device) for name, tensor in batch.items()},
             configurations,
-            largest=min(int(room), _LARGEST_COHORT),  # for larger groups than this one too
+            largest=min(int(room), largest),
         )
 
     def _in_halves(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
-        half = self._fitting = (len(configurations) + 1) // 2
+        count = len(configurations)
+        half = self._fitting = int(self.context.decided(f"cohort/{count}", lambda: (count + 1) // 2))
         self.context.say(
-            f"{len(configurations)} candidates side by side do not fit into memory; going on with {half}. "
+            f"{count} candidates side by side do not fit into memory; going on with {half}. "
             f"Set --search.evaluator.cohort={half} to begin there."
         )
         return self._evaluate(configurations[:half], steps) + self._evaluate(configurations[half:], steps)
 
-    def _footprint(self, configuration: Configuration) -> Footprint:
+    def footprint(self, configuration: Configuration) -> Footprint:
+        """Exact bytes of a configuration."""
         # References may lie off the ladders: widen them by what is asked for.
         bits = tuple(sorted({*self.space.bits, *configuration.bits}))
         ranks = tuple(sorted({*self.space.ranks, *configuration.ranks}))

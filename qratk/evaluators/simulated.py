@@ -119,9 +119,7 @@ class SimulatedEvaluator(Evaluator):
 
     def measure(self, configuration: Configuration, steps: int) -> Evaluation:
         """One evaluation: `items` outcomes whose mean is the score, or a failure."""
-        names = tuple(shape.name for shape in self._shapes)
-        space = SearchSpace(tuple(sorted(set(configuration.bits))), tuple(sorted(set(configuration.ranks))), names)
-        footprint = simulated_memory(self._shapes, space).footprint(configuration)  # also off the search's ladders
+        footprint = self.footprint(configuration)
         if self.landscape.hash(configuration, 0) < self.failures * 2**64:
             return Evaluation(
                 configuration, steps, float("-inf"), footprint, status="failed", reason="loss is not finite (simulated)"

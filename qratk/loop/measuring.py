@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 
 from qratk.core.evaluation import Evaluation, Request
-from qratk.core.result import Record, SearchPlan
+from qratk.core.result import Progress, Record, SearchPlan
 from qratk.evaluators.base import Evaluator
 from qratk.executors.base import Executor, Group
 from qratk.loop.state import Clock, SearchState, Stage
@@ -57,8 +57,10 @@ class Measuring:
         return measured
 
     def _tell(self, record: Record, stage: Stage) -> None:
-        rung = record.evaluation.steps
-        self.reporter.evaluated(record, self.state.progress(self.plan, stage, rung, self.clock))
+        self.reporter.evaluated(record, self._progress(stage, record.evaluation.steps))
+
+    def _progress(self, stage: Stage, rung: int) -> Progress:
+        return self.state.progress(self.plan, stage, rung, self.clock, self.executor.workers)
 
     def _recorded(self, request: Request, arriving: Iterator[None]) -> Record:
         """What the journal holds of a request, after as many groups were measured as that takes."""
@@ -74,12 +76,12 @@ class Measuring:
         if not rest:
             return
         rung = rest[0].steps
-        self.reporter.progress(self.state.progress(self.plan, stage, rung, self.clock))
+        self.reporter.progress(self._progress(stage, rung))
         groups = self._groups(rest) if stage.phase != "reference" else ((request,) for request in rest)
         for group, evaluations in self.executor.finished(groups):
             self.journal.extend([(r.candidate, e) for r, e in zip(group, evaluations, strict=True)])
             yield
-            self.reporter.progress(self.state.progress(self.plan, stage, rung, self.clock))
+            self.reporter.progress(self._progress(stage, rung))
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[Group]:
         for group in self.evaluator.groups(requests):

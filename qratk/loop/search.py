@@ -82,6 +82,8 @@ class SearchLoop(SearchSettings):
                 reference_ranks=tuple(sorted({choice.rank for choice in self.reference_choices})),
                 say=reporter.message,
                 decided=journal.decided,
+                recorded=journal.decision,
+                workers=self.executor.workers,
             )
             with closing(self.executor):
                 try:

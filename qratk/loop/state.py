@@ -118,8 +118,8 @@ class SearchState:
         """Front of what was measured at a rung."""
         return answer.front(self._problem, self.history, steps)
 
-    def progress(self, plan: SearchPlan, stage: Stage, rung: int, clock: Clock) -> Progress:
-        """Where the search stands at a rung; the seconds left are an upper bound, from the rate so far."""
+    def progress(self, plan: SearchPlan, stage: Stage, rung: int, clock: Clock, workers: int = 1) -> Progress:
+        """Where the search stands at a rung; the seconds left are from the rate so far, shared by all workers."""
         left = sum(steps * max(0, count - self._recorded[steps]) for steps, count in plan.evaluations.items())
         seconds, steps_done = self._spent
         return Progress(
@@ -130,5 +130,5 @@ class SearchState:
             planned=sum(plan.evaluations.values()),
             best=self.best,
             seconds=clock.seconds,
-            seconds_left=seconds / steps_done * left if steps_done else None,
+            seconds_left=seconds / steps_done * left / workers if steps_done else None,
         )

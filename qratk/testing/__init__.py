@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
+    from qratk.testing._executor_contract import ExecutorContract
     from qratk.testing._torch_adapters import AdapterContract
     from qratk.testing._torch_contracts import (
         VOCABULARY,
@@ -48,6 +49,7 @@ __all__ = [
     "AdapterContract",
     "CrossoverContract",
     "EstimatorContract",
+    "ExecutorContract",
     "ExporterContract",
     "MutationContract",
     "QuantizerContract",
@@ -69,6 +71,7 @@ _WITH_TORCH = ("VOCABULARY", "EstimatorContract", "ExporterContract", "Quantizer
 _APART = {
     **dict.fromkeys(_WITH_TORCH, "_torch_contracts"),
     "AdapterContract": "_torch_adapters",
+    "ExecutorContract": "_executor_contract",
     "ReporterContract": "reporter_contract",
 }
 """Modules of suites that need torch, or whole searches: the others stay without them."""

@@ -1,0 +1,156 @@
+"""A process that measures: it builds what it needs from plain data, and keeps nothing but that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from qratk.core.errors import SearchError
+from qratk.core.evaluation import Evaluation, FidelityLadder
+from qratk.core.space import SearchSpace
+from qratk.evaluators.base import EvaluationContext, Evaluator
+from qratk.executors.base import Blueprint, Group
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """All that a worker is told at its start; `threads` are those of torch, None where it is not used."""
+
+    blueprint: Blueprint
+    run_dir: Path
+    ladder: FidelityLadder
+    seed: int
+    space: SearchSpace
+    reference_bits: tuple[int, ...]
+    reference_ranks: tuple[int, ...]
+    workers: int
+    threads: int | None
+
+
+@dataclass
+class Task:
+    """A group to measure, or an evaluation to score on test data; what was decided by now; how often it was tried."""
+
+    work: Group | Evaluation
+    decisions: Mapping[str, Any]
+    attempts: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a task, with what was decided and said on the way, and the digests of what it was measured with."""
+
+    result: Any
+    fingerprint: Mapping[str, str]
+    decisions: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An error that a task ended in, and where."""
+
+    error: Exception
+    trace: str
+
+
+def serve(connection: Connection, workplace: Workplace) -> None:
+    """Answer tasks as they come, until the other end closes or its process dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the other end decides
+    _end_with_the_parent()
+    worker = _Worker(workplace)
+    while True:
+        try:
+            task = connection.recv()
+            connection.send(_answered(worker, task))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _end_with_the_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)  # nobody would hear of what is still measured
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _answered(worker: _Worker, task: Task) -> Done | Raised:
+    try:
+        return worker.answer(task)
+    except Exception as error:
+        return Raised(error, traceback.format_exc())
+    except SystemExit as stop:
+        return Raised(SearchError(f"a part of the search ended a worker ({stop!r})"), traceback.format_exc())
+
+
+class _Worker:
+    def __init__(self, workplace: Workplace) -> None:
+        self._workplace = workplace
+        self._known: dict[str, Any] = {}
+        self._decided: dict[str, Any] = {}
+        self._said: list[str] = []
+
+    def answer(self, task: Task) -> Done:
+        self._known = dict(task.decisions)
+        self._decided, self._said = {}, []
+        evaluator, work = self._evaluator, task.work
+        result = evaluator.test(work) if isinstance(work, Evaluation) else tuple(evaluator.evaluate(work))
+        return Done(result, self._fingerprint, self._decided, tuple(self._said))
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        place = self._workplace
+        if place.threads is not None:
+            import torch
+
+            torch.set_num_threads(place.threads)
+        equipment = place.blueprint.build()
+        context = EvaluationContext(
+            place.run_dir,
+            place.ladder,
+            place.seed,
+            equipment.module,
+            equipment.datamodule,
+            equipment.trainer,
+            reference_bits=place.reference_bits,
+            reference_ranks=place.reference_ranks,
+            say=self._say,
+            decided=self._decide,
+            recorded=lambda key: self._known.get(key),
+            workers=place.workers,
+        )
+        equipment.evaluator.open(context)
+        equipment.evaluator.memory_model(place.space)
+        return equipment.evaluator
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return self._evaluator.fingerprint()
+
+    def _say(self, text: str) -> None:
+        self._said.append(text)
+
+    def _decide(self, key: str, decide: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = self._decided[key] = decide()
+        return self._known[key]
+
+
+def threads_of_torch() -> int | None:
+    """How many threads torch has in this process; None where it is not loaded."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
