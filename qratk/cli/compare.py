@@ -55,6 +55,7 @@ def compare(arguments: Sequence[str]) -> int:
         recipes(given.recipes),
         given.budgets,
         given.seeds,
+        sweeps=[Path(configuration(name)) for name in given.sweep],
         extra=extra,
         base=not given.no_base,
     )
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", action="append", default=[], help="file or name of the base; later ones lie over earlier ones")
     add("--recipes", nargs="+", default=[], help="recipes: files, names, or folders, also 'baselines' and 'ablations'")
+    add("--sweep", nargs="+", default=[], help="files {setting: [values]}: each value is a recipe; also 'one_factor'")
     add("--budgets", nargs="+", default=[], help="pairs such as '[4, 16]' or sizes such as 300KiB; default: the base's")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")

@@ -23,6 +23,7 @@ from qratk.settings.identity import comparable, deciding
 from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
 from qratk.settings.reading import load, read_settings
+from qratk.settings.sweeps import read_sweeps
 
 OWN: Final = "own"
 COMPARED: Final = "compare.json"
@@ -30,6 +31,7 @@ IDENTITY: Final = "cell.json"
 FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
+_SWEEPS: Final = "sweeps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +178,16 @@ class Grid:
         budgets: Sequence[str],
         seeds: Sequence[int],
         *,
+        sweeps: Sequence[Path] = (),
         extra: Sequence[str] = (),
         base: bool = True,
     ) -> Grid:
         """The grid of a command line; with `base`, the base is the first recipe. Raises `ConfigurationError`."""
         documents = [read_settings(path) for path in configs]
         found = [Recipe.read(path) for path in recipes]
+        for path in sweeps:
+            made = read_sweeps(path).items()
+            found += [Recipe(name, folder / _SWEEPS / f"{name}.yaml", document) for name, document in made]
         if base:
             found.insert(0, Recipe(_base_name(documents)))
         if not found:
@@ -234,7 +240,7 @@ class Grid:
         return dict(without_secrets({"seed": cell.seed, "settings": deciding(merged)}))
 
     def prepare(self) -> None:
-        """Write budgets, the plan, and what each cell is; raises `RunDirectoryError` if a cell is another one."""
+        """Write overlays, the plan, and what each cell is; raises `RunDirectoryError` if a cell is another one."""
         identities = [(cell, json.loads(json.dumps(self.identity(cell)))) for cell in self.cells]
         for cell, identity in identities:
             _check(cell, identity)
@@ -243,7 +249,14 @@ class Grid:
             if not (cell.folder / IDENTITY).exists():
                 write_atomically(cell.folder / IDENTITY, json.dumps(identity, indent=1))
             self._write_budget(cell)
+            self._write_sweep(cell.recipe)
         write_atomically(self.folder / COMPARED, to_json(self._compared()))
+
+    def _write_sweep(self, recipe: Recipe) -> None:
+        path = recipe.path
+        if path is not None and path.parent == self.folder / _SWEEPS:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, yaml.safe_dump(dict(recipe.document), sort_keys=False))
 
     def _write_budget(self, cell: Cell) -> None:
         path = self.budget_file(cell)

@@ -26,11 +26,11 @@ from qratk.compare.read import Outcome
 from qratk.compare.table import difference
 from qratk.core.plain import flatten
 from qratk.reporters.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
+from qratk.settings.sweeps import PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SWEEP: Final = "sweep-"
 _NAMED: Final = 6
 Axis = Literal["numbers", "costs"]
 _AXES: Final[Mapping[Axis, str]] = {"numbers": "evaluations at $T_S$", "costs": "cost in full runs"}
@@ -182,7 +182,7 @@ def _curves(view: View) -> dict[str, list[Curve]]:
 
 
 def _without_sweeps(view: View) -> list[str]:
-    return [name for name in view.cells.names if not name.startswith(SWEEP)]
+    return [name for name in view.cells.names if not name.startswith(PREFIX)]
 
 
 @dataclass(frozen=True)
@@ -473,8 +473,8 @@ def sweeps(view: View) -> list[Sweep]:
     """The one-factor sweeps: recipes called sweep-SETTING-VALUE; raises `NoDataError` when there are none."""
     found: dict[str, dict[str, tuple[Outcome, ...]]] = {}
     defaults: dict[str, str] = {}
-    for name in (name for name in view.cells.names if name.startswith(SWEEP)):
-        setting, _, value = name.removeprefix(SWEEP).partition("-")
+    for name in (name for name in view.cells.names if name.startswith(PREFIX)):
+        setting, _, value = name.removeprefix(PREFIX).partition("-")
         cells = view.cells.of(name)
         found.setdefault(setting, {})[value] = cells
         base = next((outcome for outcome in view.own if outcome.seed == cells[0].seed), view.own[0])

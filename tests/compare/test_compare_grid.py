@@ -155,3 +155,25 @@ def test_cell_is_the_same_whether_a_component_goes_by_its_name_or_by_its_import_
     grid(files, "random").prepare()
     files["random"].write_text("search: {searcher: qratk.searchers.random.RandomSearch}")
     grid(files, "random").prepare()
+
+
+def test_each_value_of_a_sweep_is_a_recipe_named_by_setting_and_value(files, tmp_path):
+    sweep = tmp_path / "mine.yaml"
+    sweep.write_text("alpha: [0.5]\nsearcher.nsga2.offspring: [3, 9]\nrefiner: [{low: {refiner: none}}]\n")
+    made = Grid.of(tmp_path / "out", [files["base"]], [], [], [0], sweeps=[sweep], base=False)
+    made.prepare()
+    assert [recipe.name for recipe in made.recipes] == [
+        "sweep-alpha-0.5", "sweep-offspring-3", "sweep-offspring-9", "sweep-refiner-low"
+    ]  # fmt: skip
+    path = made.recipes[1].path
+    expected = {"name": "sweep-offspring-3", "searcher": {"class_path": "nsga2", "init_args": {"offspring": 3}}}
+    assert yaml.safe_load(path.read_text()) == {"search": expected}
+    assert str(path) in made.arguments(made.cells[1])
+
+
+@pytest.mark.parametrize("text", ["alpha: 3", "alpha: []", "model.rank: [1]", "a: [1, 1]", "refiner: [{low: 3}]"])
+def test_file_that_is_no_sweep_is_refused(files, tmp_path, text):
+    sweep = tmp_path / "mine.yaml"
+    sweep.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"mine\.yaml"):
+        Grid.of(tmp_path / "out", [files["base"]], [], [], [0], sweeps=[sweep])

@@ -12,9 +12,11 @@ from qratk.core.result import SearchResult
 from qratk.reporters.multi import Reporters
 from qratk.settings.merge import laid_over
 from qratk.settings.recipe import from_section
+from qratk.settings.sweeps import read_sweeps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ABLATIONS = sorted(CONFIGS.glob("ablations/**/*.yaml"))
+ABLATIONS = sorted(CONFIGS.glob("ablations/*.yaml"))
+SWEEPS = CONFIGS / "sweeps" / "one_factor.yaml"
 BASELINES = sorted(CONFIGS.glob("baselines/*.yaml"))
 SMALL: dict[str, Any] = {
     "generations": 1,
@@ -39,6 +41,12 @@ def test_ablation_searches_the_simulated_landscape(path, tmp_path):
     assert over["name"] == path.stem
     result = searched(tmp_path, over)
     assert result.plan.problem.feasible(result.best.configuration)
+
+
+@pytest.mark.parametrize(("name", "document"), read_sweeps(SWEEPS).items(), ids=list(read_sweeps(SWEEPS)))
+def test_value_of_a_sweep_searches_the_simulated_landscape(name, document, tmp_path):
+    result = searched(tmp_path, document["search"])
+    assert result.plan.name == name
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
