@@ -70,9 +70,8 @@ class TaskData(LightningDataModule, Task):
         limits = dict(zip(SPLITS, (max_train_items, max_validation_items, max_test_items), strict=True))
         options = SplitOptions(self.sources, limits, validation_items, validation_fraction, rename, seed)
         self._splits = Splits(options, self)
-        self._batches = Batches(
-            batch_size, batch_size if eval_batch_size is None else eval_batch_size, seed, num_workers, share_prompts
-        )
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self._batches = Batches(batch_size, self.eval_batch_size, seed, num_workers, share_prompts)
         require_at_least("max_length", 2 if max_length is None else max_length, 2)
         self.asked_length = max_length
         self._attached: Attached | None = None

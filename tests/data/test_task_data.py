@@ -145,6 +145,11 @@ def test_impossible_options_are_refused(options: Any, message: str) -> None:
         MultipleChoiceData(**options)
 
 
+def test_a_scoring_batch_is_as_large_as_a_training_batch_unless_said() -> None:
+    assert TextData("a.jsonl", batch_size=3).eval_batch_size == 3
+    assert TextData("a.jsonl", batch_size=3, eval_batch_size=5).eval_batch_size == 5
+
+
 def test_a_missing_split_and_a_missing_tokenizer_are_named(write: Write, tokenizer: Any) -> None:
     data = MultipleChoiceData(test=write("test.jsonl", rows(1, 2)))
     with pytest.raises(DataError, match="has no tokenizer: call `attach"):
