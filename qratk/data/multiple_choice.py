@@ -32,7 +32,7 @@ def _check_choices(row: Row, choices: Any, keys: Sequence[Any]) -> None:
     if not isinstance(choices, list | tuple) or len(choices) < 2:
         raise row.error(f"needs `choices`, a list of at least two texts; got {shown(choices)}")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise row.error(f"has a choice that is blank or no text: {shown(choices)}")
+        raise row.error(f"has a choice that is empty or no text: {shown(choices)}")
     if len(set(choices)) < len(choices):
         raise row.error(f"has a choice twice, of which only one can be right: {shown(choices)}")
     if not keys:
@@ -110,12 +110,16 @@ class MultipleChoiceData(TaskData):
 
     def parse(self, row: Row) -> tuple[str, tuple[str, ...], int]:
         """Rendered prompt, choices and the index of the right one."""
+        from jinja2 import TemplateError
+
         fields = {**row.data, "context": row.text("context", default=""), "question": row.text("question", default="")}
         choices, keys = _listed(row.data.get("choices"))
         _check_choices(row, choices, keys)
         prompt = self._prompt  # a mistake in the template itself is no mistake of the row
         try:
             text = prompt.render(fields)
+        except (TemplateError, DataError) as error:
+            raise row.error(f"does not fit the prompt template: {error}") from error
         except Exception as error:  # whatever its expressions can raise
             raise row.error(f"does not fit the prompt template: {type(error).__name__}: {error}") from error
         return text, tuple(choices), _label(row, len(choices), keys)

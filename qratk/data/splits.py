@@ -20,6 +20,8 @@ _logger = logging.getLogger(__name__)
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+_NAMES = ("id", "idx")  # of rows: nobody takes them for a part of what is learnt
+
 
 @dataclass(frozen=True)
 class Item:
@@ -111,7 +113,7 @@ class Splits:
         return items
 
     def _tell_ignored(self) -> None:
-        used = self._task.fields_used().union((self.options.rename or {}).values())
+        used = self._task.fields_used().union((self.options.rename or {}).values(), _NAMES)
         if ignored := [name for name in self._columns if name not in used]:
             self.notes.append(f"fields of the rows that are not used: {', '.join(map(shown, ignored))}")
             _logger.warning(self.notes[-1])

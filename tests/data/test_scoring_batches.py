@@ -215,7 +215,7 @@ def test_a_run_with_shared_prompts_equals_lm_eval(
     rows = [
         {
             "question": f"{words(rng, 4, 9)} _ {words(rng, 2, 4)}" if blank else words(rng, 4, 12),
-            "choices": [words(rng, 1, 4) for _ in range(2 + index % 3)],
+            "choices": [f"{words(rng, 1, 4)} {k}" for k in range(2 + index % 3)],
             "label": index % 2,
         }
         for index in range(20)
