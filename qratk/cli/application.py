@@ -14,7 +14,9 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from qratk.cli.checkpoint import require_checkpoint
 from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, sources_of
+from qratk.cli.outcome import threads_told
 from qratk.cli.parser import (
     COMMANDS,
     LIGHTNING_COMMANDS,
@@ -118,6 +120,10 @@ class QratkCLI(LightningCLI, ABC):
         finally:
             for each in both:
                 each.examine = None
+        given = [(section, self.settings.get(section)) for section in ("model", "trainer", names.SECTION)]
+        wrong = [Mistake((name,), f"must hold settings by name, got {v!r}") for name, v in given if _is_value(v)]
+        if wrong:
+            raise ConfigurationError(listed(wrong, self._sources))
 
     def _all_mistakes(self) -> str | None:
         """All that is wrong with settings that could not be parsed; None where that is not in a single setting."""
@@ -148,6 +154,8 @@ class QratkCLI(LightningCLI, ABC):
         # starts from no checkpoint, even when the file of a fit names one.
         if self.command not in LIGHTNING_COMMANDS:
             return
+        if path := self.settings.get("ckpt_path"):
+            require_checkpoint(str(path))
         given = _plain(self.settings.get("model"))
         super()._parse_ckpt_path()
         used = _plain(self.settings.get("model"))
@@ -221,10 +229,15 @@ def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) 
     """Exit status of a command with its arguments."""
     find_local_classes()
     try:
-        command(arguments)
+        with threads_told():
+            command(arguments)
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
     return 0
+
+
+def _is_value(section: Any) -> bool:
+    return section is not None and not isinstance(section, Namespace)
 
 
 def _plain(namespace: Any) -> dict[str, Any]:

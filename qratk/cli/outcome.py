@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from qratk.core.errors import QratkError
 
 _NO_MEMORY: Final = re.compile(r"out of memory|cannot allocate memory|can't allocate memory|not enough memory", re.I)
+
+
+# What jsonargparse says of a class that a configuration names and that raised when it was made.
+_CLASS: Final = re.compile(r"Problem with given class_path '([^']+)': (.+?)(?= - Expected a| Given value|$)")
 
 
 def told(error: BaseException) -> str:
@@ -20,6 +27,21 @@ def told(error: BaseException) -> str:
     return _foreign(error) + notes
 
 
+@contextmanager
+def threads_told() -> Iterator[None]:
+    """Context in which a thread that fails, such as one that writes to a full disk, is told in one line."""
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_value is not None:
+            print(f"qratk: warning: a thread beside the command failed: {told(failed.exc_value)}", file=sys.stderr)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _foreign(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
@@ -28,6 +50,8 @@ def _foreign(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ImportError):
         return f"a package is missing or broken: {text}"
+    if match := _CLASS.search(text):
+        return f"{match[1]} cannot be made: {match[2]}"
     return (
         f"{type(error).__name__}: {text or 'no text'}. "
         "This looks like a fault of qratk: QRATK_DEBUG=1 shows the traceback."

@@ -115,6 +115,24 @@ def test_value_that_cannot_be_is_told_with_its_place(capsys, tmp_path, argument,
     assert lines[0].startswith(f"qratk: error: {text}")
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"model:\n  model: \xe9\n", "more.yaml:2 is not UTF-8"),
+        (b"\xff\xfe\x00", "more.yaml:1 is not UTF-8"),
+        (b"", "more.yaml is empty"),
+        (b"data: {class_path: null}\n", "more.yaml:1: 'class_path' must be a name"),
+        (b"trainer: [3]\n", "more.yaml:1: trainer: must hold settings by name, got [3]"),
+    ],
+)
+def test_file_that_holds_no_settings_is_told_in_one_message(capsys, tmp_path, content, text):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(GOOD))
+    (tmp_path / "more.yaml").write_bytes(content)
+    status, lines = refused(capsys, "plan", "--config", "my.yaml", "--config", "more.yaml")
+    assert status in (1, 2)
+    assert lines[0].startswith(f"qratk: error: {text}")
+
+
 @pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging"])
 def test_callback_that_averages_weights_is_refused_with_a_cure(name):
     from lightning.pytorch import callbacks

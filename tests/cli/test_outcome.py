@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from qratk.__main__ import COMMANDS, Command, main
-from qratk.cli.outcome import told
+from qratk.cli.outcome import threads_told, told
 from qratk.core.errors import DataError
 
 
@@ -28,6 +33,13 @@ def raising(error: BaseException):
         (MemoryError(), "memory ran out: MemoryError"),
         (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "memory ran out: unable to mmap"),
         (ModuleNotFoundError("No module named 'wandb'"), "a package is missing or broken: No module named 'wandb'"),
+        (
+            ValueError(
+                "Errors:\n  - Problem with given class_path 'x.WandbLogger':\n    Requirement 'wandb' not met\n"
+                "  - Expected a <class 'bool'>\nGiven value: ..."
+            ),
+            "error: x.WandbLogger cannot be made: Requirement 'wandb' not met\n",
+        ),
         (DataError("rows.jsonl, line 3: no answer"), "error: rows.jsonl, line 3: no answer\n"),
     ],
 )
@@ -58,3 +70,21 @@ def test_notes_say_where():
     error = RuntimeError("x")
     error.add_note("rows.jsonl, line 7")
     assert told(error).endswith("\n  rows.jsonl, line 7")
+
+
+def test_thread_that_fails_is_one_line(capsys):
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "events.out")
+
+    with threads_told():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    error = capsys.readouterr().err
+    assert error == "qratk: warning: a thread beside the command failed: events.out: No space left on device\n"
+
+
+def test_kernels_that_nobody_needs_are_not_recommended():
+    code = "import qratk.cli, logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == logging.ERROR

@@ -1,0 +1,54 @@
+"""A file that is no checkpoint of a fit is refused in one message, and nothing in it is executed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from qratk.cli.checkpoint import require_checkpoint
+from qratk.core.errors import ConfigurationError
+
+
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"nowhere\.ckpt: there is no such file"):
+        require_checkpoint(str(tmp_path / "nowhere.ckpt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04cut"])
+def test_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ConfigurationError, match="no checkpoint of a fit"):
+        require_checkpoint(str(tmp_path / "x.ckpt"))
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps(Touches(str(tmp_path / "ran"))))
+    with pytest.raises(ConfigurationError, match="no checkpoint of a fit"):
+        require_checkpoint(str(tmp_path / "x.ckpt"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {}, [1]])
+def test_checkpoint_of_another_program_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigurationError, match="no configuration"):
+        require_checkpoint(str(tmp_path / "x.ckpt"))
+
+
+def test_checkpoint_of_a_fit_and_lightnings_keywords_pass(tmp_path):
+    torch.save({"state_dict": {}, "configuration": "4:8"}, tmp_path / "x.ckpt")
+    for given in (str(tmp_path / "x.ckpt"), "best", "last"):
+        require_checkpoint(given)
