@@ -34,7 +34,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Budget, LayerBytes, LayerShape, MemoryModel, PeakBytes
 from qratk.core.problem import Problem
 from qratk.core.space import SearchSpace
-from qratk.searchers.integer_program import best_choice
+from qratk.programs.integer import best_choice
 
 Array = NDArray[np.float64]
 Range = float | tuple[float, float]

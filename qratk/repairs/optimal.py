@@ -8,9 +8,9 @@ from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON, Ledger
 from qratk.core.errors import ConfigurationError
 from qratk.core.problem import Problem
+from qratk.programs.binary import least_binary
 from qratk.repairs._steps import StepsDown, lowered
 from qratk.repairs.base import RepairPolicy, repairs
-from qratk.repairs.binary_program import least_binary
 from qratk.repairs.greedy import GreedyDowngrade
 
 TOLERANCE = 1e-6

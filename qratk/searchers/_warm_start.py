@@ -15,7 +15,7 @@ from qratk.core.errors import InfeasibleBudgetError
 from qratk.core.evaluation import Candidate
 from qratk.core.problem import Problem
 from qratk.mutations.proposer import Proposer
-from qratk.searchers.integer_program import bits_then_ranks
+from qratk.programs.integer import bits_then_ranks
 from qratk.searchers.sampling import sample_feasible
 
 

@@ -9,9 +9,9 @@ from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.evaluation import Candidate, FidelityLadder
 from qratk.core.problem import Problem
 from qratk.mutations.proposer import Proposer
+from qratk.programs.integer import bits_then_ranks
 from qratk.searchers.base import searchers
 from qratk.searchers.generations import SingleGenerationSearcher
-from qratk.searchers.integer_program import bits_then_ranks
 
 
 @searchers.register("decoupled")

@@ -12,11 +12,11 @@ from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.mutations.proposer import Proposer
+from qratk.programs.integer import best_choice
 from qratk.searchers._additive import AdditiveModel
 from qratk.searchers._evolution import EvolutionSearcher
 from qratk.searchers._survival import Member, survivors
 from qratk.searchers.base import searchers
-from qratk.searchers.integer_program import best_choice
 
 MATES = 8
 """Mates drawn for a child, of which the proposer takes one a try."""

@@ -10,8 +10,8 @@ import pytest
 from qratk.core import History
 from qratk.core.problem import Importance
 from qratk.evaluators.landscape import best_known
+from qratk.programs.integer import best_choice
 from qratk.searchers._additive import AdditiveModel
-from qratk.searchers.integer_program import best_choice
 from qratk.searchers.sampling import sample_feasible
 from qratk.testing import ToyEvaluator
 

@@ -7,8 +7,8 @@ import pytest
 
 from qratk.core import Configuration, Problem
 from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
-from qratk.searchers import integer_program
-from qratk.searchers.integer_program import best_choice
+from qratk.programs import integer
+from qratk.programs.integer import best_choice
 from qratk.testing import toy_problem
 
 CASES = [{}, {"like": (4, 4)}, {"like": (2, 4)}, {"like": (8, 16), "max_average_bits": 3.5}]
@@ -52,7 +52,7 @@ def test_forbidden_choices_are_not_taken():
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_choice_stands_in_for_the_solver(case, monkeypatch):
-    monkeypatch.setattr(integer_program, "_solved", lambda choices, gap: None)
+    monkeypatch.setattr(integer, "_solved", lambda choices, gap: None)
     problem, rng = toy_problem(4, **case), np.random.default_rng(0)
     values = rng.gamma(1.0, size=(4, 3, 3)).cumsum(axis=1).cumsum(axis=2)
     found = best_choice(problem, values)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import LinearConstraint
 
-from qratk.repairs.binary_program import least_binary
+from qratk.programs.binary import least_binary
 
 
 def test_answer_is_the_best_of_all_subsets() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.problem import Problem
-from qratk.repairs.binary_program import least_binary
+from qratk.programs.binary import least_binary
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Integer programs over a problem: exact choices of bits and ranks under the budget."""
