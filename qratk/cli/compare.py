@@ -63,8 +63,10 @@ def compare(arguments: Sequence[str]) -> int:
         parser.error(f"--reference {given.reference}: there is no such recipe")
     if given.dry_run:
         return _dry_run(grid)
+    from qratk.cli.search import search
+
     try:
-        run_grid(grid, jobs=given.jobs, full_reports=given.full_reports)
+        run_grid(grid, search, jobs=given.jobs, full_reports=given.full_reports)
     except KeyboardInterrupt:
         print(f"interrupted; to go on: {shlex.join(['qratk', 'compare', *arguments])}", file=sys.stderr)
         return 130
@@ -87,8 +89,7 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True, 
     if figures and cells.outcomes:
         from qratk.compare.figures import draw_all
 
-        for line in draw_all(cells, against, folder / "figures", target=target):
-            print(line)
+        print(*list(draw_all(cells, against, folder / "figures", target=target)), sep="\n")
     return int(any(cell.reason not in UNFINISHED for cell in cells.failed))
 
 

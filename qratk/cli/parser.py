@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qratk.cli.messages import explained
 from qratk.cli.shipped import files_of, with_paths
+from qratk.core.errors import CommandLineError
 from qratk.core.secrets import text_without_secrets, without_secrets
 from qratk.settings import names
 from qratk.settings.reading import load, read_settings
@@ -64,9 +65,10 @@ class CommandParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         found = (None if self.examine is None else self.examine()) or explained(message, self.settings)
-        print(f"qratk: error: {text_without_secrets(found)}", file=sys.stderr)
+        found = text_without_secrets(found)
+        print(f"qratk: error: {found}", file=sys.stderr)
         print(f"(`{self.prog} --help` lists all settings)", file=sys.stderr)
-        raise SystemExit(2)
+        raise CommandLineError(found)
 
 
 def prepare_parsing() -> None:

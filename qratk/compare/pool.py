@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from qratk.compare.worker import Answer, Task, serve
+from qratk.compare.worker import Answer, Task
 from qratk.executors import pool
 
 
@@ -16,16 +16,16 @@ class Pool:
 
     Args:
         jobs: processes side by side.
-        environment: variables that they see, where they are not set.
         target: what a process does with its end of a pipe.
+        environment: variables that they see, where they are not set.
     """
 
     def __init__(
         self,
         jobs: int,
+        target: Callable[[Connection], None],
         *,
         environment: Mapping[str, str] | None = None,
-        target: Callable[[Connection], None] = serve,
     ) -> None:
         unset = {key: value for key, value in (environment or {}).items() if key not in os.environ}
         self._workers: pool.Pool[Task] = pool.Pool(jobs, target, environments=[unset])

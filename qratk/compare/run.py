@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Final
 
 from qratk.compare.grid import FAILURE, LOG, Cell, Grid
 from qratk.compare.pool import Pool
 from qratk.compare.progress import CellProgress
-from qratk.compare.worker import Answer, Task
+from qratk.compare.worker import Answer, Search, Task, serve
 from qratk.core.text import clean
 from qratk.run.atomic import write_atomically
 
@@ -20,13 +21,14 @@ THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def run_grid(
     grid: Grid,
+    search: Search,
     *,
     jobs: int = 1,
     full_reports: bool = False,
     make_pool: Callable[..., Pool] = Pool,
     progress: Callable[..., CellProgress] = CellProgress,
 ) -> None:
-    """Run every cell that is not finished; failures are recorded in the cells, and the others go on.
+    """Run the search of every cell that is not finished; failures are recorded in cells, and the others go on.
 
     Raises `RunDirectoryError` before anything runs when a cell holds another search, `KeyboardInterrupt` on Ctrl-C.
     """
@@ -38,7 +40,7 @@ def run_grid(
     jobs = max(1, min(jobs, len(waiting)))
     environment = dict.fromkeys(THREADS, "1") if jobs > 1 else {}
     environment["TOKENIZERS_PARALLELISM"] = "false"
-    pool = make_pool(jobs, environment=environment)
+    pool = make_pool(jobs, partial(serve, search=search), environment=environment)
     with (
         progress(len(waiting), len(grid.cells) - len(waiting), jobs) as shown,
         closing(pool.run(tasks)) as answers,

@@ -8,13 +8,17 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from qratk.core.errors import QratkError
+from qratk.core.errors import CommandLineError, QratkError
 from qratk.core.secrets import text_without_secrets
+
+if TYPE_CHECKING:
+    from qratk.reporters.base import Reporter
 
 INTERRUPTED = 130
 
@@ -36,7 +40,14 @@ class Answer:
     interrupted: bool = False
 
 
-def serve(connection: Connection) -> None:
+class Search(Protocol):
+    """The command `qratk search`."""
+
+    def __call__(self, arguments: Sequence[str], *, reporters: Sequence[Reporter] | None = None) -> object:
+        """Run it; raises what a command raises."""
+
+
+def serve(connection: Connection, *, search: Search) -> None:
     """Run tasks as they come, until the other end closes."""
     # Ctrl-C reaches all processes of a terminal: who waits for a task is told by the other end. Within a search the
     # command's own handler stands.
@@ -44,21 +55,21 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             task = connection.recv()
-            connection.send(run_task(task))
+            connection.send(run_task(task, search))
         except (EOFError, BrokenPipeError):
             return
 
 
-def run_task(task: Task) -> Answer:
+def run_task(task: Task, search: Search) -> Answer:
     """What became of a search; whatever it prints is appended to the task's file."""
     with output_to(task.log):
         try:
-            _search(task)
+            search(task.arguments, reporters=_reporters(task))
         except QratkError as error:
             print(f"qratk: error: {text_without_secrets(str(error))}", file=sys.stderr)
             return Answer(str(error))
         except SystemExit as stop:
-            return _stopped(stop, task.log)
+            return stopped(stop)
         except KeyboardInterrupt:
             return Answer("interrupted", interrupted=True)
         except Exception as error:
@@ -77,22 +88,20 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _search(task: Task) -> None:
-    from qratk.cli.search import search
+def _reporters(task: Task) -> tuple[Reporter, ...] | None:
     from qratk.reporters.files import RunFiles
     from qratk.reporters.terminal import TerminalReporter
 
-    search(task.arguments, reporters=None if task.full_reports else (RunFiles(), TerminalReporter(plain=True)))
+    return None if task.full_reports else (RunFiles(), TerminalReporter(plain=True))
 
 
-def _stopped(stop: SystemExit, log: Path) -> Answer:
-    if stop.code in (0, None):
-        return Answer()
+def stopped(stop: SystemExit) -> Answer:
+    """What the exit of a command says."""
+    if isinstance(stop, CommandLineError):
+        return Answer(stop.message)
     if stop.code == INTERRUPTED:
         return Answer("interrupted", interrupted=True)
-    sys.stderr.flush()
-    text = log.read_text(encoding="utf-8", errors="replace").rpartition("qratk: error: ")[2]
-    return Answer(text.partition("\n(`qratk")[0].strip() or f"exit status {stop.code}")
+    return Answer() if stop.code in (0, None) else Answer(f"exit status {stop.code}")
 
 
 @contextlib.contextmanager

@@ -64,3 +64,11 @@ class RunDirectoryError(QratkError, ValueError):
 
 class SearchError(QratkError, RuntimeError):
     """The search cannot go on: for example every evaluation failed."""
+
+
+class CommandLineError(SystemExit):
+    """A command line that cannot be read: exit status 2; whoever raises it has printed the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message

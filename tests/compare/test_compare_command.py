@@ -13,6 +13,7 @@ import yaml
 
 import qratk
 from qratk.__main__ import main
+from qratk.cli.search import search
 from qratk.compare.grid import Grid
 from qratk.compare.progress import CellProgress
 from qratk.compare.run import run_grid
@@ -47,7 +48,7 @@ class FakePool:
         self.answers = list(answers)
         self.ran: list[str] = []
 
-    def __call__(self, jobs, *, environment):
+    def __call__(self, jobs, target, *, environment):
         self.jobs, self.environment = jobs, environment
         return self
 
@@ -66,12 +67,12 @@ def grid(files, *recipes, seeds=(0,)):
 
 def test_finished_cells_are_left_alone_and_failed_ones_are_tried_again(files):
     pool = FakePool([Answer(), Answer("it broke")])
-    run_grid(grid(files, "random"), make_pool=pool)
+    run_grid(grid(files, "random"), search, make_pool=pool)
     assert pool.ran == ["full/own/0", "random/own/0"]
     failure = files / "out" / "random" / "own" / "0" / "failure.json"
     assert json.loads(failure.read_text()) == {"reason": "it broke"}
     again = FakePool([Answer()])
-    run_grid(grid(files, "random"), make_pool=again)
+    run_grid(grid(files, "random"), search, make_pool=again)
     assert again.ran == ["random/own/0"]
     assert not failure.exists()
 
@@ -81,23 +82,23 @@ def test_search_without_a_result_has_failed(files):
         def run(self, tasks):
             yield 0, Answer()
 
-    run_grid(grid(files), make_pool=Silent([]))
+    run_grid(grid(files), search, make_pool=Silent([]))
     failure = files / "out" / "full" / "own" / "0" / "failure.json"
     assert "without a result" in failure.read_text()
 
 
 def test_several_jobs_get_one_thread_each(files):
     pool = FakePool([Answer(), Answer()])
-    run_grid(grid(files, "random"), jobs=5, make_pool=pool)
+    run_grid(grid(files, "random"), search, jobs=5, make_pool=pool)
     assert pool.jobs == 2
     assert pool.environment["OMP_NUM_THREADS"] == "1"
     alone = FakePool([Answer()])
-    run_grid(grid(files, "random", seeds=(1,)), jobs=1, make_pool=alone)
+    run_grid(grid(files, "random", seeds=(1,)), search, jobs=1, make_pool=alone)
     assert "OMP_NUM_THREADS" not in alone.environment
 
 
 def test_interrupt_ends_with_the_command_that_goes_on(files, monkeypatch, capsys):
-    def interrupted(grid, **options):
+    def interrupted(grid, search, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qratk.cli.compare.run_grid", interrupted)
@@ -109,7 +110,7 @@ def test_interrupt_ends_with_the_command_that_goes_on(files, monkeypatch, capsys
 
 def test_interrupted_worker_ends_the_comparison(files):
     with pytest.raises(KeyboardInterrupt):
-        run_grid(grid(files), make_pool=FakePool([Answer("interrupted", interrupted=True)]))
+        run_grid(grid(files), search, make_pool=FakePool([Answer("interrupted", interrupted=True)]))
     assert not (files / "out" / "full" / "own" / "0" / "failure.json").exists()
 
 

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from qratk.compare.pool import Pool
-from qratk.compare.worker import Answer, Task, _stopped, output_to, run_task
+from qratk.compare.worker import Answer, Task, output_to, run_task, stopped
+from qratk.core.errors import CommandLineError
 
 
 def echo(connection):
@@ -34,28 +35,28 @@ def tasks(tmp_path, *words):
 
 
 def test_every_task_is_answered_once(tmp_path):
-    answers = dict(Pool(2, target=echo).run(tasks(tmp_path, *"abcde")))
+    answers = dict(Pool(2, echo).run(tasks(tmp_path, *"abcde")))
     assert {number: answer.reason for number, answer in answers.items()} == dict(enumerate("abcde"))
 
 
 def test_killed_worker_costs_its_task_alone(tmp_path):
-    answers = dict(Pool(1, target=echo).run(tasks(tmp_path, "a", "die", "b")))
+    answers = dict(Pool(1, echo).run(tasks(tmp_path, "a", "die", "b")))
     assert answers[1].reason == "its process was killed by SIGKILL; out of memory?"
     assert (answers[0].reason, answers[2].reason) == ("a", "b")
 
 
 def test_workers_see_the_environment_unless_it_is_set(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    pool = Pool(1, environment={"OMP_NUM_THREADS": "1"}, target=echo)
+    pool = Pool(1, echo, environment={"OMP_NUM_THREADS": "1"})
     assert next(iter(dict(pool.run(tasks(tmp_path, "threads"))).values())).reason == "1"
     assert "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    pool = Pool(1, environment={"OMP_NUM_THREADS": "1"}, target=echo)
+    pool = Pool(1, echo, environment={"OMP_NUM_THREADS": "1"})
     assert next(iter(dict(pool.run(tasks(tmp_path, "threads"))).values())).reason == "7"
 
 
 def test_closing_stops_running_tasks(tmp_path):
-    pool = Pool(2, target=echo)
+    pool = Pool(2, echo)
     answers = pool.run(tasks(tmp_path, "a", "wait"))
     assert next(answers)[1].reason == "a"
     began = time.monotonic()
@@ -73,23 +74,19 @@ def test_output_of_libraries_and_of_python_goes_to_the_file(tmp_path):
     assert "written" in text
 
 
-def test_reason_of_a_wrong_setting_is_what_was_printed(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text(
-        "before\nqratk: error: no such option\nDid you mean it?\n(`qratk search --help` lists all settings)\n"
-    )
-    assert _stopped(SystemExit(2), log).reason == "no such option\nDid you mean it?"
-    assert _stopped(SystemExit(130), log).interrupted
-    assert _stopped(SystemExit(0), log) == Answer()
+def test_exit_of_a_command_says_what_became_of_it():
+    assert stopped(CommandLineError("no such option\nDid you mean it?")).reason == "no such option\nDid you mean it?"
+    assert stopped(SystemExit(130)).interrupted
+    assert stopped(SystemExit(0)) == Answer()
+    assert stopped(SystemExit(3)).reason == "exit status 3"
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(ValueError("it broke"), "ValueError: it broke"), (KeyboardInterrupt(), "interrupted")],
 )
-def test_any_error_of_a_search_is_a_reason(tmp_path, monkeypatch, error, reason):
-    def fail(task):
+def test_any_error_of_a_search_is_a_reason(tmp_path, error, reason):
+    def fail(arguments, *, reporters):
         raise error
 
-    monkeypatch.setattr("qratk.compare.worker._search", fail)
-    assert run_task(Task((), tmp_path / "log.txt")).reason == reason
+    assert run_task(Task((), tmp_path / "log.txt"), fail).reason == reason
