@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from qratk import __version__
+from qratk.core.work import listening
+from qratk.reporters.working import WorkLines
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: Command, arguments: Sequence[str]) -> int:
     debug = os.environ.get("QRATK_DEBUG", "") not in ("", "0")
     try:
-        return command.load()(arguments)
+        with listening(WorkLines(sys.stderr, overwriting=sys.stderr.isatty())):
+            return command.load()(arguments)
     except BrokenPipeError:  # `qratk components | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -35,6 +35,7 @@ from qratk.core.result import (
     SearchPlan,
     SearchResult,
 )
+from qratk.core.work import Work
 from qratk.estimators.base import ImportanceEstimator
 from qratk.loop import SearchLoop
 from qratk.reporters.base import Destination, Reporter
@@ -49,6 +50,7 @@ class Recorder(Reporter):
     def __init__(self) -> None:
         self.plans: list[SearchPlan] = []
         self.messages: list[str] = []
+        self.works: list[Work] = []
         self.records: list[Record] = []
         self.progresses: list[Progress] = []
         self.generations: list[GenerationSummary] = []
@@ -63,6 +65,9 @@ class Recorder(Reporter):
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+    def working(self, work: Work) -> None:
+        self.works.append(work)
 
     def progress(self, progress: Progress) -> None:
         self.progresses.append(progress)

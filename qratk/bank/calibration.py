@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qratk.core.errors import DataError, UnsupportedModelError
 from qratk.core.memory import parse_bytes
+from qratk.core.work import counted
 from qratk.quantizers.base import Moments
 
 VERSION = 1  # of what is gathered and how: part of the digest
@@ -143,7 +144,7 @@ def stream_inputs(
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     tokens = 0
-    for batch in batches:
+    for batch in counted("inputs of calibration batches", batches):
         mask = batch["attention_mask"].to(device)
         tokens += int(mask.bool().sum())
         with undisturbed(model), _hooked(modules, mask.bool(), visit), _without_head(model), torch.no_grad():

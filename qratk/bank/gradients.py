@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from qratk.bank.calibration import undisturbed
 from qratk.core.errors import DataError, UnsupportedModelError
+from qratk.core.work import counted
 
 if TYPE_CHECKING:
     from qratk.bank.linear import BankLinear
@@ -41,7 +42,7 @@ def stream(
     random state are left changed. Raises `DataError` when no token is labelled.
     """
     sizes = []
-    for batch in batches:
+    for batch in counted("gradients of calibration batches", batches):
         labelled = int((batch["labels"][:, 1:] != -100).any(dim=1).sum())
         if labelled == 0:
             continue

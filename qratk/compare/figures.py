@@ -10,6 +10,7 @@ from qratk.compare import problem_figures, search_figures
 from qratk.compare.drawing import Drawing, NoDataError, Picture, View
 from qratk.compare.read import Cells
 from qratk.compare.table import to_csv
+from qratk.core.work import counted
 from qratk.reporters.figures import to_png
 from qratk.run.atomic import write_atomically
 
@@ -36,7 +37,7 @@ def draw_all(cells: Cells, reference: str, folder: Path, *, target: float | None
     for budget in cells.budgets:
         view = View(cells.at(budget), reference, target)
         suffix = f"_{budget}" if len(cells.budgets) > 1 else ""
-        for name, draw in DRAWINGS.items():
+        for name, draw in counted("drawing figures", tuple(DRAWINGS.items())):
             try:
                 _write(draw(view), folder / f"{name}{suffix}")
                 drawn += 1

@@ -9,6 +9,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, Evaluation, Request
 from qratk.core.result import SearchResult
 from qratk.core.utility import Utility
+from qratk.core.work import counted
 from qratk.executors.base import Executor
 from qratk.loop.measuring import Measuring
 from qratk.loop.settings import SearchSettings
@@ -75,7 +76,7 @@ def _tested(
         return {}
     lacking = [e for text, e in wanted.items() if journal.decision(f"test/{text}") is None]
     with clock.timed("test"):
-        for evaluation, scores in executor.tested(lacking):
+        for evaluation, scores in counted("scoring on test data", executor.tested(lacking), len(lacking)):
             journal.decide(f"test/{evaluation.configuration}", scores)
     return {text: journal.decision(f"test/{text}") for text in wanted}
 

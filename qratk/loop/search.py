@@ -20,6 +20,7 @@ from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import GenerationSummary, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.utility import Utility
+from qratk.core.work import listening
 from qratk.evaluators.base import EvaluationContext
 from qratk.executors.base import Blueprint
 from qratk.loop.answer import conclude
@@ -69,7 +70,7 @@ class SearchLoop(SearchSettings):
 
         Raises `RunDirectoryError`, `InfeasibleBudgetError`, or `SearchError` when nothing could be measured.
         """
-        with Journal(run_dir) as journal:
+        with Journal(run_dir) as journal, listening(reporter.working):
             journal.bind("config", config, comparable=comparable)
             context = EvaluationContext(
                 run_dir,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.work import Work
 from qratk.registry import Registry
 
 
@@ -47,6 +48,10 @@ class Reporter(ABC):
     @abstractmethod
     def message(self, text: str) -> None:
         """Something a person should know: a warning, a fallback, the start of a stage."""
+
+    @abstractmethod
+    def working(self, work: Work) -> None:
+        """How far some work is that is no evaluation, again and again while it goes on; also before `started`."""
 
     @abstractmethod
     def progress(self, progress: Progress) -> None:

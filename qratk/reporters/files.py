@@ -21,6 +21,7 @@ from qratk.core.problem import Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.secrets import without_secrets
 from qratk.core.text import clean
+from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter, reporters
 from qratk.reporters.tracker import Tracker, budget_bytes
 from qratk.run import files
@@ -76,6 +77,9 @@ class RunFiles(Reporter):
 
     def message(self, text: str) -> None:
         """Nothing: messages are for people."""
+
+    def working(self, work: Work) -> None:
+        """Nothing to write."""
 
     def progress(self, progress: Progress) -> None:
         """Nothing: only what was measured is written."""

@@ -9,6 +9,7 @@ from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean
+from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter
 
 _log = logging.getLogger("qratk")
@@ -40,6 +41,9 @@ class Reporters(Reporter):
 
     def message(self, text: str) -> None:
         self._tell(lambda reporter: reporter.message(text))
+
+    def working(self, work: Work) -> None:
+        self._tell(lambda reporter: reporter.working(work))
 
     def progress(self, progress: Progress) -> None:
         self._tell(lambda reporter: reporter.progress(progress))

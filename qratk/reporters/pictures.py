@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import final
 
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.work import Work
 from qratk.reporters._throttle import Throttle
 from qratk.reporters.base import Destination, Reporter, reporters
 from qratk.reporters.figures import FrontParts, allocation_figure, front_figure, progress_figure, to_png
@@ -31,6 +32,9 @@ class Pictures(Reporter):
         self._tracker = Tracker(plan)
 
     def message(self, text: str) -> None:
+        """Nothing to draw."""
+
+    def working(self, work: Work) -> None:
         """Nothing to draw."""
 
     def progress(self, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean
+from qratk.core.work import Work
 from qratk.reporters._throttle import Throttle
 from qratk.reporters.base import Destination, Reporter, reporters
 from qratk.reporters.figures import MIB, FrontParts, allocation_figure, front_figure, to_array
@@ -57,6 +58,9 @@ class TensorBoardReporter(Reporter):
     def message(self, text: str) -> None:
         if self._writer is not None and self._tracker is not None:
             self._writer.add_text("messages", clean(text), len(self._tracker.records))
+
+    def working(self, work: Work) -> None:
+        """Nothing to log."""
 
     def progress(self, progress: Progress) -> None:
         """Nothing to draw."""

@@ -26,8 +26,10 @@ from qratk.core.result import (
     SearchResult,
 )
 from qratk.core.text import clean, duration, label
+from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter, reporters
 from qratk.reporters.tracker import Tracker, budget_bytes
+from qratk.reporters.working import WorkLines, work_text
 from qratk.run import files
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class TerminalReporter(Reporter):
         self._view = LiveView()
         self._live: Live | None = None
         self._console: Console | None = None
+        self._work: WorkLines | None = None  # while there is no live view
         self._stage: tuple[object, ...] = ()
         self._replayed = True
 
@@ -73,12 +76,10 @@ class TerminalReporter(Reporter):
 
     def open(self, destination: Destination) -> None:
         self._run_dir = destination.run_dir
+        self._prepare()
 
     def started(self, plan: SearchPlan) -> None:
-        self._console = _console(self._stream)
-        if self._plain is None:
-            # Not `console.is_terminal`: FORCE_COLOR would turn a log file into one.
-            self._plain = not self._stream.isatty() or self._console.is_dumb_terminal
+        self._prepare().clear()
         self._view.start(plan)
         self._replayed = plan.resumed == 0
         if self._plain:
@@ -90,8 +91,16 @@ class TerminalReporter(Reporter):
     def message(self, text: str) -> None:
         text = clean(text)
         self._view.messages.append(text)
+        if self._work is not None:
+            self._work.clear()
         if self._plain or self._live is None:
             self._line(text)
+
+    def working(self, work: Work) -> None:
+        if self._live is not None:
+            self._view.work = None if work.over else work
+        else:
+            self._prepare()(work)
 
     def progress(self, progress: Progress) -> None:
         self._view.take(progress)
@@ -139,6 +148,16 @@ class TerminalReporter(Reporter):
         """Give the terminal back; after an error the last view stays to be read."""
         self._stop(keep=True)
 
+    def _prepare(self) -> WorkLines:
+        """Look at the stream, once; what shows work while there is no live view."""
+        if self._work is None:
+            self._console = _console(self._stream)
+            if self._plain is None:
+                # Not `console.is_terminal`: FORCE_COLOR would turn a log file into one.
+                self._plain = not self._stream.isatty() or self._console.is_dumb_terminal
+            self._work = WorkLines(self._stream, overwriting=not self._plain)
+        return self._work
+
     def _open(self) -> None:
         from rich.live import Live
 
@@ -168,6 +187,7 @@ class LiveView:
         self._heard_at = clock()
         self.summary: GenerationSummary | None = None
         self.step: RefinementSummary | None = None
+        self.work: Work | None = None
         self.messages: deque[str] = deque(maxlen=_MESSAGES)
 
     @property
@@ -247,6 +267,8 @@ class LiveView:
             yield "stage", Text(_stage_text(progress) + _rung_of(tracker.plan, progress))
             share = progress.done / max(1, progress.planned)
             yield "evaluations", _bar(share, bar, "cyan", ascii_only).append(f" {progress.done}/{progress.planned}")
+        if self.work is not None:
+            yield "now", Text(work_text(self.work))
         if best is None:
             yield "best", Text(f"none yet: nothing was measured after {tracker.plan.ladder.highest} steps")
         else:

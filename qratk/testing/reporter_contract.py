@@ -18,6 +18,7 @@ import pytest
 
 from qratk.core.errors import QratkError
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter
 from qratk.reporters.multi import Reporters
 from qratk.run import files
@@ -52,6 +53,9 @@ class _Listener(Reporter):
 
     def message(self, text: str) -> None:
         self.events.append(Event("message", (text,)))
+
+    def working(self, work: Work) -> None:
+        """Of no interest: how often depends on the search's parts."""
 
     def progress(self, progress: Progress) -> None:
         self.events.append(Event("progress", (progress,)))

@@ -19,7 +19,10 @@ from qratk.run.document import ComparisonEntry
 _PROBE = """
 import sys
 from qratk.__main__ import main
-code = main(sys.argv[1:])
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:  # argparse's own way to end with its help
+    code = stop.code
 heavy = {"torch", "lightning", "transformers", "peft", "botorch", "pymoo", "bitsandbytes"} & set(sys.modules)
 print("HEAVY", sorted(heavy), file=sys.stderr)
 sys.exit(code)

@@ -10,6 +10,7 @@ from example_search import example_search, opened, play
 
 from qratk.core import RunDirectoryError
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter
 from qratk.reporters.files import RunFiles
 from qratk.reporters.multi import Reporters
@@ -40,6 +41,9 @@ class _Noted(Reporter):
     def message(self, text: str) -> None:
         self.messages.append(text)
         self._note("message")
+
+    def working(self, work: Work) -> None:
+        self._note("working")
 
     def progress(self, progress: Progress) -> None:
         self._note("progress")
