@@ -160,10 +160,12 @@ def sources_of(arguments: Sequence[str]) -> list[Source]:
 
 def place_of(keys: Keys, sources: Sequence[Source]) -> str:
     """Where a setting, or what it stands in, was given last; empty where it is a default."""
-    for length in range(len(keys), 0, -1):
-        for source in reversed(sources):
-            if keys[:length] in source.places:
-                return source.places[keys[:length]]
+    wanted = _without_frames(keys)
+    known = [{_without_frames(at): place for at, place in source.places.items()} for source in reversed(sources)]
+    for length in range(len(wanted), 0, -1):
+        for places in known:
+            if wanted[:length] in places:
+                return places[wanted[:length]]
     return ""
 
 
@@ -173,6 +175,11 @@ def listed(mistakes: Sequence[Mistake], sources: Sequence[Source]) -> str:
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{len(lines)} settings are wrong:", *(f"  {line}" for line in lines)])
+
+
+def _without_frames(keys: Keys) -> Keys:
+    """Keys as the command line has them: without those that hold the options of a class."""
+    return tuple(key for key in keys if key != "init_args")
 
 
 def _line(mistake: Mistake, place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from qratk.cli.diagnosis import Mistake
 from qratk.cli.outcome import chain
 from qratk.cli.trainer import check_options
-from qratk.core.errors import ConfigurationError, QratkError
+from qratk.core.errors import ConfigurationError, Problem, QratkError
 from qratk.loop import SearchLoop
 from qratk.settings import names
 from qratk.settings.recipe import defaults
@@ -63,6 +64,8 @@ def _refused(build: Any, keys: tuple[str, ...]) -> tuple[Any, tuple[Mistake, ...
 def _mistakes(error: QratkError, keys: tuple[str, ...]) -> Iterable[Mistake]:
     inner = () if keys in ((names.SECTION,), ("model",), ("trainer",)) else ("init_args",)
     problems = error.problems if isinstance(error, ConfigurationError) else ()
+    if keys == ("data",) and (match := re.match(r"(\w+) (must .*)", str(error), re.S)):
+        problems = (Problem(match[1], match[2]),)
     if not problems:
         return [Mistake(keys, str(error))]
     return [Mistake((*keys, *inner, problem.option), problem.text) for problem in problems]

@@ -104,7 +104,7 @@ def test_values_that_cannot_be_are_told_together_before_anything_is_loaded(capsy
         ("--trainer.default_root_dir=/dev/null/x", "--trainer.default_root_dir: must be a folder that can be made"),
         ("--trainer.devices=99999", "--trainer.devices: must be at most"),
         ("--model.bank_dir=", "--model.bank_dir: must be a folder, 'auto' or null, got ''"),
-        ("--data.batch_size=1000000", "--data: batch_size must be at most 65,536"),
+        ("--data.batch_size=1000000", "--data.batch_size: must be at most 65,536"),
         ("--model.quantizers={4: 3}", "--model.quantizers: must be names"),
     ],
 )
