@@ -38,6 +38,7 @@ from qratk.core.evaluation import FidelityLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.peaks.foretold import memory_model
 from qratk.training.module import FineTuneModule, built_quantizers
 
 BITS = (2, 3, 4, 8)
@@ -279,8 +280,8 @@ def one_of_ours(
     backbone.dense_cache(dense)
     backbone.activate(configuration, seed=0)
     space = SearchSpace(BITS, (RANK,), tuple(shape.name for shape in backbone.shapes))
-    memory = backbone.memory_model(
-        space, batch_size=bench.batch, sequence_length=bench.length, gradient_checkpointing=checkpointing
+    memory = memory_model(
+        backbone, space, batch_size=bench.batch, sequence_length=bench.length, gradient_checkpointing=checkpointing
     )
     footprint = memory.footprint(configuration)
     idle = bank_bytes(backbone, other_than=configuration)

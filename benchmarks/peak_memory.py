@@ -22,6 +22,7 @@ from typing import Any
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.space import SearchSpace
+from qratk.peaks.foretold import memory_model
 from qratk.peaks.measure import measured_peak
 from qratk.peaks.trace import traced_peak
 from qratk.quantizers.base import quantizers
@@ -108,7 +109,7 @@ def compared(name: str, make: Callable[[], Backbone], case: Case, configuration:
     counted = None
     if set(chosen.ranks) <= set(RANKS):
         space = SearchSpace(BITS, RANKS, tuple(shape.name for shape in backbone.shapes))
-        counted = backbone.memory_model(space, **options).bytes(chosen, "training")
+        counted = memory_model(backbone, space, **options).bytes(chosen, "training")
     whole = traced_peak(backbone, chosen, **options).peak
     backbone.build_bank(sorted(set(chosen.bits)))
     backbone.model.to(device)

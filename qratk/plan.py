@@ -108,17 +108,20 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
 
     `accumulate` is the number of batches in an optimiser step.
     """
+    from qratk.peaks.foretold import memory_model
+
     backbone = module.load_backbone(weights=False)
     checkpointing = bool(module.options.gradient_checkpointing)
     length = _attached_length(datamodule, backbone)
-    memory_model = partial(
-        backbone.memory_model,
+    foretold = partial(
+        memory_model,
+        backbone,
         batch_size=datamodule.batch_size,
         sequence_length=length,
         gradient_checkpointing=checkpointing,
         dense_cache=_dense_cache(module) == "on",
     )
-    memory, budget = loop.pose([shape.name for shape in backbone.shapes], memory_model)
+    memory, budget = loop.pose([shape.name for shape in backbone.shapes], foretold)
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ from qratk.backbone.layers import (
     LayerNames,
     TargetLayer,
     coverage,
-    find_blocks,
     find_layers,
     is_conv1d,
 )
@@ -36,12 +35,9 @@ from qratk.bank.store import BankStore, Part, Plan, bank_directory, checksum, lo
 from qratk.bank.table import Chosen, Fallback, QuantizerTable, describe, told
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.core.memory import LayerShape, MemoryModel, require_ranks
-from qratk.core.space import SearchSpace
-from qratk.peaks.estimate import ModelFacts, memory_model
+from qratk.core.memory import LayerShape
 from qratk.quantizers.base import Moments, Quantizer
 from qratk.quantizers.none import NoQuantizer
-from qratk.training.cohort import Cohort
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,7 +94,6 @@ class Backbone:
         self.bank_dir = bank_directory(bank_dir)
         self.say: Callable[[str], None] = log
         names = find_layers(model, granularity=granularity, target_modules=target_modules)
-        self._num_blocks = len(find_blocks(model)[1])
         _cast(model, self.compute_dtype, keep={name for layer in names for name in layer.projections})
         self.layers = tuple(_bank_layer(model, layer) for layer in names)
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
@@ -127,7 +122,7 @@ class Backbone:
     ) -> Backbone:
         """Backbone of a Hugging Face name or local directory.
 
-        Without `weights` it is built on the meta device from the configuration alone: enough for `memory_model`, and
+        Without `weights` it is built on the meta device from the configuration alone: enough for a memory model, and
         the tokenizer may then be missing. Packed weights are kept in `bank_dir` and mapped from there by later runs:
         "auto" is $QRATK_CACHE or else qratk/banks in the user's cache folder, None keeps them in memory.
 
@@ -186,7 +181,7 @@ class Backbone:
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """Projections that a quantizer could not take, met so far by `build_bank` or `memory_model`."""
+        """Projections that a quantizer could not take, met so far by `build_bank` or a memory model."""
         return self.table.fallbacks
 
     @property
@@ -497,6 +492,11 @@ class Backbone:
         for bank in self._banks.values():
             bank.set_dense_cache(self._dense)
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether all dense weights of the active configuration are kept, whatever memory they take."""
+        return self._dense.mode == "on"
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations block by block in the backward pass."""
         base: Any = self.base
@@ -512,9 +512,7 @@ class Backbone:
         Raises `ConfigurationError` when it is of another number of layers, `QuantizationError` when a bit-width is not
         in the bank. Adapter parameters are new objects afterwards: make a new optimiser.
         """
-        self._require_weights()
-        self._require_length(configuration)
-        self._dense.next_generation()
+        self.prepare([configuration])
         choices = list(zip(self.layers, configuration.layers, strict=True))
         factors: dict[str, Factors | None] = {}
         for layer, choice in choices:  # all or nothing: look before the first switch
@@ -534,16 +532,12 @@ class Backbone:
             bank.keep_active()
         self._built.clear()
 
-    def cohort(self, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
-        """Candidates to train side by side, with fresh adapters seeded as `activate` does; raises as it does."""
-        if refusal := self.adapters.method.refusal("side by side"):
-            raise ConfigurationError(f"{refusal}: candidates are trained one by one")
+    def prepare(self, configurations: Sequence[Configuration]) -> None:
+        """Look at memory anew before a switch to these; raises as `activate` does unless there are weights for them."""
         self._require_weights()
         for configuration in configurations:
             self._require_length(configuration)
         self._dense.next_generation()
-        options = self.adapters.options
-        return Cohort(self.model, self.layers, options, configurations, seed=seed, factors=self.initial_factors)
 
     def _require_length(self, configuration: Configuration) -> None:
         if len(configuration) != len(self.layers):
@@ -584,47 +578,6 @@ class Backbone:
         self.adapters.save(directory)
 
     # Bytes
-
-    def memory_model(
-        self,
-        space: SearchSpace,
-        *,
-        batch_size: int = 1,
-        sequence_length: int = 512,
-        gradient_checkpointing: bool = False,
-        dense_cache: bool | None = None,
-        device: Literal["cpu", "cuda"] | None = None,
-        trace: bool = True,
-    ) -> MemoryModel:
-        """Exact bytes of any configuration of the space, and peaks for this batch and length.
-
-        Training peaks are traced on the meta device, as on `device` (by default where the weights lie or training would
-        go); of a model that cannot be traced, and without `trace`, they are estimates. With `dense_cache`, by default
-        when the mode is "on", the dense weights of the configuration are counted. Serving peaks are estimates.
-        """
-        from qratk.peaks.table import training_peaks
-
-        require_ranks(self.shapes, space.ranks)
-        dense = self._dense.mode == "on" if dense_cache is None else dense_cache
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "gradient_checkpointing": gradient_checkpointing,
-        }
-        fixed = sum(tensor.nbytes for tensor in self.fixed_tensors().values())
-        facts = ModelFacts.of(
-            self.config, num_blocks=self._num_blocks, item_size=self.compute_dtype.itemsize, fixed_bytes=fixed
-        )
-        memory = memory_model(
-            space,
-            self.shapes,
-            self.table,
-            facts,
-            adapter_bytes=self.adapter_bytes,
-            training=training_peaks(self, space, **options, dense_cache=dense, device=device) if trace else None,
-            **options,
-        )
-        return self.adapters.method.training_memory(memory)
 
     def adapter_bytes(self, shape: LayerShape, rank: int) -> int:
         """Bytes of the adapters of a layer at a rank, as they are stored."""

@@ -285,8 +285,11 @@ class FineTuneEvaluator(Evaluator):
         return self._memory(SearchSpace(bits, ranks, self.space.layer_names)).footprint(configuration)
 
     def _memory(self, space: SearchSpace) -> MemoryModel:
+        from qratk.peaks.foretold import memory_model
+
         if space not in self._footprints:
-            self._footprints[space] = self.module.backbone.memory_model(
+            self._footprints[space] = memory_model(
+                self.module.backbone,
                 space,
                 batch_size=self.data.batch_size,
                 sequence_length=self.data.max_length,
@@ -324,12 +327,13 @@ class FineTuneEvaluator(Evaluator):
 
     def _side_by_side(self, configurations: Sequence[Configuration], steps: int) -> Iterator[Trained | str]:
         """For each configuration what came of it, or why it failed."""
+        from qratk.training.cohort import Cohort
         from qratk.training.cohort_module import CohortModule
 
         backbone, data = self.module.backbone, self.data
         self._prepare()
         done, states = self._common_state(configurations, steps)
-        cohort = backbone.cohort(configurations, seed=self.module.options.seed)
+        cohort = Cohort.of(backbone, configurations, seed=self.module.options.seed)
         self._try_sharing(configurations[0])
         with cohort.installed(), quiet_lightning():
             module = CohortModule(self.module, cohort, states)

@@ -52,7 +52,7 @@ class ModelFacts:
         return cls(num_blocks, hidden, vocabulary, cache, heads if eager else 0, item_size, fixed_bytes)
 
 
-def memory_model(
+def bytes_and_estimates(
     space: SearchSpace,
     shapes: tuple[LayerShape, ...],
     table: QuantizerTable,

@@ -124,13 +124,15 @@ class AdapterContract:
         backbone = adapted(make(), _MIXED)
         trained(backbone)
         method, options = backbone.adapters.method, backbone.adapters.options
+        from qratk.peaks.foretold import memory_model
+
         foretold = sum(
             stored_bytes(method, options, [bank.shape for _, bank in layer.modules], choice.rank)
             for layer, choice in zip(backbone.layers, _MIXED.layers, strict=True)
         )
         space = SearchSpace((4,), (0, 4, 8), tuple(shape.name for shape in backbone.shapes))
         stored = backbone.adapters.stored_tensors()
-        assert backbone.memory_model(space, trace=False).footprint(_MIXED).adapters == foretold
+        assert memory_model(backbone, space, trace=False).footprint(_MIXED).adapters == foretold
         assert 0.9 * foretold <= sum(tensor.nbytes for tensor in stored.values()) <= foretold
         assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{options.dtype}"}
 
@@ -179,12 +181,14 @@ class AdapterContract:
 
     def test_candidates_are_trained_side_by_side_or_it_is_said_why_not(self, make: Callable[[], AdapterMethod]) -> None:
         backbone = adapted(make(), _MIXED)
+        from qratk.training.cohort import Cohort
+
         refusal = backbone.adapters.method.refusal("side by side")
         if refusal:
             with pytest.raises(ConfigurationError, match="one by one"):
-                backbone.cohort([_MIXED, _MIXED], seed=3)
+                Cohort.of(backbone, [_MIXED, _MIXED], seed=3)
             return
-        cohort = backbone.cohort([_MIXED, _MIXED], seed=3)
+        cohort = Cohort.of(backbone, [_MIXED, _MIXED], seed=3)
         alone = backbone.adapter_state()
         assert all(torch.equal(value, alone[name]) for name, value in cohort.state(1).items())
 
@@ -194,13 +198,14 @@ class AdapterContract:
             assert method.refusal(way).strip(" .:") == method.refusal(way)
 
     def test_training_peak_is_foretold(self, make: Callable[[], AdapterMethod]) -> None:
+        from qratk.peaks.foretold import memory_model
         from qratk.peaks.measure import measured_peak
 
         uniform = Configuration.uniform(4, 8, 3)
         backbone = adapted(make(), uniform)
         space = SearchSpace((4,), (8,), tuple(shape.name for shape in backbone.shapes))
         sizes = {"batch_size": 4, "sequence_length": 24}
-        memory = backbone.memory_model(space, **sizes)  # type: ignore[arg-type]
+        memory = memory_model(backbone, space, **sizes)  # type: ignore[arg-type]
         foretold = memory.footprint(uniform).training_bytes
         measured = measured_peak(backbone, uniform, **sizes)  # type: ignore[arg-type]
         assert memory.training.source == "trace"

@@ -22,6 +22,7 @@ from qratk.core.errors import ConfigurationError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qratk.backbone.backbone import Backbone
     from qratk.backbone.layers import TargetLayer
     from qratk.bank.linear import BankLinear
 
@@ -255,6 +256,19 @@ class Cohort:
                 for width in set(bits):
                     bank.require(width)
                 self._linears[name] = CohortLinear(name, bank, bits, ranks, options, seed=seed, factors=factors)
+
+    @classmethod
+    def of(cls, backbone: Backbone, configurations: Sequence[Configuration], *, seed: int) -> Cohort:
+        """Candidates of a backbone, with fresh adapters seeded as its `activate` does; raises as that does.
+
+        Raises `ConfigurationError` for adapters that cannot be trained side by side.
+        """
+        adapters = backbone.adapters
+        if refusal := adapters.method.refusal("side by side"):
+            raise ConfigurationError(f"{refusal}: candidates are trained one by one")
+        backbone.prepare(configurations)
+        factors = backbone.initial_factors
+        return cls(backbone.model, backbone.layers, adapters.options, configurations, seed=seed, factors=factors)
 
     def __len__(self) -> int:
         return len(self.configurations)

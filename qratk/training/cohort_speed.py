@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qratk.bank.dense import is_out_of_memory
 from qratk.core.configuration import Configuration
+from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
 from qratk.training.module import FineTuneModule
 
@@ -60,7 +61,7 @@ def _seconds_a_candidate(
         module.train()
         parameters = [p for _, p in module.backbone.trainable_parameters()]
         return _quickest_step(lambda: module.training_loss(batch), parameters, module, trainer)
-    cohort = module.backbone.cohort(members, seed=module.options.seed)
+    cohort = Cohort.of(module.backbone, members, seed=module.options.seed)
     with cohort.installed():
         together = CohortModule(module, cohort)
         together.train()

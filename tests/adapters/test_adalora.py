@@ -17,6 +17,8 @@ from qratk.adapters.base import adapters
 from qratk.adapters.matrices.singular import select
 from qratk.adapters.options import AdapterOptions
 from qratk.core import Configuration, ConfigurationError, SearchSpace
+from qratk.peaks.foretold import memory_model
+from qratk.training.cohort import Cohort
 
 STEPS = 20
 
@@ -258,7 +260,7 @@ def test_ranks_end_within_the_bytes_wherever_importance_lies(
         allocator.step(step)
     names = tuple(shape.name for shape in backbone.shapes)
     space = SearchSpace((4,), tuple(sorted(set(ranks))), names)
-    allowed = backbone.memory_model(space, trace=False).footprint(configuration).adapters
+    allowed = memory_model(backbone, space, trace=False).footprint(configuration).adapters
     assert sum(adapters.rank(name) for name in adapters.banks) == 7 * sum(ranks)
     assert sum(t.nbytes for t in adapters.stored_tensors().values()) <= allowed
     costs = {t.name: t.cost for t in allocator.triplets}
@@ -317,7 +319,7 @@ def test_masters_of_plain_lora_are_refused(tiny_backbone: Callable[..., Any]) ->
 def test_training_takes_more_memory_and_storage_the_same(tiny_backbone: Callable[..., Any]) -> None:
     plain, backbone = tiny_backbone("llama", layers=2, bits=(4,)), made(tiny_backbone)
     space = SearchSpace((4,), (0, 4, 8), tuple(shape.name for shape in plain.shapes))
-    lora, ours = (b.memory_model(space, batch_size=2, sequence_length=8) for b in (plain, backbone))
+    lora, ours = (memory_model(b, space, batch_size=2, sequence_length=8) for b in (plain, backbone))
     for rank in (0, 4, 8):
         configuration = Configuration.uniform(4, rank, 2)
         before, after = lora.footprint(configuration), ours.footprint(configuration)
@@ -346,7 +348,7 @@ def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
 def test_a_cohort_and_other_beginnings_are_refused(tiny_backbone: Callable[..., Any]) -> None:
     backbone = made(tiny_backbone)
     with pytest.raises(ConfigurationError, match="one by one"):
-        backbone.cohort([Configuration.uniform(4, 4, 2)] * 2, seed=0)
+        Cohort.of(backbone, [Configuration.uniform(4, 4, 2)] * 2, seed=0)
     for options in (AdapterOptions(init="loftq"), AdapterOptions(input_groups=32)):
         with pytest.raises(ConfigurationError, match="of its own"):
             tiny_backbone("llama", layers=2, adapter=options, method=AdaLora())

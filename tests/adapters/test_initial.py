@@ -17,6 +17,7 @@ from qratk.adapters.options import AdapterOptions
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.peaks.foretold import memory_model
 
 UP = "model.layers.0.mlp.up_proj"
 RANKS = (2, 4, 16)
@@ -334,7 +335,7 @@ def test_a_pooled_adapter_is_a_plain_one_with_repeated_columns(
     assert written.shape == (4, 64)
     assert torch.equal(written[:, :16], written[:, :1].expand(-1, 16))
     space = SearchSpace((2, 4, 8), (0, 2, 4, 16), tuple(shape.name for shape in backbone.shapes))
-    footprint = backbone.memory_model(space, trace=False).footprint(configuration)
+    footprint = memory_model(backbone, space, trace=False).footprint(configuration)
     assert footprint.adapters == sum(t.nbytes for t in backbone.adapters.stored_tensors().values())
 
 

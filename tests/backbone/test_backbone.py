@@ -10,6 +10,7 @@ from qratk.backbone.loading import resolve_dtype
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.core.space import SearchSpace
+from qratk.peaks.foretold import memory_model
 from qratk.quantizers.base import quantizers
 
 BITS, RANKS = (2, 3, 4, 8, 16), (0, 4, 8)
@@ -34,7 +35,7 @@ def test_predicted_storage_is_measured_storage(family, granularity, tiny_backbon
 
     backbone = tiny_backbone(family, bits=BITS, granularity=granularity, hidden=40, intermediate=100)
     space, rng = space_of(backbone), np.random.default_rng(0)
-    model = backbone.memory_model(space)
+    model = memory_model(backbone, space)
     for _ in range(4):
         configuration = space.random(rng)
         backbone.activate(configuration, seed=0)
@@ -49,13 +50,13 @@ def test_fixed_bytes_are_those_of_all_other_tensors_tied_ones_once(family, tiny_
         p.nbytes for b in backbone.banks.values() for p in [b.reference, *([b.bias] if b.bias is not None else [])]
     )
     total = sum(parameter.nbytes for parameter in model.parameters())
-    assert backbone.memory_model(space_of(backbone, bits=(8,))).fixed_bytes == total - inside
+    assert memory_model(backbone, space_of(backbone, bits=(8,))).fixed_bytes == total - inside
 
 
 def test_code_tables_of_nf4_are_counted_once_in_fixed(tiny_backbone):
     backbone = tiny_backbone()
-    without = backbone.memory_model(space_of(backbone, bits=(2, 8))).fixed_bytes
-    assert backbone.memory_model(space_of(backbone, bits=(2, 4, 8))).fixed_bytes == without + 1088
+    without = memory_model(backbone, space_of(backbone, bits=(2, 8))).fixed_bytes
+    assert memory_model(backbone, space_of(backbone, bits=(2, 4, 8))).fixed_bytes == without + 1088
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -67,7 +68,7 @@ def test_memory_model_needs_no_weights(family, tiny_model, tiny_backbone, tmp_pa
     real = Backbone.from_model(model, **options)
     arguments = {"batch_size": 3, "sequence_length": 17}
     assert meta.on_meta
-    assert meta.memory_model(space_of(meta), **arguments) == real.memory_model(space_of(real), **arguments)
+    assert memory_model(meta, space_of(meta), **arguments) == memory_model(real, space_of(real), **arguments)
     with pytest.raises(QuantizationError, match="without weights"):
         meta.activate(Configuration.uniform(16, 0, 3), seed=0)
 
@@ -78,14 +79,14 @@ def test_peaks_grow_with_batch_and_length_and_checkpointing_lowers_training(tiny
     configuration = space.uniform(4, 8)
 
     def footprint(**arguments):
-        return backbone.memory_model(space, **arguments).footprint(configuration)
+        return memory_model(backbone, space, **arguments).footprint(configuration)
 
     small, large = footprint(batch_size=1, sequence_length=64), footprint(batch_size=4, sequence_length=64)
     checkpointed = footprint(batch_size=4, sequence_length=64, gradient_checkpointing=True)
     assert small.training_bytes < checkpointed.training_bytes < large.training_bytes
     assert small.serving_bytes < large.serving_bytes < large.training_bytes
     # 16 bytes an adapter weight in training, 2 of them stored; beyond that, activations of the rank's width.
-    other = backbone.memory_model(space, batch_size=1, sequence_length=64)
+    other = memory_model(backbone, space, batch_size=1, sequence_length=64)
     grown = other.footprint(space.uniform(4, 4))
     assert small.training_bytes - grown.training_bytes > 8 * (small.adapters - grown.adapters)
 
@@ -93,13 +94,13 @@ def test_peaks_grow_with_batch_and_length_and_checkpointing_lowers_training(tiny
 def test_serving_adds_the_key_value_cache(tiny_backbone):
     backbone = tiny_backbone()  # 2 key-value heads of 16, 3 blocks, float32
     space = space_of(backbone)
-    one, two = (backbone.memory_model(space, sequence_length=n).footprint(space.smallest) for n in (64, 128))
+    one, two = (memory_model(backbone, space, sequence_length=n).footprint(space.smallest) for n in (64, 128))
     assert two.serving_bytes - one.serving_bytes == 64 * 3 * (2 * 2 * 16) * 4
 
 
 def test_a_space_of_other_layers_is_refused(tiny_backbone):
     with pytest.raises(ConfigurationError, match="build the space from the model's shapes"):
-        tiny_backbone().memory_model(SearchSpace((4,), (8,), ("a", "b")))
+        memory_model(tiny_backbone(), SearchSpace((4,), (8,), ("a", "b")))
 
 
 def test_bits_without_a_quantizer_are_refused(tiny_backbone):
@@ -127,7 +128,7 @@ def test_shapes_that_a_quantizer_cannot_take_fall_back_visibly_and_exactly(tiny_
     assert "27 x 40" in other.reason
     assert "instead of hqq" in str(other)
     backbone.activate(Configuration.uniform(2, 4, 3), seed=0)
-    footprint = backbone.memory_model(space_of(backbone, bits=(2, 4))).footprint(backbone.configuration)
+    footprint = memory_model(backbone, space_of(backbone, bits=(2, 4))).footprint(backbone.configuration)
     assert footprint.storage_bytes == measured_storage(backbone)
     assert bool(backbone.model(**tiny_batch).logits.isfinite().all())
 

@@ -13,6 +13,7 @@ from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.space import SearchSpace
 from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
+from qratk.peaks.foretold import memory_model
 from qratk.quantizers.base import quantizers
 
 SHARED = os.environ.get("QRATK_SHARED")
@@ -64,8 +65,8 @@ def test_bytes_foretold_without_weights_are_those_on_disk(name, tmp_path):
     backbone.build_bank(space.bits)
     backbone.activate(configuration, seed=0)
     save_quantized(backbone, configuration, tmp_path)
-    footprint = meta.memory_model(space).footprint(configuration)
-    assert footprint == backbone.memory_model(space).footprint(configuration)
+    footprint = memory_model(meta, space).footprint(configuration)
+    assert footprint == memory_model(backbone, space).footprint(configuration)
     assert stored_bytes(tmp_path) == footprint.storage_bytes - footprint.adapters
     again = load_quantized(tmp_path)
     assert loss_of(again) == loss_of(backbone)

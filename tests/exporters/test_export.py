@@ -11,6 +11,7 @@ from qratk.core.space import SearchSpace
 from qratk.exporters.dense import merged_model
 from qratk.exporters.native import native_model
 from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
+from qratk.peaks.foretold import memory_model
 from qratk.quantizers.base import quantizers
 
 MIXED = Configuration.of([16, 8, 4, 3, 2], [2, 4, 8, 16, 0])
@@ -166,7 +167,7 @@ def test_stored_bytes_are_the_predicted_storage_less_the_adapters(family, tiny_b
     backbone = mixed_backbone(tiny_backbone, family)
     save_quantized(backbone, MIXED, tmp_path)
     space = SearchSpace((2, 3, 4, 8, 16), (0, 2, 4, 8, 16), tuple(s.name for s in backbone.shapes))
-    footprint = backbone.memory_model(space).footprint(MIXED)
+    footprint = memory_model(backbone, space).footprint(MIXED)
     assert stored_bytes(tmp_path) == footprint.storage_bytes - footprint.adapters
 
 

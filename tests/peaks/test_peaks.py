@@ -15,10 +15,11 @@ from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
 from qratk.core.space import SearchSpace
 from qratk.peaks.allocated import allocated_peak
+from qratk.peaks.foretold import memory_model
 from qratk.peaks.measure import measured_peak
 from qratk.peaks.scratch import SCRATCH, multiplied_by_onednn, product_scratch, shortest_alike
-from qratk.peaks.table import UniformPeaks
 from qratk.peaks.trace import PeakTracer, traced_peak
+from qratk.peaks.uniform import UniformPeaks
 
 ACTIVATIONS = {"batch_size": 4, "sequence_length": 48}
 WEIGHTS = {"batch_size": 1, "sequence_length": 8}
@@ -50,7 +51,7 @@ def test_foretold_peak_is_the_measured_one_within_two_percent(family, case, tiny
 def test_shortened_models_foretell_what_the_whole_one_does(family, case, tiny_backbone):
     backbone = tiny_backbone(family, layers=7)
     space = space_of(backbone)
-    memory, whole = backbone.memory_model(space, **CASES[case]), PeakTracer(backbone, **CASES[case])
+    memory, whole = memory_model(backbone, space, **CASES[case]), PeakTracer(backbone, **CASES[case])
     assert memory.training.source == "trace"
     for bits, rank in ((2, 4), (4, 8), (8, 16)):
         footprint = memory.footprint(space.uniform(bits, rank))
@@ -64,7 +65,7 @@ def test_searches_never_count_less_than_is_taken(case, tiny_backbone):
 
     backbone = tiny_backbone(layers=5)
     space, rng = space_of(backbone, bits=(2, 3, 4, 8, 16), ranks=(0, 4, 16)), np.random.default_rng(0)
-    memory, tracer = backbone.memory_model(space, **CASES[case]), PeakTracer(backbone, **CASES[case])
+    memory, tracer = memory_model(backbone, space, **CASES[case]), PeakTracer(backbone, **CASES[case])
     for configuration in [space.random(rng) for _ in range(4)]:
         peak = tracer.trace(configuration).peak
         assert memory.bytes(configuration, "training") > 0.99 * peak
@@ -77,7 +78,7 @@ def test_counted_training_bytes_grow_with_every_rank(tiny_backbone):
     import numpy as np
 
     backbone = tiny_backbone(granularity="linear")
-    table = backbone.memory_model(space_of(backbone, ranks=(0, 4, 8, 16)), **WEIGHTS).table("training", "rank")
+    table = memory_model(backbone, space_of(backbone, ranks=(0, 4, 8, 16)), **WEIGHTS).table("training", "rank")
     assert (np.diff(table, axis=1) > 0).all()
 
 
@@ -95,9 +96,9 @@ def test_model_that_cannot_be_traced_is_estimated_and_said(tiny_backbone, monkey
         raise RuntimeError("no meta kernel")
 
     monkeypatch.setattr(type(backbone.base), "forward", fail)
-    memory = backbone.memory_model(space_of(backbone), **WEIGHTS)
+    memory = memory_model(backbone, space_of(backbone), **WEIGHTS)
     assert memory.training.source == "estimate"
-    assert memory == backbone.memory_model(space_of(backbone), **WEIGHTS, trace=False)
+    assert memory == memory_model(backbone, space_of(backbone), **WEIGHTS, trace=False)
     assert "no meta kernel" in caplog.text
 
 

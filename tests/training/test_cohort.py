@@ -64,7 +64,7 @@ def alone(backbone: Backbone, configuration: Configuration) -> tuple[torch.Tenso
 
 def together(backbone: Backbone, configurations: Sequence[Configuration]) -> tuple[torch.Tensor, Cohort]:
     """Losses (steps, K) of candidates side by side, and the cohort afterwards."""
-    cohort = backbone.cohort(configurations, seed=7)
+    cohort = Cohort.of(backbone, configurations, seed=7)
     torch.manual_seed(3)
     optimizer = AdamW([p for _, p in cohort.parameters()], lr=1e-2)
     losses = []
@@ -127,7 +127,7 @@ def test_other_beginnings_and_pooled_inputs_are_those_of_being_trained_alone(
 ) -> None:
     backbone = tiny_backbone("llama", bits=(2, 4, 8), adapter=AdapterOptions(**options), bank_dir=None)
     backbone.build_initial([(bits, rank) for bits in (2, 4, 8) for rank in (2, 4, 8, 16)])
-    cohort = backbone.cohort(MIX, seed=7)
+    cohort = Cohort.of(backbone, MIX, seed=7)
     for member, configuration in enumerate(MIX):
         backbone.activate(configuration, seed=7)
         ours, expected = cohort.state(member), backbone.adapter_state()
@@ -172,7 +172,7 @@ def test_padding_of_smaller_ranks_stays_zero(tiny_backbone: Callable[..., Backbo
 
 
 def test_the_gradient_norm_is_clipped_for_each_candidate_by_itself(tiny_backbone: Callable[..., Backbone]) -> None:
-    cohort = tiny_backbone("llama", bits=(2, 4, 8)).cohort(MIX[:2], seed=0)
+    cohort = Cohort.of(tiny_backbone("llama", bits=(2, 4, 8)), MIX[:2], seed=0)
     for _, parameter in cohort.parameters():
         parameter.grad = torch.zeros_like(parameter)
         parameter.grad[0] = 1e-4  # small: not clipped
@@ -190,7 +190,7 @@ def test_a_candidate_that_diverges_harms_no_other(tiny_backbone: Callable[..., B
     backbone = tiny_backbone("llama", bits=(2, 4, 8))
     backbone.model.train()
     expected = together(backbone, MIX[:2])[1].state(1)
-    cohort = backbone.cohort(MIX[:2], seed=7)
+    cohort = Cohort.of(backbone, MIX[:2], seed=7)
     with torch.no_grad():
         for _, parameter in cohort.parameters():
             parameter[0] = torch.nan
@@ -212,14 +212,14 @@ def test_states_and_moments_of_a_candidate_come_back_into_another_cohort(
 ) -> None:
     backbone = tiny_backbone("llama", bits=(2, 4, 8))
     backbone.model.train()
-    cohort = backbone.cohort(MIX, seed=7)
+    cohort = Cohort.of(backbone, MIX, seed=7)
     optimizer = AdamW([p for _, p in cohort.parameters()], lr=1e-2)
     with cohort.installed() as model:
         loss_of(model, batches()[0], len(cohort)).sum().backward()
     optimizer.step()
     states = [cohort.state(member) for member in (2, 1)]
     moments = [cohort.moments(optimizer, member) for member in (2, 1)]
-    other = backbone.cohort([MIX[2], MIX[1]], seed=99)
+    other = Cohort.of(backbone, [MIX[2], MIX[1]], seed=99)
     later = AdamW([p for _, p in other.parameters()], lr=1e-2)
     for member, state in enumerate(states):
         other.load_state(member, state)
@@ -249,7 +249,7 @@ def test_the_model_is_as_before_after_a_cohort_even_when_it_failed(tiny_backbone
     ids = torch.arange(3, 15)[None]
     before = backbone.model(input_ids=ids).logits
     names = [name for name, _ in backbone.model.named_modules()]
-    with pytest.raises(ZeroDivisionError), backbone.cohort(MIX, seed=1).installed():
+    with pytest.raises(ZeroDivisionError), Cohort.of(backbone, MIX, seed=1).installed():
         raise ZeroDivisionError
     assert [name for name, _ in backbone.model.named_modules()] == names
     assert torch.equal(backbone.model(input_ids=ids).logits, before)
@@ -258,8 +258,8 @@ def test_the_model_is_as_before_after_a_cohort_even_when_it_failed(tiny_backbone
 def test_a_cohort_of_what_the_bank_lacks_is_refused(tiny_backbone: Callable[..., Backbone]) -> None:
     backbone = tiny_backbone("llama", bits=(2, 4))
     with pytest.raises(QuantizationError, match="8"):
-        backbone.cohort(MIX, seed=0)
+        Cohort.of(backbone, MIX, seed=0)
     with pytest.raises(ConfigurationError, match="3 layers"):
-        backbone.cohort([Configuration.uniform(4, 2, 5)], seed=0)
+        Cohort.of(backbone, [Configuration.uniform(4, 2, 5)], seed=0)
     with pytest.raises(ConfigurationError, match="at least one"):
-        backbone.cohort([], seed=0)
+        Cohort.of(backbone, [], seed=0)

@@ -16,6 +16,7 @@ from qratk.backbone.backbone import Backbone
 from qratk.backbone.loading import resolve_dtype
 from qratk.backbone.logits import labelled_logits, labelled_loss, replicate, targets_of
 from qratk.core.configuration import Configuration
+from qratk.training.cohort import Cohort
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,7 +163,7 @@ def test_candidates_side_by_side_have_the_losses_of_being_alone(
     backbone = moved(tiny_backbone("llama", bits=BITS, **options))
     members = MEMBERS[:2]  # dropout leaves out a rank of 0
     backbone.model.train()
-    cohort = backbone.cohort(members, seed=7)
+    cohort = Cohort.of(backbone, members, seed=7)
     with cohort.installed() as model:
         losses = train(model, cohort.parameters(), len(cohort))
     for index, configuration in enumerate(members):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qratk.core.errors import ConfigurationError
+from qratk.peaks.foretold import memory_model
 from qratk.training.module import FineTuneModule
 
 
@@ -63,4 +64,4 @@ def test_plan_and_fit_refuse_ranks_above_the_matrices_alike(model_dir):
     backbone = module.load_backbone(weights=False)
     names = tuple(shape.name for shape in backbone.shapes)
     with pytest.raises(ConfigurationError, match="rank 1000000000 is above the matrices"):
-        backbone.memory_model(SearchSpace((4,), (1000000000,), names))
+        memory_model(backbone, SearchSpace((4,), (1000000000,), names))
