@@ -36,6 +36,11 @@ def told(fallbacks: Iterable[Fallback]) -> tuple[str, ...]:
     return tuple(f"{first}{f' (and {len(more)} more projections)' if more else ''}" for first, *more in groups.values())
 
 
+def local_name(layer: str, name: str) -> str:
+    """A projection's name within its layer; layers that are no module (feed_forward) keep the last part."""
+    return name.removeprefix(f"{layer}.") if name.startswith(f"{layer}.") else name.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A quantizer and the bit-width that it packs at."""

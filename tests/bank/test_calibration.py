@@ -192,7 +192,7 @@ def test_moments_are_dropped_once_the_bank_is_built(tiny_backbone: Callable[...,
     backbone = tiny_backbone("llama", quantizers=chosen())
     backbone.calibrate(sequences())
     backbone.build_bank([4])
-    assert backbone._calibration._held == {}
+    assert backbone._packer.calibration._held == {}
 
 
 def test_a_calibrated_quantizer_without_calibration_is_an_error(tiny_backbone: Callable[..., Any]) -> None:

@@ -313,7 +313,7 @@ def fetch_all(folder: Path, log: Path, *, seconds: float, layers: int = 4) -> li
 _CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests/backbone")
+sys.path.insert(0, "tests/bank")
 from test_store import fetch_all
 fetch_all(Path(sys.argv[1]), Path(sys.argv[2]), seconds=float(sys.argv[3]))
 """
@@ -410,13 +410,13 @@ def anonymous():
 table = {4: quantizers.create("nf4"), 8: quantizers.create("int8"), 16: quantizers.create("none")}
 model = load_model(folder, trust_remote_code=False, weights=True)
 backbone = Backbone.from_model(model, quantizers=table, bank_dir=banks if mode == "disk" else None)
-packed, peak, before = backbone._packed, 0, anonymous()
+packed, peak, before = backbone._packer.packed, 0, anonymous()
 def watched(name, chosen):
     global peak
     out = packed(name, chosen)
     peak = max(peak, anonymous() - before)
     return out
-backbone._packed = watched
+backbone._packer.packed = watched
 backbone.build_bank((4, 8, 16))
 layer = sum(bank.reference.nbytes for _, bank in backbone.layers[0].modules)
 bank = sum(variant.nbytes for bank in backbone.banks.values() for variant in bank.variants.values())
