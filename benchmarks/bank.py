@@ -85,7 +85,7 @@ def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from lightning import Trainer
 
     from qratk.data.lm_eval import evaluate_lm_eval, write_task
-    from qratk.evaluators.finetune import quiet_lightning
+    from qratk.training.trainers import quiet_lightning
 
     chosen = subject(given, folder)
     module, data = chosen.make_module(configuration="4:8"), chosen.make_data()

@@ -45,11 +45,11 @@ def measured(chosen: Subject, folder: Path, given: argparse.Namespace) -> dict[s
 
     def evaluate(width: int) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        evaluator.cohort = width
-        evaluations: list[Evaluation] = list(evaluator.evaluate(asked))
+        groups = (asked[first : first + width] for first in range(0, len(asked), width))
+        evaluations: list[Evaluation] = [e for group in groups for e in evaluator.evaluate(group)]
         scores[width] = [evaluation.score for evaluation in evaluations]
 
-    list(evaluator.evaluate(asked[:2]))  # builds the bank and warms up
+    evaluator.evaluate(asked[:2])  # builds the bank and warms up
     for _ in range(given.repeats):
         for width in given.together:
             found[width].append(seconds(lambda w=width: evaluate(w), given.clock) / len(asked))  # type: ignore[misc]

@@ -26,7 +26,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qratk.core import Evaluation, Request
+    from qratk.evaluators.base import Evaluator
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "lightning", "lm_eval", "accelerate", "botorch")
@@ -148,6 +152,14 @@ def silent() -> Iterator[None]:
     """Without what libraries print: progress bars, summaries."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         yield
+
+
+# Evaluations
+
+
+def in_groups(evaluator: Evaluator, asked: Sequence[Request]) -> list[Evaluation]:
+    """Evaluations of requests, group by group as a search has them."""
+    return [evaluation for group in evaluator.groups(asked) for evaluation in evaluator.evaluate(group)]
 
 
 # Text

@@ -12,7 +12,7 @@ alone, on the device, in bfloat16: nothing is downloaded. What does not fit is s
 
 from __future__ import annotations
 
-from common import finish, paired_ratios, parser, prepared, random_llama, scratch, spread, table
+from common import finish, in_groups, paired_ratios, parser, prepared, random_llama, scratch, spread, table
 
 # isort: split
 import argparse
@@ -366,7 +366,7 @@ def side_by_side(bench: Bench, folder: Path) -> None:
             evaluator.memory_model(SearchSpace(BITS, (RANK,), tuple(shape.name for shape in evaluator.shapes)))
             requests = [Request(Candidate(configuration, "benchmark"), bench.steps) for configuration in candidates]
             found: list[Any] = []
-            spent = bench.seconds(lambda: found.extend(evaluator.evaluate(requests))) / len(candidates)  # noqa: B023
+            spent = bench.seconds(lambda: found.extend(in_groups(evaluator, requests))) / len(candidates)  # noqa: B023
             failed = [evaluation.reason for evaluation in found if not evaluation.ok]
             bench.results[f"side by side {width}"] = {"seconds": spent, "peak": bench.peak(), "failed": failed}
             rows.append([str(width), f"{spent:.2f}", f"{bench.peak() / 2**30:.2f}", str(len(failed))])

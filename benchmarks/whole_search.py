@@ -23,6 +23,7 @@ from common import (
     CLOCKS,
     Subject,
     finish,
+    in_groups,
     paired_ratios,
     parser,
     prepared,
@@ -287,14 +288,14 @@ class Comparison:
 
     def repeat(self) -> None:
         """Each rung by ours, then by the script; candidates of a higher rung continue from the lower one in both."""
-        for folder in (self.evaluator.context.run_dir / "checkpoints",):
+        for folder in (self.evaluator.parts.context.run_dir / "checkpoints",):
             shutil.rmtree(folder, ignore_errors=True)
         self.script.forget()
         for steps, configurations in self.sample.items():
             self._prepare(steps, configurations)
             measured: list[Evaluation] = []
             asked = requests(configurations, steps)
-            spent = seconds(lambda a=asked, m=measured: m.extend(self.evaluator.evaluate(a)), self.script.clock)  # type: ignore[misc]
+            spent = seconds(lambda a=asked, m=measured: m.extend(in_groups(self.evaluator, a)), self.script.clock)  # type: ignore[misc]
             self.ours.setdefault(steps, []).append(spent / len(configurations))
             times = []
             for evaluation in measured:
@@ -311,7 +312,7 @@ class Comparison:
         # Lower rungs of promoted candidates that are not in the sample of the lower rung, untimed.
         for rung in (r for r in self.script.ladder.steps if r < steps):
             missing = [c for c in configurations if c not in self.sample.get(rung, [])]
-            list(self.evaluator.evaluate(requests(missing, rung)))
+            in_groups(self.evaluator, requests(missing, rung))
             if self.script.resume:
                 for configuration in missing:
                     self.script.evaluate(configuration, rung)

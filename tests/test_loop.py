@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,11 @@ class InterruptedEvaluator(ToyEvaluator):
         super().__init__(**options)
         self.limit = limit
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        for evaluation in super().evaluate(requests):
-            if len(self.calls) > self.limit:
-                raise KeyboardInterrupt
-            yield evaluation
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        found = super().evaluate(group)
+        if len(self.calls) > self.limit:
+            raise KeyboardInterrupt
+        return found
 
 
 def loop(evaluator: ToyEvaluator | None = None, **changes: Any) -> SearchLoop:
@@ -390,14 +390,15 @@ class Cramped(ToyEvaluator):
         super().__init__(**options)
         self.reason, self.status, self.roomy = reason, status, roomy
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        for evaluation in super().evaluate(requests):
-            if self.roomy or sum(evaluation.configuration.bits) < 16:
-                yield evaluation
-            else:
-                yield dataclasses.replace(
-                    evaluation, score=-math.inf, outcomes=(), status=self.status, reason=self.reason, checkpoint=None
-                )
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        return [self.cramped(evaluation) for evaluation in super().evaluate(group)]
+
+    def cramped(self, evaluation: Evaluation) -> Evaluation:
+        if self.roomy or sum(evaluation.configuration.bits) < 16:
+            return evaluation
+        return dataclasses.replace(
+            evaluation, score=-math.inf, outcomes=(), status=self.status, reason=self.reason, checkpoint=None
+        )
 
 
 @pytest.mark.parametrize(

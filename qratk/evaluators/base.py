@@ -59,7 +59,10 @@ class EvaluationContext:
 
 
 class Evaluator(ABC):
-    """Fine-tunes and scores configurations. The loop calls `open`, `memory_model`, `importance`, then `evaluate`."""
+    """Fine-tunes and scores configurations.
+
+    The loop calls `open`, `memory_model` and `importance`, then `groups`, and has an executor call `evaluate` for each.
+    """
 
     @abstractmethod
     def open(self, context: EvaluationContext) -> None:
@@ -85,19 +88,20 @@ class Evaluator(ABC):
         """Raw layer scores, (L,)."""
 
     @abstractmethod
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        """Evaluations in the order of the requests, each yielded as soon as it is measured.
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        """Evaluations in the order of the requests of one group, measured at once and not cut any further.
 
-        A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having stopped. A
-        failure is yielded with its reason: as "failed" where it is the candidate's (loss not finite), as "lost" where
-        it is the machine's (out of memory).
+        A group has one number of steps. It is one of those that `groups` makes, or what is left of one, or a single
+        request. A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having
+        stopped. A failure is returned with its reason: as "failed" where it is the candidate's (loss not finite), as
+        "lost" where it is the machine's (out of memory).
         """
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """The requests, in order, in groups that `evaluate` measures at once and that are recorded at once.
 
-        Without the first group, the others must come out the same: a resumed search asks for the rest. By default each
-        request stands alone.
+        The next group is cut when it is asked for, once those before are measured. Without the first group, the others
+        must come out the same: a resumed search asks for the rest. By default each request stands alone.
         """
         for request in requests:
             yield (request,)

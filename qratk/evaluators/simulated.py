@@ -107,10 +107,9 @@ class SimulatedEvaluator(Evaluator):
             return float(self.importance_noise)
         return float(np.random.default_rng([self.landscape.seed, 7]).uniform(*self.importance_noise))
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        """Evaluations in the order of the requests."""
-        for request in requests:
-            yield self.measure(request.configuration, request.steps)
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        """Evaluations in the order of the requests, which may have any steps."""
+        return [self.measure(request.configuration, request.steps) for request in group]
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """All at once: one transaction of the journal takes longer than a thousand evaluations."""

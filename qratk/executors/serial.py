@@ -33,7 +33,7 @@ class Serial(Executor):
     def finished(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Sequence[Evaluation]]]:
         """Each group with its evaluations, in the order of the groups."""
         for group in groups:
-            yield group, list(self._opened.evaluate(group))
+            yield group, self._opened.evaluate(group)
 
     def tested(self, evaluations: Iterable[Evaluation]) -> Iterator[tuple[Evaluation, dict[str, float]]]:
         """Each evaluation with its scores on test data, in the order given."""

@@ -20,12 +20,11 @@ LADDER = FidelityLadder((100, 300, 900))
 class Raising(ToyEvaluator):
     """Raises at the smallest configuration."""
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        """Evaluations until the smallest configuration comes."""
-        for evaluation in super().evaluate(requests):
-            if set(evaluation.configuration.bits) == {2}:
-                raise SearchError("the smallest cannot be measured")
-            yield evaluation
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        """Evaluations of a group without the smallest configuration."""
+        if any(set(request.configuration.bits) == {2} for request in group):
+            raise SearchError("the smallest cannot be measured")
+        return super().evaluate(group)
 
 
 class ExecutorContract:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from qratk.training.module import TrainingState
+    from qratk.training.state import TrainingState
 
 ADAPTER: Final = "adapter.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
@@ -56,7 +56,7 @@ def load_state(path: Path) -> TrainingState:
     import torch
     from safetensors.torch import load_file
 
-    from qratk.training.module import TrainingState
+    from qratk.training.state import TrainingState
 
     steps = _checked_steps(path)
     moments = load_file(path / OPTIMIZER) if (path / OPTIMIZER).exists() else {}

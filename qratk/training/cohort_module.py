@@ -16,15 +16,8 @@ from qratk.backbone.logits import labelled_logits, replicate, target_log_likelih
 from qratk.core.errors import ConfigurationError
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
-from qratk.training.module import (
-    FineTuneModule,
-    TrainingState,
-    device_random_state,
-    not_finite,
-    place_steps,
-    require_precision,
-    set_random_state,
-)
+from qratk.training.module import FineTuneModule, not_finite, place_steps, require_precision
+from qratk.training.state import TrainingState, device_random_state, set_random_state
 
 
 class CohortModule(LightningModule):

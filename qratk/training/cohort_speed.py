@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from qratk.bank.dense import is_out_of_memory
+from qratk.bank.dense import available_memory, is_out_of_memory
 from qratk.core.configuration import Configuration
+from qratk.core.memory import Footprint
 from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
 from qratk.training.module import FineTuneModule
+
+LARGEST: Final = 32
+"""Candidates side by side at most, however fast more would be."""
 
 _GAIN = 0.97  # a larger cohort must be faster for each candidate by this factor
 
@@ -44,6 +48,12 @@ def fastest_cohort(
             return best
         best, least = size, seconds
     return best
+
+
+def fitting(device: torch.device, footprints: Sequence[Footprint]) -> int:
+    """How many candidates of such footprints train side by side within half of the memory that is free on a device."""
+    each = max(f.training_bytes - f.weights - f.metadata - f.fixed for f in footprints)
+    return available_memory(device) // 2 // max(1, each)
 
 
 def _powers_of_two(largest: int) -> Iterator[int]:

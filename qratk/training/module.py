@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from qratk.core.secrets import without_secrets
 from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.sharding import ShardedStrategy, require_strategy, shard
+from qratk.training.state import TrainingState, device_random_state, set_random_state
 
 _logger = logging.getLogger(__name__)
 
@@ -50,20 +50,6 @@ DEFAULT_QUANTIZERS: Mapping[int, str] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8"
 
 class NonFiniteLossError(QratkError, ArithmeticError):
     """The loss of a training step is NaN or infinite."""
-
-
-@dataclass
-class TrainingState:
-    """All that continuing a training needs: adapters, AdamW's moments by parameter name, random states, steps done.
-
-    On CUDA dropout draws from the device's own generator: `device_random` is its state, and None on the CPU.
-    """
-
-    steps: int
-    adapter: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    random: Tensor
-    device_random: Tensor | None = None
 
 
 class FineTuneModule(LightningModule):
@@ -538,18 +524,6 @@ def place_steps(optimizer: Optimizer) -> None:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device)
-
-
-def device_random_state(device: torch.device) -> Tensor | None:
-    """State of a CUDA device's generator, a tensor on the CPU; None for the CPU, whose state torch has apart."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_state(random: Tensor, device_random: Tensor | None, device: torch.device) -> None:
-    """Put the state of the CPU's generator in place, and that of a CUDA device where there is one."""
-    torch.set_rng_state(random.cpu())
-    if device.type == "cuda" and device_random is not None:
-        torch.cuda.set_rng_state(device_random.cpu(), device)
 
 
 def not_finite(loss: float, step: int) -> str:

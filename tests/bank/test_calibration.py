@@ -274,10 +274,10 @@ def test_a_fit_has_the_weights_of_the_search(files: Files, tmp_path: Path) -> No
     assert evaluation.status == "ok", evaluation.reason
     module, losses, _ = fitted(files, steps=2, module=make_module(files, configuration="4:2 4:4 4:2", **options))
     assert len(losses) == 2
-    searched, fit = packed_weights(evaluator.module), packed_weights(module)
+    searched, fit = packed_weights(evaluator.parts.module), packed_weights(module)
     assert searched.keys() == fit.keys()
     assert all(torch.equal(fit[name], tensor) for name, tensor in searched.items())
-    assert module.backbone.digest() == evaluator.module.backbone.digest()
+    assert module.backbone.digest() == evaluator.parts.module.backbone.digest()
     assert evaluator.fingerprint()["model"] == module.backbone.digest()
 
 

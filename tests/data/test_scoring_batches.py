@@ -155,8 +155,8 @@ def in_a_trainer(data: Any, folder: Path) -> tuple[Any, dict[str, float], list[A
     """Module, metrics and predictions of the commands `qratk test` and `qratk predict` on a model directory."""
     from lightning import Trainer
 
-    from qratk.evaluators.finetune import quiet_lightning
     from qratk.training.module import FineTuneModule
+    from qratk.training.trainers import quiet_lightning
 
     module = FineTuneModule(str(folder), "16:4")
     module.setup("test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ ADALORA: dict[str, Any] = {"adapter": "adalora", "adalora": {"delta_t": 1, "tini
 
 
 def adapters_of(evaluator: FineTuneEvaluator) -> AdaLoraAdapters:
-    adapters = evaluator.module.backbone.adapters
+    adapters = evaluator.parts.module.backbone.adapters
     assert isinstance(adapters, AdaLoraAdapters)
     return adapters
 
@@ -38,10 +37,10 @@ def test_ranks_end_uneven_at_the_total_of_the_configuration(
     straight: tuple[FineTuneEvaluator, Evaluation],
 ) -> None:
     evaluator, measured = straight
-    evaluator._train(MIXED, 6)
+    evaluator.parts.alone.train(MIXED, 6)
     adapters = adapters_of(evaluator)
     left = [adapters.rank(name) for name in adapters.banks]
-    layers = zip(evaluator.module.backbone.layers, MIXED.layers, strict=True)
+    layers = zip(evaluator.parts.module.backbone.layers, MIXED.layers, strict=True)
     configured = [choice.rank for layer, choice in layers for _ in layer.modules]
     assert measured.ok
     assert sum(left) == sum(configured)
@@ -119,7 +118,7 @@ def test_merged_weights_are_those_of_the_stored_adapters(
 
     evaluator = opened(tmp_path, model_dir, data_files, rslora=rslora, **ADALORA)
     evaluated(evaluator, MIXED, 6)
-    backbone = evaluator.module.backbone
+    backbone = evaluator.parts.module.backbone
     backbone.save_adapter(tmp_path / "adapter", MIXED)
     plain = PeftModel.from_pretrained(native_model(backbone, MIXED), str(tmp_path / "adapter")).eval()
     merged = merged_model(backbone, dtype=torch.float32).eval()
@@ -142,9 +141,7 @@ def test_the_allocator_sees_every_step_once(
 
     seen: list[int] = []
     monkeypatch.setattr(RankAllocator, "step", lambda self, step: seen.append(step))
-    evaluator = opened(tmp_path, model_dir, data_files, **ADALORA)
-    make = evaluator.make_trainer
-    evaluator.make_trainer = lambda **options: make(**{"accumulate_grad_batches": 2, **options})
+    evaluator = opened(tmp_path, model_dir, data_files, accumulate=2, **ADALORA)
     for steps in (2, 4, 6):
         evaluated(evaluator, MIXED, steps)
     assert seen == [1, 2, 3, 4, 5, 6]
@@ -153,9 +150,8 @@ def test_the_allocator_sees_every_step_once(
 def test_candidates_are_trained_one_by_one_and_the_reason_is_said_once(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
-    evaluator = opened(tmp_path, model_dir, data_files, cohort=4, **ADALORA)
     said: list[str] = []
-    evaluator.context = replace(evaluator.context, say=said.append)
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=4, context={"say": said.append}, **ADALORA)
     asked = [Request(Candidate(Configuration.uniform(b, 2, 3), "test"), 2) for b in (2, 4, 8)]
     assert [len(group) for group in evaluator.groups(asked)] == [1, 1, 1]
     list(evaluator.groups(asked))
@@ -184,7 +180,7 @@ def test_what_cannot_be_is_refused(
         FineTuneModule(str(model_dir), adalora={"tinit": 0.1})
     with pytest.raises(ConfigurationError, match="'t_init'"):
         opened(tmp_path, model_dir, data_files, adapter="adalora", adalora={"t_init": 0.1})
-    module = opened(tmp_path, model_dir, data_files, **ADALORA).module
+    module = opened(tmp_path, model_dir, data_files, **ADALORA).parts.module
     monkeypatch.setattr(FineTuneModule, "trainer", SimpleNamespace(precision="16-mixed"))
     with pytest.raises(ConfigurationError, match="precision"):
         module._follow(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
     assert last.score != first.score
     assert expected.checkpoint is not None
     stored = Path(expected.checkpoint) / "adapter.safetensors"
-    assert same_tensors(tmp_path / stored, whole.context.run_dir / stored)
+    assert same_tensors(tmp_path / stored, whole.parts.context.run_dir / stored)
 
 
 def test_another_process_continues_bit_identically(
@@ -72,10 +71,10 @@ def test_the_score_is_that_of_the_adapters_as_stored_in_16_bits(
     straight: tuple[FineTuneEvaluator, Evaluation],
 ) -> None:
     evaluator, expected = straight
-    evaluator._train(MIXED, 6)  # puts the stored float32 masters in place
-    for _, parameter in evaluator.module.backbone.trainable_parameters():
+    evaluator.parts.alone.train(MIXED, 6)  # puts the stored float32 masters in place
+    for _, parameter in evaluator.parts.module.backbone.trainable_parameters():
         parameter.data = parameter.data.bfloat16().float()
-    assert evaluator._validated().score == expected.score
+    assert evaluator.parts.alone.scored().score == expected.score
 
 
 def test_the_learning_rate_depends_on_the_step_alone() -> None:
@@ -127,12 +126,11 @@ def test_another_failure_is_not_mistaken_for_a_bad_candidate(
 def test_a_damaged_checkpoint_is_said_and_its_steps_are_repeated(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
-    evaluator = opened(tmp_path, model_dir, data_files)
+    said: list[str] = []
+    evaluator = opened(tmp_path, model_dir, data_files, context={"say": said.append})
     stored = evaluated(evaluator, MIXED, 2).checkpoint
     assert stored is not None
     (tmp_path / stored / "optimizer.safetensors").write_bytes(b"cut off")
-    said: list[str] = []
-    evaluator.context = replace(evaluator.context, say=said.append)
     assert evaluated(evaluator, MIXED, 6).outcomes == straight[1].outcomes
     assert len(said) == 1
     assert "damaged" in said[0]
@@ -141,7 +139,8 @@ def test_a_damaged_checkpoint_is_said_and_its_steps_are_repeated(
 def test_a_flipped_bit_in_a_finished_checkpoint_moves_no_test_score(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
-    evaluator = opened(tmp_path, model_dir, data_files)
+    said: list[str] = []
+    evaluator = opened(tmp_path, model_dir, data_files, context={"say": said.append})
     measured = evaluated(evaluator, MIXED, 2)
     before = evaluator.test(measured)
     assert measured.checkpoint is not None
@@ -149,8 +148,6 @@ def test_a_flipped_bit_in_a_finished_checkpoint_moves_no_test_score(
     content = bytearray(file.read_bytes())
     content[-1] ^= 0x40  # a high bit of the last float's exponent
     file.write_bytes(content)
-    said: list[str] = []
-    evaluator.context = replace(evaluator.context, say=said.append)
     assert evaluator.test(measured) == before
     assert "adapter.safetensors differs from its digest" in said[0]
 
@@ -170,7 +167,7 @@ def test_test_scores_are_those_of_the_checkpoint_even_when_it_was_deleted(
     evaluator, expected = straight
     before = evaluator.test(expected)
     evaluator.discard(expected)
-    assert not (evaluator.context.run_dir / "checkpoints" / MIXED.digest).exists()
+    assert not (evaluator.parts.context.run_dir / "checkpoints" / MIXED.digest).exists()
     assert evaluator.test(expected) == before
 
 
@@ -211,8 +208,7 @@ def test_a_layer_that_its_quantiser_cannot_take_is_announced_once(
         (odd / name).write_bytes((model_dir / name).read_bytes())
     said: list[str] = []
     quantizers = {2: {"class_path": "hqq", "init_args": {"group_size": 128}}}
-    evaluator = opened(tmp_path, odd, data_files, quantizers=quantizers)
-    evaluator.context = replace(evaluator.context, say=said.append)
+    evaluator = opened(tmp_path, odd, data_files, quantizers=quantizers, context={"say": said.append})
     evaluated(evaluator, MIXED, 2)
     evaluated(evaluator, MIXED, 4)
     assert len(said) == 1

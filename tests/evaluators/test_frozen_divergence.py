@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from finetune_runs import LADDER, MIXED, evaluated, opened, score_of_fit
+from finetune_runs import LADDER, MIXED, evaluated, in_groups, opened, score_of_fit
 from lightning import Trainer
 from scipy.spatial.distance import jensenshannon
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.evaluators._divergence import FrozenDivergence, chosen_positions, jensen_shannon
 from qratk.evaluators.base import EvaluationContext, evaluators
-from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator, jensen_shannon
+from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator
 from qratk.training.module import FineTuneModule
 
 OTHER_RANKS = Configuration.of(MIXED.bits, (4, 4, 4))
@@ -30,15 +30,22 @@ def proxied(
     *,
     ladder: FidelityLadder = LADDER,
     model: dict[str, Any] | None = None,
+    context: dict[str, Any] | None = None,
     **options: Any,
 ) -> FrozenDivergenceEvaluator:
     module = FineTuneModule(str(model_dir), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **(model or {})})
     data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
     given = {"calibration_batches": 3, "calibration_batch_size": 4, "cohort": 1, **options}
     evaluator = FrozenDivergenceEvaluator(**given)
-    evaluator.open(EvaluationContext(run_dir, ladder, 0, module, data, Trainer))
+    evaluator.open(EvaluationContext(run_dir, ladder, 0, module, data, Trainer, **(context or {})))
     evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), tuple(shape.name for shape in evaluator.shapes)))
     return evaluator
+
+
+def frozen(evaluator: FrozenDivergenceEvaluator) -> FrozenDivergence:
+    """What its lowest rung is measured with."""
+    assert evaluator._frozen is not None
+    return evaluator._frozen
 
 
 def requests(steps: int, *configurations: Configuration) -> list[Request]:
@@ -77,13 +84,14 @@ def full_and_frozen(
     from qratk.exporters.dense import merged_model
 
     full = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    evaluator._activate(Configuration.of(configuration.bits, [0] * len(configuration)))
-    frozen = merged_model(evaluator.module.backbone, dtype=torch.float32).eval()
+    parts = evaluator._finetune.parts
+    parts.module.activate(Configuration.of(configuration.bits, [0] * len(configuration)))
+    quantised = merged_model(parts.module.backbone, dtype=torch.float32).eval()
     found = []
-    for batch in evaluator.data.calibration_batches(3, 4):
+    for batch in parts.data.calibration_batches(3, 4):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            p, q = (model(**inputs).logits.double().softmax(-1).numpy() for model in (full, frozen))
+            p, q = (model(**inputs).logits.double().softmax(-1).numpy() for model in (full, quantised))
         for row, labels in enumerate(batch["labels"].tolist()):
             at = [t - 1 for t in range(1, len(labels)) if labels[t] != -100]
             found.append([float(jensenshannon(p[row, t], q[row, t]) ** 2) for t in at])
@@ -106,8 +114,7 @@ def test_score_is_minus_the_mean_over_the_labelled_positions(
 def test_fewer_bits_diverge_more_and_16_bits_not_at_all(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
-    evaluator = proxied(tmp_path, model_dir, data_files)
-    evaluator.context = replace(evaluator.context, reference_bits=(16,))
+    evaluator = proxied(tmp_path, model_dir, data_files, context={"reference_bits": (16,)})
     scores = [evaluated(evaluator, Configuration.uniform(bits, 2, 3), 2).score for bits in (2, 4, 8, 16)]
     assert scores == sorted(scores)
     assert scores[0] < 2 * scores[1] < 0
@@ -118,8 +125,8 @@ def test_configurations_that_differ_in_rank_alone_are_measured_once(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator = proxied(tmp_path, model_dir, data_files)
-    measured, calls = evaluator._measured, []
-    monkeypatch.setattr(evaluator, "_measured", lambda: calls.append(1) or measured())
+    measured, calls = frozen(evaluator)._measured, []
+    monkeypatch.setattr(frozen(evaluator), "_measured", lambda: calls.append(1) or measured())
     first, second, third = evaluator.evaluate(requests(2, MIXED, OTHER_RANKS, Configuration.uniform(4, 2, 3)))
     assert first.outcomes == second.outcomes
     assert (first.configuration, second.configuration) == (MIXED, OTHER_RANKS)
@@ -134,7 +141,7 @@ def test_the_proxy_trains_nothing_and_leaves_no_checkpoint(
     evaluator, measured = proxy
     assert measured.ok
     assert measured.checkpoint is None
-    assert not (evaluator.context.run_dir / "checkpoints").exists()
+    assert not (evaluator._finetune.parts.context.run_dir / "checkpoints").exists()
     evaluator.discard(measured)
 
 
@@ -145,7 +152,7 @@ def test_higher_rungs_are_ordinary_fine_tuning_from_step_0(
     plain = opened(tmp_path / "plain", model_dir, data_files)
     evaluated(evaluator, MIXED, 2)
     evaluated(plain, MIXED, 2)
-    assert evaluator._begins_at(requests(4, MIXED)[0]) == 0
+    assert evaluator._finetune.parts.rungs.begins_at(MIXED, 4) == 0
     for steps in (4, 6):
         found, expected = (evaluated(one, MIXED, steps) for one in (evaluator, plain))
         assert found.outcomes == expected.outcomes
@@ -160,7 +167,7 @@ def test_groups_are_single_at_the_proxy_and_cohorts_above(
     evaluator = proxied(tmp_path, model_dir, data_files, cohort=2, model={"lora_dropout": 0.0})
     asked = requests(2, MIXED, OTHER_RANKS) + requests(4, MIXED, OTHER_RANKS)
     assert [len(group) for group in evaluator.groups(asked)] == [1, 1, 2]
-    together = list(evaluator.evaluate(asked))
+    together = in_groups(evaluator, asked)
     assert [e.steps for e in together] == [2, 2, 4, 4]
     assert [e.checkpoint is None for e in together] == [True, True, False, False]
     alone = evaluated(proxied(tmp_path / "alone", model_dir, data_files, model={"lora_dropout": 0.0}), MIXED, 4)
@@ -201,19 +208,15 @@ def test_all_positions_and_half_precision_change_little_of_nothing(
     assert half.score == pytest.approx(proxy[1].score, rel=2e-2)
     everywhere = proxied(tmp_path / "all", model_dir, data_files, positions="all", max_positions=None)
     evaluated(everywhere, MIXED, 2)
-    assert everywhere._targets is not None
-    kept = sum(len(target.positions) for target in everywhere._targets)
-    masks = [batch["attention_mask"] for batch in everywhere.data.calibration_batches(3, 4)]
+    kept = sum(len(target.positions) for target in frozen(everywhere).targets)
+    masks = [batch["attention_mask"] for batch in everywhere._finetune.parts.data.calibration_batches(3, 4)]
     assert kept == sum(int(mask.sum()) - len(mask) for mask in masks)
 
 
 def test_positions_are_bounded_and_evenly_spaced(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
-    evaluator = proxied(tmp_path, model_dir, data_files, positions="all", max_positions=5)
-    batches = evaluator.data.calibration_batches(3, 4)
-    evaluator.max_positions = None
-    every = torch.cat(evaluator._chosen_positions(batches))
-    evaluator.max_positions = 5
-    chosen = torch.cat(evaluator._chosen_positions(batches))
+    batches = proxied(tmp_path, model_dir, data_files)._finetune.parts.data.calibration_batches(3, 4)
+    every = torch.cat(chosen_positions(batches, "all", None))
+    chosen = torch.cat(chosen_positions(batches, "all", 5))
     assert chosen.tolist() == every[[len(every) * k // 5 for k in range(5)]].tolist()
 
 
@@ -221,8 +224,8 @@ def test_logits_in_chunks_give_the_same(
     proxy: tuple[FrozenDivergenceEvaluator, Evaluation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator, measured = proxy
-    monkeypatch.setattr("qratk.evaluators.frozen_divergence._CHUNK_BYTES", 4 * 96 * 2)
-    evaluator._scores.clear()
+    monkeypatch.setattr("qratk.evaluators._divergence._CHUNK_BYTES", 4 * 96 * 2)
+    frozen(evaluator)._scores.clear()
     assert evaluated(evaluator, MIXED, 2).score == pytest.approx(measured.score, rel=1e-6)
 
 
@@ -234,7 +237,7 @@ def test_running_out_of_memory_is_recorded(
     def exhausted(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(evaluator, "_frozen_logits", exhausted)
+    monkeypatch.setattr(frozen(evaluator), "_logits", exhausted)
     failed = evaluated(evaluator, Configuration.uniform(2, 2, 3), 2)
     assert (failed.status, failed.reason.split(":")[0]) == ("lost", "OutOfMemoryError")
 

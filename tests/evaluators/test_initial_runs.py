@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_runs import LADDER, MIXED, evaluated, opened
+from finetune_runs import LADDER, MIXED, evaluated, in_groups, opened
 from lightning import Trainer
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.embedded.world import documents, make_world
-from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.training.module import FineTuneModule
+from qratk.training.trainers import quiet_lightning
 
 OTHERS = tuple(Configuration.from_text(text) for text in ("4:2*3", "8:4 2:4 2:2", "2:4*3"))
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def climbed(evaluator: FineTuneEvaluator) -> list[Evaluation]:
     return [
         evaluation
         for steps in LADDER.steps[:2]
-        for evaluation in evaluator.evaluate([Request(Candidate(c, "test"), steps) for c in (MIXED, *OTHERS)])
+        for evaluation in in_groups(evaluator, [Request(Candidate(c, "test"), steps) for c in (MIXED, *OTHERS)])
     ]
 
 
@@ -99,7 +100,7 @@ def test_what_a_search_found_is_exported_with_its_own_weights_and_loads_in_plain
     evaluator = started(tmp_path, model_dir, data_files, init="loftq", init_iterations=2)
     evaluation = evaluated(evaluator, MIXED, 2)
     evaluator.test(evaluation)
-    backbone = evaluator.module.backbone
+    backbone = evaluator.parts.module.backbone
     backbone.save_adapter(tmp_path / "adapter", MIXED)
     save_quantized(backbone, MIXED, tmp_path / "base")
     loaded = load_quantized(tmp_path / "base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ GPTQ: dict[str, Any] = {"quantizers": {4: {"class_path": "gptq", "init_args": {"
 def test_fallbacks_are_told_by_a_fit_as_by_a_search(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluator = opened(tmp_path, model_dir, data_files, **GPTQ)
     said: list[str] = []
-    evaluator.context = replace(evaluator.context, say=said.append)
+    evaluator = opened(tmp_path, model_dir, data_files, context={"say": said.append}, **GPTQ)
     evaluated(evaluator, Configuration.uniform(4, 2, 3), 2)
     told = [text for text in said if "instead of" in text]
     assert len(told) >= 1

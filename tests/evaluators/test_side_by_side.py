@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetune_runs import LADDER, measured, opened, start
+from finetune_runs import LADDER, in_groups, measured, opened, start
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.evaluators.finetune import FineTuneEvaluator
@@ -26,7 +25,7 @@ def requests(steps: int, configurations: Sequence[Configuration] = CONFIGURATION
 
 def climbed(evaluator: FineTuneEvaluator) -> list[Evaluation]:
     """Every configuration at each rung."""
-    return [evaluation for steps in LADDER.steps for evaluation in evaluator.evaluate(requests(steps))]
+    return [evaluation for steps in LADDER.steps for evaluation in in_groups(evaluator, requests(steps))]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -72,34 +71,16 @@ def test_the_losses_of_a_rung_agree_with_training_alone(
     first = opened(tmp_path / "alone", model_dir, data_files, clip=0.1)
     for configuration in CONFIGURATIONS:
         alone.append([])
-        list(first.evaluate(requests(6, [configuration])))
-    list(opened(tmp_path / "together", model_dir, data_files, clip=0.1, cohort=5).evaluate(requests(6)))
+        in_groups(first, requests(6, [configuration]))
+    in_groups(opened(tmp_path / "together", model_dir, data_files, clip=0.1, cohort=5), requests(6))
     torch.testing.assert_close(torch.stack(together).T, torch.tensor(alone), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("number", range(1, 40))
-def test_the_groups_of_the_rest_are_those_of_the_whole(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    evaluator = FineTuneEvaluator()
-    monkeypatch.setattr(evaluator, "_begins_at", lambda request: 0)
-    asked = requests(2, [Configuration.uniform(2, 2, 1 + index) for index in range(number)])
-    for size in (1, 2, 5, 8, 25):
-        monkeypatch.setattr(evaluator, "_cohort_size", lambda rest, size=size: min(size, len(rest)))
-        groups = [list(group) for group in evaluator.groups(asked)]
-        assert [request for group in groups for request in group] == asked
-        assert max(map(len, groups)) <= size
-        assert max(map(len, groups)) - min(map(len, groups)) <= 1
-        for first in range(1, len(groups)):
-            rest = [request for group in groups[first:] for request in group]
-            assert [list(group) for group in evaluator.groups(rest)] == groups[first:]
 
 
 def test_candidates_that_continue_from_different_rungs_are_not_mixed(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
     evaluator = opened(tmp_path, model_dir, data_files, cohort=8)
-    list(evaluator.evaluate(requests(2, CONFIGURATIONS[:2])))
+    in_groups(evaluator, requests(2, CONFIGURATIONS[:2]))
     assert [len(group) for group in evaluator.groups(requests(4))] == [2, 3]
     assert [len(group) for group in evaluator.groups(requests(2))] == [5]
 
@@ -108,13 +89,13 @@ def test_a_cohort_killed_between_its_checkpoints_comes_out_the_same(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
     evaluator = opened(tmp_path, model_dir, data_files, cohort=5)
-    list(evaluator.evaluate(requests(2)))
-    whole = list(evaluator.evaluate(requests(4)))
+    in_groups(evaluator, requests(2))
+    whole = in_groups(evaluator, requests(4))
     for evaluation in whole[2:]:
         evaluator.discard(evaluation)
-    again = list(evaluator.evaluate(requests(4)))
+    again = in_groups(evaluator, requests(4))
     assert [e.outcomes for e in again] == [e.outcomes for e in whole]
-    scored = list(evaluator.evaluate(requests(4)))  # all checkpoints there: scored only
+    scored = in_groups(evaluator, requests(4))  # all checkpoints there: scored only
     assert [e.outcomes for e in scored] == [e.outcomes for e in whole]
 
 
@@ -129,7 +110,7 @@ def test_a_candidate_whose_loss_is_not_finite_fails_alone(
         return found * torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
 
     monkeypatch.setattr(CohortModule, "candidate_losses", broken)
-    found = list(opened(tmp_path / "broken", model_dir, data_files, cohort=5).evaluate(requests(2)))
+    found = in_groups(opened(tmp_path / "broken", model_dir, data_files, cohort=5), requests(2))
     assert [e.ok for e in found] == [True, False, True, True, True]
     assert "learning rate" in found[1].reason
     assert found[1].checkpoint is None
@@ -147,16 +128,31 @@ def test_a_cohort_that_does_not_fit_goes_on_in_halves(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(CohortModule, "training_step", limited)
-    evaluator = opened(tmp_path, model_dir, data_files, cohort=5)
     said: list[str] = []
-    evaluator.context = replace(evaluator.context, say=said.append)
-    found = list(evaluator.evaluate(requests(2)))
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=5, context={"say": said.append})
+    found = in_groups(evaluator, requests(2))
     assert [e.configuration for e in found] == list(CONFIGURATIONS)
     assert all(e.ok for e in found)
     assert "cohort=3" in said[0]
     again = len(said)
-    assert all(e.ok for e in evaluator.evaluate(requests(4)))
+    assert all(e.ok for e in in_groups(evaluator, requests(4)))
     assert len(said) == again  # what did not fit once is not tried again
+
+
+def test_a_group_is_trained_as_it_is_handed(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    step = CohortModule.training_step
+
+    def seen(self: CohortModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        widths.append(len(self.cohort))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(CohortModule, "training_step", seen)
+    evaluator = opened(tmp_path, model_dir, data_files, cohort=2)
+    assert [e.ok for e in evaluator.evaluate(requests(2)[:3])] == [True] * 3
+    assert set(widths) == {3}
 
 
 def test_dropout_beside_a_layer_without_adapter_is_trained_alone(
@@ -182,12 +178,14 @@ def test_configurations_without_any_adapter_are_scored_as_they_are(
 def test_auto_measures_once_and_is_recorded(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluator = opened(tmp_path, model_dir, data_files, cohort="auto")
     decided: dict[str, Any] = {}
-    evaluator.context = replace(
-        evaluator.context, decided=lambda key, decide: decided.setdefault(key, None) or decided.update({key: decide()})
-        or decided[key],
-    )  # fmt: skip
+
+    def kept(key: str, decide: Callable[[], Any]) -> Any:
+        if key not in decided:
+            decided[key] = decide()
+        return decided[key]
+
+    evaluator = opened(tmp_path, model_dir, data_files, cohort="auto", context={"decided": kept})
     tried: list[int] = []
 
     def timed(module: Any, trainer: Any, batch: Any, members: Sequence[Configuration]) -> float:
@@ -203,9 +201,9 @@ def test_auto_measures_once_and_is_recorded(
 
 def test_auto_really_trains_what_it_times(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
     evaluator = opened(tmp_path, model_dir, data_files, cohort="auto")
-    found = list(evaluator.evaluate(requests(2)))
+    found = in_groups(evaluator, requests(2))
     assert all(e.ok for e in found)
-    expected = list(opened(tmp_path / "alone", model_dir, data_files).evaluate(requests(2)))
+    expected = in_groups(opened(tmp_path / "alone", model_dir, data_files), requests(2))
     assert [e.score for e in found] == pytest.approx([e.score for e in expected], rel=1e-5)
 
 

@@ -39,14 +39,15 @@ class OneByOne(ToyEvaluator):
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         return (requests[start : start + 2] for start in range(0, len(requests), 2))
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
-        for evaluation in super().evaluate(requests):
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        found = super().evaluate(group)
+        for evaluation in found:
             time.sleep(self.pause)
             mark = self.folder / f"{evaluation.configuration.digest}-{evaluation.steps}"
             if evaluation.score > self.dies and (self.for_ever or not mark.exists()):
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield evaluation
+        return found
 
 
 def search(run_dir: Path, evaluator: ToyEvaluator, executor: Any = "serial", **changes: Any) -> SearchResult:
@@ -155,7 +156,7 @@ def test_a_group_that_kills_its_process_each_time_is_lost_with_the_reason_and_tr
 class Broken(ToyEvaluator):
     """Cannot measure anything."""
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[Evaluation]:
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         raise SearchError("it is broken")
 
 

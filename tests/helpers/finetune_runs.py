@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.evaluators.base import EvaluationContext
-from qratk.evaluators.finetune import FineTuneEvaluator, quiet_lightning
+from qratk.evaluators.base import EvaluationContext, Evaluator
+from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.run.journal import Journal
 from qratk.training.module import FineTuneModule
+from qratk.training.trainers import quiet_lightning
 
 LADDER = FidelityLadder((2, 4, 6))
 MIXED = Configuration.from_text("2:2 4:4 8:2")
@@ -31,19 +33,28 @@ def opened(
     *,
     cohort: int | Literal["auto"] = 1,
     clip: float | None = None,
+    accumulate: int = 1,
+    context: dict[str, Any] | None = None,
     **options: Any,
 ) -> FineTuneEvaluator:
+    """An evaluator that is open; `context` are further fields of its context."""
     module = FineTuneModule(str(model_dir), **{"learning_rate": 1e-2, "lora_dropout": 0.2, **options})
     data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
     evaluator = FineTuneEvaluator(calibration_batches=1, calibration_batch_size=2, cohort=cohort)
-    evaluator.open(EvaluationContext(run_dir, LADDER, 0, module, data, partial(Trainer, gradient_clip_val=clip)))
+    trainer = partial(Trainer, gradient_clip_val=clip, accumulate_grad_batches=accumulate)
+    evaluator.open(EvaluationContext(run_dir, LADDER, 0, module, data, trainer, **(context or {})))
     names = tuple(shape.name for shape in evaluator.shapes)
     evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names))
     return evaluator
 
 
-def evaluated(evaluator: FineTuneEvaluator, configuration: Configuration, steps: int) -> Evaluation:
-    return next(iter(evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])))
+def evaluated(evaluator: Evaluator, configuration: Configuration, steps: int) -> Evaluation:
+    return evaluator.evaluate([Request(Candidate(configuration, "test"), steps)])[0]
+
+
+def in_groups(evaluator: Evaluator, requests: Sequence[Request]) -> list[Evaluation]:
+    """Evaluations of requests, group by group as a search has them."""
+    return [evaluation for group in evaluator.groups(requests) for evaluation in evaluator.evaluate(group)]
 
 
 def fitted(
@@ -89,6 +100,7 @@ import sys, torch
 from pathlib import Path
 from lightning import Trainer
 from qratk.training.module import FineTuneModule
+from qratk.training.trainers import quiet_lightning
 from qratk.components import REGISTRIES as R
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.loop import SearchLoop

@@ -95,7 +95,8 @@ def opened(run_dir: Path, files: Files, trainer: dict[str, Any], *, cohort: int 
 def evaluated(evaluator: Any, steps: int, *texts: str) -> list[Evaluation]:
     """Evaluations of configurations after so many steps."""
     candidates = [Candidate(Configuration.from_text(text), "test") for text in texts or (MIXED,)]
-    return list(evaluator.evaluate([Request(candidate, steps) for candidate in candidates]))
+    requests = [Request(candidate, steps) for candidate in candidates]
+    return [evaluation for group in evaluator.groups(requests) for evaluation in evaluator.evaluate(group)]
 
 
 def adapters_of(module: FineTuneModule) -> dict[str, torch.Tensor]:

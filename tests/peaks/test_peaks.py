@@ -196,9 +196,9 @@ def test_allocator_events_give_the_peak_of_known_tensors():
 def test_lightning_takes_what_is_foretold():
     from lightning import Trainer
 
-    from qratk.evaluators.finetune import quiet_lightning
     from qratk.peaks.measure import resident_bytes
     from qratk.training.module import FineTuneModule
+    from qratk.training.trainers import quiet_lightning
 
     module = FineTuneModule("embedded", dense_cache="off")
     backbone, configuration = module.backbone, Configuration.from_text("4:8 2:16 8:4 4:2 2:8 8:8 " * 2)

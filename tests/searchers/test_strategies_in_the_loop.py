@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from qratk.components import REGISTRIES
-from qratk.core import Request
+from qratk.core import Evaluation, Request
 from qratk.loop import SearchLoop
 from qratk.testing import ToyEvaluator
 
@@ -27,11 +28,11 @@ class Interrupted(ToyEvaluator):
         super().__init__(6)
         self.limit = limit
 
-    def evaluate(self, requests: list[Request]):
-        for evaluation in super().evaluate(requests):
-            if len(self.calls) > self.limit:
-                raise KeyboardInterrupt
-            yield evaluation
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        found = super().evaluate(group)
+        if len(self.calls) > self.limit:
+            raise KeyboardInterrupt
+        return found
 
 
 def settings(evaluator: ToyEvaluator, searcher: str) -> SearchLoop:

@@ -1,0 +1,117 @@
+"""What fine-tuning is done with, put together from a model, data and the Trainers of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.memory import Footprint
+from qratk.data.base import TaskData
+from qratk.evaluators._footprints import Footprints
+from qratk.evaluators.base import EvaluationContext
+from qratk.run import files
+from qratk.training.cohort_speed import LARGEST, fastest_cohort, fitting
+from qratk.training.grouping import CohortLimits
+from qratk.training.measuring import Alone, SideBySide
+from qratk.training.module import FineTuneModule, require_precision
+from qratk.training.preparation import Preparation
+from qratk.training.rungs import Rungs
+from qratk.training.sharding import require_strategy
+from qratk.training.trainers import QuietTrainers
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What an open evaluator measures with, on one device."""
+
+    context: EvaluationContext
+    module: FineTuneModule
+    data: TaskData
+    device: torch.device
+    precision: str
+    trainers: QuietTrainers
+    rungs: Rungs
+    footprints: Footprints
+    preparation: Preparation
+    alone: Alone
+    side_by_side: SideBySide
+
+    @classmethod
+    def of(cls, context: EvaluationContext, *, keep_optimizer: bool) -> FineTuning:
+        """Everything, with model and data loaded; raises `ConfigurationError` for what a search cannot have."""
+        if context.module is None or context.datamodule is None:
+            raise ConfigurationError(
+                "this evaluator fine-tunes: it needs a model and data, and was given neither or one"
+            )
+        module, data, trainers = context.module, context.datamodule, QuietTrainers(context.trainer or Trainer)
+        module.schedule_steps = module.schedule_steps or context.ladder.highest
+        device, precision = _placed(module, trainers)
+        data.attach(module.tokenizer, context_length=module.context_length)
+        data.setup("fit")
+        module.calibrate(data)
+        rungs = Rungs(context.run_dir / files.CHECKPOINTS, context.ladder, keep_optimizer, context.say)
+        needed = {"reference_bits": context.reference_bits, "reference_ranks": context.reference_ranks}
+        return cls(
+            context,
+            module,
+            data,
+            device,
+            precision,
+            trainers,
+            rungs,
+            Footprints(module, data),
+            Preparation(module, data, **needed, say=context.say),
+            Alone(module, data, trainers, rungs),
+            SideBySide(module, data, trainers, rungs),
+        )
+
+    @property
+    def limits(self) -> CohortLimits:
+        """What keeps candidates from being trained side by side."""
+        return CohortLimits(
+            refusal=self.module.backbone.adapters.method.refusal("side by side"),
+            scaled_gradients=self.precision == "16-mixed",
+            dropout=self.module.options.lora_dropout > 0,
+        )
+
+    def calibration_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
+        """Training batches, on the device."""
+        batches = self.data.calibration_batches(count, batch_size)
+        return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
+
+    def fastest_cohort(
+        self, configurations: Sequence[Configuration], footprints: Sequence[Footprint], *, asked: int
+    ) -> int:
+        """How many such configurations, of such footprints, to train side by side, where `asked` for so many at once.
+
+        The bank must be built.
+        """
+        (batch,) = self.calibration_batches(1)
+        workers = self.context.workers
+        # For larger groups than this one too; with workers, no more than leaves work for each of them.
+        share = LARGEST if workers == 1 else -(-asked // workers)
+        largest = min(fitting(self.device, footprints), LARGEST, share)
+        return fastest_cohort(self.module, self.trainers.training(1), batch, configurations, largest=largest)
+
+    def checkpoint(self, configuration: Configuration, steps: int) -> str:
+        """Where a state lies, in the run folder."""
+        return str(self.rungs.path(configuration, steps).relative_to(self.context.run_dir))
+
+
+def _placed(module: FineTuneModule, trainers: QuietTrainers) -> tuple[torch.device, str]:
+    """Device and precision of the Trainers; the model is there afterwards, for importance is estimated before any fit.
+
+    Raises `ConfigurationError` for a precision or strategy that a search cannot have.
+    """
+    trainer = trainers.training(1)  # its strategy knows the device
+    require_precision(trainer)
+    require_strategy(trainer.strategy, sharded=False)
+    device = trainer.strategy.root_device
+    module.backbone.model.to(device)
+    return device, str(trainer.precision)

@@ -1,0 +1,62 @@
+"""Trainers for the short trainings of a search: hundreds of them, and not a word from any."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+_QUIET: Final[dict[str, Any]] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": None,
+    "max_epochs": -1,
+}
+
+
+@dataclass(frozen=True)
+class QuietTrainers:
+    """Makes Trainers without loggers, checkpoints and bars.
+
+    Attributes:
+        make: makes a Trainer from keyword arguments, which go before those of the command.
+    """
+
+    make: Callable[..., Trainer]
+
+    def scoring(self) -> Trainer:
+        """A Trainer to validate and test with."""
+        with quiet_lightning():
+            return self.make(**_QUIET)
+
+    def training(self, steps: int) -> Trainer:
+        """A Trainer for so many optimiser steps."""
+        with quiet_lightning():
+            return self.make(**_QUIET, max_steps=steps)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Context without Lightning's notes on every Trainer: a search makes hundreds of them."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
