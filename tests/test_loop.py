@@ -36,7 +36,6 @@ from qratk.core.result import (
     SearchResult,
 )
 from qratk.core.work import Work
-from qratk.estimators.base import ImportanceEstimator
 from qratk.loop import SearchLoop
 from qratk.reporters.base import Destination, Reporter
 from qratk.run.journal import Journal
@@ -88,16 +87,6 @@ class Recorder(Reporter):
         pass
 
 
-class NamedEstimator(ImportanceEstimator):
-    """Stands for an estimator: the toy evaluator looks at its name only."""
-
-    def __init__(self, name: str) -> None:
-        self.component_name = name
-
-    def estimate(self, module: Any, batches: Any, *, lowest_bits: int) -> Any:
-        raise AssertionError("the toy evaluator does not call estimators")
-
-
 class InterruptedEvaluator(ToyEvaluator):
     """Is killed before its n-th evaluation."""
 
@@ -124,8 +113,8 @@ def loop(evaluator: ToyEvaluator | None = None, **changes: Any) -> SearchLoop:
     settings: dict[str, Any] = {
         **built,
         "mutations": [mutations.create("sensitivity"), mutations.create("coupled")],
-        "bits_importance": NamedEstimator("fisher_residual"),
-        "rank_importance": NamedEstimator("gradient_spectrum"),
+        "bits_importance": REGISTRIES["estimators"].create("fisher_residual"),
+        "rank_importance": REGISTRIES["estimators"].create("gradient_spectrum"),
         "evaluator": evaluator or ToyEvaluator(num_layers=4),
         "like": (4, 16),
         "steps": (100, 300, 900),

@@ -115,7 +115,7 @@ def proxies(view: View) -> Picture:
     figure, every = new_figure(1.2 + 3.9 * len(panels), 4.0, columns=len(panels))
     rows = []
     for axes, (name, pairs) in zip(np.ravel(every), panels.items(), strict=True):
-        _proxy_panel(axes, name, pairs)
+        _proxy_panel(axes, name, pairs, logarithmic=_PROXIES[name] is _by_error)
         rows += [ProxyRow(name, seed, x, y) for seed, found in pairs.items() for x, y in found]
     np.ravel(every)[0].set_ylabel(_centred("score at $T_S$", len({row.seed for row in rows})))
     return Picture(figure, ProxyRow, tuple(rows))
@@ -125,7 +125,7 @@ def _centred(text: str, seeds: int) -> str:
     return f"{text} minus the seed's mean" if seeds > 1 else text
 
 
-def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float]]]) -> None:
+def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float]]], *, logarithmic: bool) -> None:
     colors = seed_colors(list(pairs))
     correlations = []
     for seed, found in pairs.items():
@@ -133,7 +133,7 @@ def _proxy_panel(axes: Axes, name: str, pairs: dict[int, list[tuple[float, float
         correlations.append(spearman(x, y))
         level = y.mean() if len(pairs) > 1 else 0.0
         axes.scatter(x, y - level, **point_style(colors[seed]))
-    if "error" in name:
+    if logarithmic:
         _log_axis(axes)
     else:
         axes.locator_params(axis="x", nbins=6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from qratk.training.module import FineTuneModule
 
 
+Measured = Literal["sensitivity", "learnable", "nothing"]
+"""What importance may be of: what low bits cost a layer, what an adapter could learn in it, or no look at the layer."""
+
+
 class ImportanceEstimator(ABC):
     """Scores layers; larger means more important. Used for warm start, proposals and repair, never as a result."""
+
+    component_name: ClassVar[str | None] = None
+    """The name that it is registered under; None for a class that is not."""
+    measures: ClassVar[Measured] = "sensitivity"
+    """What the scores are of: where layers are simulated, an estimator is given the truth of that, blurred."""
 
     @abstractmethod
     def estimate(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import parse_bytes
-from qratk.estimators.base import ImportanceEstimator, estimators
+from qratk.estimators.base import ImportanceEstimator, Measured, estimators
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,8 @@ class GradientNorm(ImportanceEstimator):
         max_batches: use at most so many of the batches.
         gradient_memory: bytes of float32 gradients held at a time for "mean", e.g. "1GiB"; one projection always fits.
     """
+
+    measures: ClassVar[Measured] = "learnable"
 
     def __init__(
         self,

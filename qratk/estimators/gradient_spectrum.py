@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import parse_bytes
-from qratk.estimators.base import ImportanceEstimator, estimators
+from qratk.estimators.base import ImportanceEstimator, Measured, estimators
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ class GradientSpectrum(ImportanceEstimator):
         max_batches: use at most so many of the batches, K.
         gradient_memory: bytes of float32 gradients held at a time, e.g. "1GiB"; one projection always fits.
     """
+
+    measures: ClassVar[Measured] = "learnable"
 
     def __init__(
         self, components: int = 8, max_batches: int | None = None, gradient_memory: str | int = "1GiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.run import files
+
+if TYPE_CHECKING:
+    from qratk.estimators.base import ImportanceEstimator
 
 Array = NDArray[np.float64]
 
@@ -86,17 +89,15 @@ class SimulatedEvaluator(Evaluator):
         """Synthetic exact bytes; see `simulated_memory`."""
         return simulated_memory(self._shapes, space)
 
-    def importance(self, estimator: Any, space: SearchSpace) -> Array:
-        """The landscape's truth, blurred; which of the two is told by the estimator's name.
+    def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> Array:
+        """The landscape's truth of what the estimator measures, blurred; ones where it measures nothing.
 
-        Estimators of the update (a name with "gradient", "update" or "rank") get what a layer can learn, "uniform" and
-        "none" get ones, all others the sensitivity to low bits. The estimator itself is not called: it needs a model.
+        The estimator itself is not called: it needs a model.
         """
-        name = str(getattr(estimator, "component_name", type(estimator).__name__)).lower()
-        if name in ("uniform", "none"):
+        if estimator.measures == "nothing":
             return np.ones(self.num_layers)
-        noise = self.estimator_noise.get(name, self.drawn_noise)
-        if any(word in name for word in ("grad", "update", "rank")):
+        noise = self.estimator_noise.get(estimator.component_name or "", self.drawn_noise)
+        if estimator.measures == "learnable":
             return blurred(self.landscape.learnable, noise, self.landscape.seed, "rank")
         return blurred(self.landscape.sensitivity, noise, self.landscape.seed, "bits")
 

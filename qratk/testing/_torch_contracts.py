@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, RunDirectoryError
-from qratk.estimators.base import ImportanceEstimator
+from qratk.estimators.base import ImportanceEstimator, Measured
 from qratk.exporters.base import Exporter
 from qratk.quantizers.base import Moments, PackedLayer, Quantizer
 
@@ -73,6 +73,9 @@ class EstimatorContract:
         assert scores.dtype == np.float64
         assert np.isfinite(scores).all()
         assert (scores >= 0).all()
+
+    def test_says_what_the_scores_are_of(self, make: Callable[[], ImportanceEstimator]) -> None:
+        assert make().measures in get_args(Measured)
 
     def test_same_module_gives_the_same_scores(self, make: Callable[[], ImportanceEstimator]) -> None:
         module, batches = tiny_module(), tiny_batches()

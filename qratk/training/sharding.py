@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -73,7 +79,6 @@ if NAME not in StrategyRegistry:
 
 def require_strategy(strategy: Any, *, sharded: bool = True) -> None:
     """Raise `ConfigurationError` for a strategy that shards parameters in a way that adapters do not survive."""
-    name = type(strategy).__name__
     if isinstance(strategy, ShardedStrategy):
         if sharded:
             return
@@ -81,9 +86,9 @@ def require_strategy(strategy: Any, *, sharded: bool = True) -> None:
             "a search changes its adapters from candidate to candidate, which sharded ones cannot; "
             "leave --trainer.strategy out for a search, and shard the fit of what it found"
         )
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or "DeepSpeed" in name:
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
         raise ConfigurationError(
-            f"{name} would shard or cast the frozen model together with the adapters; give "
+            f"{type(strategy).__name__} would shard or cast the frozen model together with the adapters; give "
             f"--trainer.strategy={NAME}, which shards the adapters and their optimiser's state alone, or "
             "--trainer.strategy=ddp"
         )

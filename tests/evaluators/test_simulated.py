@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qratk.components import REGISTRIES
 from qratk.core import ConfigurationError, FidelityLadder
 from qratk.core.problem import Importance, Problem
 from qratk.evaluators.base import EvaluationContext
@@ -71,16 +72,13 @@ def test_seed_of_the_search_chooses_the_landscape_unless_one_is_given(tmp_path: 
 
 
 def test_one_estimator_may_be_noisier_than_the_others():
-    class QuantizationError:
-        component_name = "quantization_error"
-
-    problem = toy_problem(300)
+    problem, estimator = toy_problem(300), REGISTRIES["estimators"].create("quantization_error")
     plain = SimulatedEvaluator(300, 0, importance_noise=0.1)
     noisy = SimulatedEvaluator(300, 0, importance_noise=0.1, estimator_noise={"quantization_error": 2.0})
     truth = np.log(plain.landscape.sensitivity)
 
     def correlation(evaluator):
-        return np.corrcoef(np.log(evaluator.importance(QuantizationError(), problem.space)), truth)[0, 1]
+        return np.corrcoef(np.log(evaluator.importance(estimator, problem.space)), truth)[0, 1]
 
     assert correlation(noisy) < 0.8 < correlation(plain)
 

@@ -14,13 +14,6 @@ from qratk.loop import SearchLoop
 from qratk.testing import ToyEvaluator
 
 
-class Named:
-    """Stands in for an estimator, of which the toy evaluator reads only the name."""
-
-    def __init__(self, name: str) -> None:
-        self.component_name = name
-
-
 class Interrupted(ToyEvaluator):
     """Is killed before its n-th evaluation."""
 
@@ -44,8 +37,8 @@ def settings(evaluator: ToyEvaluator, searcher: str) -> SearchLoop:
         surrogate=make["surrogates"]("huber"),
         mutations=[make["mutations"]("sensitivity"), make["mutations"]("coupled")],
         repair=make["repairs"]("greedy"),
-        bits_importance=Named("fisher_residual"),
-        rank_importance=Named("gradient_spectrum"),
+        bits_importance=make["estimators"]("fisher_residual"),
+        rank_importance=make["estimators"]("gradient_spectrum"),
         like=(4, 8),
         generations=4,
         hypervolume_tolerance=-1.0,

@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from qratk.components import REGISTRIES
 from qratk.core import Configuration, ConfigurationError, FidelityLadder, Request
 from qratk.core.evaluation import Candidate
+from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.landscape import LandscapeOptions
 from qratk.testing import ToyEvaluator, ToyLandscape, toy_problem
@@ -95,22 +97,28 @@ def test_noise_has_the_stated_size_and_shrinks_with_steps():
 
 
 def test_importance_follows_the_truth_of_the_knob():
-    class Fisher:
-        component_name = "fisher"
-
-    class GradientEnergy:
-        component_name = "gradient_energy"
-
-    class Uniform:
-        component_name = "uniform"
-
     evaluator = ToyEvaluator(200, importance_noise=0.1)
     space = evaluator.problem().space
     landscape = evaluator.landscape
-    for estimator, truth in ((Fisher(), landscape.sensitivity), (GradientEnergy(), landscape.learnable)):
-        logs = np.log(evaluator.importance(estimator, space)), np.log(truth)
+    make = REGISTRIES["estimators"].create
+    for name, truth in (("fisher_residual", landscape.sensitivity), ("gradient_norm", landscape.learnable)):
+        logs = np.log(evaluator.importance(make(name), space)), np.log(truth)
         assert np.corrcoef(*logs)[0, 1] > 0.9
-    np.testing.assert_array_equal(evaluator.importance(Uniform(), space), np.ones(200))
+    np.testing.assert_array_equal(evaluator.importance(make("uniform"), space), np.ones(200))
+
+
+def test_an_estimators_name_does_not_tell_what_it_measures():
+    class UndeclaredGradient(ImportanceEstimator):
+        def estimate(self, module, batches, *, lowest_bits):
+            raise AssertionError("the toy evaluator does not call estimators")
+
+    class Learnable(UndeclaredGradient):
+        measures = "learnable"
+
+    evaluator = ToyEvaluator(5)
+    space, make = evaluator.problem().space, REGISTRIES["estimators"].create
+    for estimator, other in ((UndeclaredGradient(), "fisher_residual"), (Learnable(), "gradient_spectrum")):
+        np.testing.assert_array_equal(evaluator.importance(estimator, space), evaluator.importance(make(other), space))
 
 
 def test_share_of_failures_is_as_asked_and_fixed_for_a_configuration():
