@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,22 +26,33 @@ HEAVY = (
     "datasets",
     "sklearn",
 )
+FLOORS = (
+    ("core",),
+    ("registry", "run", "data", "programs"),
+    ("quantizers", "repairs", "surrogates", "reporters"),
+    ("bank", "mutations", "embedded"),
+    ("adapters",),
+    ("backbone",),
+    ("peaks", "exporters"),
+    ("training",),
+    ("estimators",),
+    ("evaluators",),
+    ("searchers", "executors"),
+    ("refiners",),
+    ("components", "loop"),
+    ("settings", "plan"),
+    ("testing", "compare"),
+    ("cli",),
+    ("__main__",),
+    ("__init__",),
+)
+"""The house from the cellar up: a part imports itself and what lies on floors below it, for type checkers too."""
+
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 OPEN_SETS = (
-    "estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "evaluators",
-    "executors", "exporters", "reporters", "adapters",
+    "adapters", "estimators", "evaluators", "executors", "exporters", "mutations", "quantizers", "refiners", "repairs",
+    "reporters", "searchers", "surrogates",
 )  # fmt: skip
-STRATEGIES = {"estimators", "mutations", "repairs", "surrogates", "searchers", "refiners", "quantizers", "adapters"}
-MODEL = ("adapters", "bank", "backbone", "training", "peaks")
-NEVER = {"cli", "__main__", "loop", "compare"}
-BELOW: dict[str, set[str]] = {
-    "core": {"core"},
-    "registry": {"core", "registry"},
-    "run": {"core", "run"},
-    "components": {"registry", *OPEN_SETS},
-    **{part: {"core", "registry", "quantizers", "embedded", *MODEL} for part in MODEL},
-    "data": {"core", "registry", "quantizers", "data"},
-}
-"""What each part may import of qratk; parts that are not named may import all but what comes after them."""
 
 
 def modules() -> list[Path]:
@@ -75,48 +87,68 @@ def top_level(tree: ast.Module) -> list[tuple[str, int]]:
     return imported(shallow)
 
 
+def all_imported(tree: ast.AST) -> list[tuple[str, int]]:
+    """Modules of qratk that any import statement names, those within functions and for type checkers too."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qratk":
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
 def own_parts(names: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return [(name.split(".")[1], line) for name, line in names if name.startswith("qratk.")]
 
 
-@pytest.mark.parametrize("name", sorted(BELOW))
+def test_every_part_has_its_floor():
+    assert {part(path) for path in modules()} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
 def test_part_imports_only_what_lies_below_it(name):
-    files = [path for path in modules() if part(path) == name]
-    assert files
-    for path in files:
-        for other, line in own_parts(imported(ast.parse(path.read_text()))):
-            assert other in BELOW[name], f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
-
-
-@pytest.mark.parametrize("name", OPEN_SETS)
-def test_open_set_does_not_import_the_loop_or_the_commands(name):
     for path in (path for path in modules() if part(path) == name):
-        for other, line in own_parts(imported(ast.parse(path.read_text()))):
-            assert other not in NEVER, f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
+        for other, line in own_parts(all_imported(ast.parse(path.read_text()))):
+            below = other == name or FLOOR.get(other, -1) < FLOOR[name]  # `__version__` is no part
+            assert below, f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
 
 
-def test_strategies_do_not_import_the_evaluators():
-    for path in (path for path in modules() if part(path) in STRATEGIES):
-        for other, line in own_parts(imported(ast.parse(path.read_text()))):
-            assert other != "evaluators", f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
+def arrows() -> dict[str, set[str]]:
+    """For each module of qratk the modules that it imports anywhere."""
+    named = {
+        ".".join(("qratk", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in modules()
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in named.items():
+        targets = (
+            name if name in named else name.rpartition(".")[0] for name, _ in all_imported(ast.parse(path.read_text()))
+        )
+        found[module] = {target for target in targets if target in named} - {module, "qratk"}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter(arrows()).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' <- '.join(error.args[1])}")
+
+
+def test_no_private_name_crosses_a_package():
+    for path in modules():
+        for name, line in all_imported(ast.parse(path.read_text())):
+            _, package, *rest = name.split(".")
+            private = any(word.startswith("_") and not word.startswith("__") for word in (package, *rest))
+            assert not private or package == part(path), f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if part(p) == "loop"], ids=lambda p: p.name)
 def test_loop_sees_only_the_contracts(path):
     """No strategy is imported by the loop: only `base` modules, and the proposer that all of them share."""
-    names = imported(ast.parse(path.read_text()))
-    for name, line in names:
+    for name, line in all_imported(ast.parse(path.read_text())):
         words = name.split(".")
-        if words[0] == "qratk" and len(words) > 2 and words[1] in OPEN_SETS:
+        if words[1] in OPEN_SETS:
             assert words[2] in ("base", "proposer"), f"{path.name}:{line} imports {name}"
-    parts = {other for other, _ in own_parts(names)}
-    assert not parts & {"cli", "__main__", "compare", "data", "exporters", *MODEL}
-
-
-def test_only_the_command_imports_the_comparison():
-    for path in (path for path in modules() if part(path) not in ("compare", "cli")):
-        for other, line in own_parts(imported(ast.parse(path.read_text()))):
-            assert other != "compare", f"{path.relative_to(ROOT)}:{line} imports qratk.{other}"
 
 
 def is_light(path: Path) -> bool:
@@ -128,7 +160,7 @@ def is_light(path: Path) -> bool:
         return True
     if inside[:2] == ("adapters", "starts"):
         return True
-    if inside[0] not in {*STRATEGIES, "evaluators", "executors", "exporters", "reporters"} or len(inside) != 2:
+    if inside[0] not in OPEN_SETS or len(inside) != 2:
         return False
     return not inside[1].startswith("_")  # helpers may be heavy, and no registry imports them
 
@@ -168,6 +200,6 @@ def test_core_needs_only_numpy():
 
 def test_guard_sees_a_wrong_import():
     tree = ast.parse("def f():\n    from qratk.loop import SearchLoop\n    import torch\n")
-    assert own_parts(imported(tree)) == [("loop", 2)]
+    assert own_parts(all_imported(tree)) == [("loop", 2)]
     assert top_level(tree) == []
     assert top_level(ast.parse("import torch.nn")) == [("torch.nn", 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from qratk.adapters.base import AfterStep
 from qratk.core.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from qratk.adapters.adalora import AdaLora
 
 
 class SingularLinear(nn.Linear):
@@ -57,6 +54,34 @@ class Triplets:
         return self.q.detach()[self.kept].to(dtype), (self.p.detach()[:, self.kept] * values).to(dtype)
 
 
+class Allocation(Protocol):
+    """How ranks are allocated: options of AdaLoRA, by their names there."""
+
+    @property
+    def tinit(self) -> float:
+        """As of `AdaLora`."""
+
+    @property
+    def tfinal(self) -> float:
+        """As of `AdaLora`."""
+
+    @property
+    def delta_t(self) -> int:
+        """As of `AdaLora`."""
+
+    @property
+    def beta1(self) -> float:
+        """As of `AdaLora`."""
+
+    @property
+    def beta2(self) -> float:
+        """As of `AdaLora`."""
+
+    @property
+    def limit_bytes(self) -> bool:
+        """As of `AdaLora`."""
+
+
 class RankAllocator(AfterStep):
     """Prunes the directions of all projections to a budget that depends on the step (Alg. 1 of the paper).
 
@@ -71,7 +96,7 @@ class RankAllocator(AfterStep):
         total_steps: of the whole schedule, wherever a training stops.
     """
 
-    def __init__(self, triplets: Sequence[Triplets], options: AdaLora, total_steps: int) -> None:
+    def __init__(self, triplets: Sequence[Triplets], options: Allocation, total_steps: int) -> None:
         self.options = options
         self.triplets = tuple(triplets)
         self.first = int(self.options.tinit * total_steps)
