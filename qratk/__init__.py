@@ -13,23 +13,44 @@ if TYPE_CHECKING:
     from qratk import testing as testing
     from qratk.adapters.base import AdapterMethod as AdapterMethod
     from qratk.adapters.base import Adapters as Adapters
+    from qratk.adapters.base import AfterStep as AfterStep
+    from qratk.adapters.base import Way as Way
     from qratk.adapters.matrices.drawing import initial_a as initial_a
+    from qratk.adapters.matrices.factors import Factors as Factors
+    from qratk.adapters.matrices.factors import Weighting as Weighting
     from qratk.adapters.options import AdapterOptions as AdapterOptions
+    from qratk.adapters.starts.base import Residual as Residual
+    from qratk.adapters.starts.base import Start as Start
     from qratk.backbone.backbone import Backbone as Backbone
     from qratk.backbone.logits import training_losses as training_losses
     from qratk.bank.linear import BankLinear as BankLinear
+    from qratk.bank.linear import Packed as Packed
+    from qratk.bank.table import Chosen as Chosen
     from qratk.components import REGISTRIES as REGISTRIES
     from qratk.core.configuration import KNOBS as KNOBS
     from qratk.core.configuration import Configuration as Configuration
     from qratk.core.configuration import LayerChoice as LayerChoice
     from qratk.core.errors import ConfigurationError as ConfigurationError
+    from qratk.core.errors import DataError as DataError
+    from qratk.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from qratk.core.errors import QratkError as QratkError
+    from qratk.core.errors import QuantizationError as QuantizationError
+    from qratk.core.errors import RejectedConfigurationError as RejectedConfigurationError
+    from qratk.core.errors import RunDirectoryError as RunDirectoryError
     from qratk.core.errors import SearchError as SearchError
     from qratk.core.evaluation import Candidate as Candidate
     from qratk.core.evaluation import Evaluation as Evaluation
     from qratk.core.evaluation import FidelityLadder as FidelityLadder
     from qratk.core.evaluation import History as History
+    from qratk.core.evaluation import Prediction as Prediction
     from qratk.core.evaluation import Request as Request
+    from qratk.core.evaluation import SurrogateQuality as SurrogateQuality
+    from qratk.core.memory import Budget as Budget
+    from qratk.core.memory import Footprint as Footprint
+    from qratk.core.memory import LayerBytes as LayerBytes
+    from qratk.core.memory import LayerShape as LayerShape
+    from qratk.core.memory import MemoryModel as MemoryModel
+    from qratk.core.memory import PeakBytes as PeakBytes
     from qratk.core.memory import resolve_budget as resolve_budget
     from qratk.core.problem import Importance as Importance
     from qratk.core.problem import Problem as Problem
@@ -40,20 +61,29 @@ if TYPE_CHECKING:
     from qratk.core.result import SearchPlan as SearchPlan
     from qratk.core.result import SearchResult as SearchResult
     from qratk.core.space import SearchSpace as SearchSpace
+    from qratk.core.utility import Utility as Utility
+    from qratk.core.work import Work as Work
     from qratk.data.base import TaskData as TaskData
     from qratk.data.instruction import InstructionData as InstructionData
     from qratk.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
     from qratk.data.text import TextData as TextData
     from qratk.embedded.datamodule import EmbeddedData as EmbeddedData
     from qratk.estimators.base import ImportanceEstimator as ImportanceEstimator
+    from qratk.estimators.base import Measured as Measured
     from qratk.evaluators.base import EvaluationContext as EvaluationContext
     from qratk.evaluators.base import Evaluator as Evaluator
     from qratk.evaluators.finetune import FineTuneEvaluator as FineTuneEvaluator
+    from qratk.executors.base import Blueprint as Blueprint
+    from qratk.executors.base import Equipment as Equipment
+    from qratk.executors.base import Executor as Executor
+    from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
     from qratk.exporters.native import native_model as native_model
     from qratk.loop import SearchLoop as SearchLoop
+    from qratk.mutations.base import CrossoverOperator as CrossoverOperator
     from qratk.mutations.base import MutationOperator as MutationOperator
     from qratk.mutations.proposer import Proposer as Proposer
+    from qratk.quantizers.base import Moments as Moments
     from qratk.quantizers.base import PackedBytes as PackedBytes
     from qratk.quantizers.base import PackedLayer as PackedLayer
     from qratk.quantizers.base import Quantizer as Quantizer
@@ -72,18 +102,67 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "qratk.adapters.base": ("AdapterMethod", "Adapters"),
+    "qratk.adapters.base": (
+        "AdapterMethod",
+        "Adapters",
+        "AfterStep",
+        "Way",
+    ),
     "qratk.adapters.matrices.drawing": ("initial_a",),
+    "qratk.adapters.matrices.factors": (
+        "Factors",
+        "Weighting",
+    ),
     "qratk.adapters.options": ("AdapterOptions",),
+    "qratk.adapters.starts.base": (
+        "Residual",
+        "Start",
+    ),
     "qratk.backbone.backbone": ("Backbone",),
     "qratk.backbone.logits": ("training_losses",),
-    "qratk.bank.linear": ("BankLinear",),
+    "qratk.bank.linear": (
+        "BankLinear",
+        "Packed",
+    ),
+    "qratk.bank.table": ("Chosen",),
     "qratk.components": ("REGISTRIES",),
-    "qratk.core.configuration": ("KNOBS", "Configuration", "LayerChoice"),
-    "qratk.core.errors": ("ConfigurationError", "QratkError", "SearchError"),
-    "qratk.core.evaluation": ("Candidate", "Evaluation", "FidelityLadder", "History", "Request"),
-    "qratk.core.memory": ("resolve_budget",),
-    "qratk.core.problem": ("Importance", "Problem"),
+    "qratk.core.configuration": (
+        "KNOBS",
+        "Configuration",
+        "LayerChoice",
+    ),
+    "qratk.core.errors": (
+        "ConfigurationError",
+        "DataError",
+        "InfeasibleBudgetError",
+        "QratkError",
+        "QuantizationError",
+        "RejectedConfigurationError",
+        "RunDirectoryError",
+        "SearchError",
+    ),
+    "qratk.core.evaluation": (
+        "Candidate",
+        "Evaluation",
+        "FidelityLadder",
+        "History",
+        "Prediction",
+        "Request",
+        "SurrogateQuality",
+    ),
+    "qratk.core.memory": (
+        "Budget",
+        "Footprint",
+        "LayerBytes",
+        "LayerShape",
+        "MemoryModel",
+        "PeakBytes",
+        "resolve_budget",
+    ),
+    "qratk.core.problem": (
+        "Importance",
+        "Problem",
+    ),
     "qratk.core.result": (
         "GenerationSummary",
         "Progress",
@@ -93,28 +172,53 @@ _HOMES = {
         "SearchResult",
     ),
     "qratk.core.space": ("SearchSpace",),
+    "qratk.core.utility": ("Utility",),
+    "qratk.core.work": ("Work",),
     "qratk.data.base": ("TaskData",),
     "qratk.data.instruction": ("InstructionData",),
     "qratk.data.multiple_choice": ("MultipleChoiceData",),
     "qratk.data.text": ("TextData",),
     "qratk.embedded.datamodule": ("EmbeddedData",),
-    "qratk.estimators.base": ("ImportanceEstimator",),
-    "qratk.evaluators.base": ("EvaluationContext", "Evaluator"),
+    "qratk.estimators.base": (
+        "ImportanceEstimator",
+        "Measured",
+    ),
+    "qratk.evaluators.base": (
+        "EvaluationContext",
+        "Evaluator",
+    ),
     "qratk.evaluators.finetune": ("FineTuneEvaluator",),
+    "qratk.executors.base": (
+        "Blueprint",
+        "Equipment",
+        "Executor",
+        "Group",
+    ),
     "qratk.exporters.base": ("Exporter",),
     "qratk.exporters.native": ("native_model",),
     "qratk.loop": ("SearchLoop",),
-    "qratk.mutations.base": ("MutationOperator",),
+    "qratk.mutations.base": (
+        "CrossoverOperator",
+        "MutationOperator",
+    ),
     "qratk.mutations.proposer": ("Proposer",),
-    "qratk.quantizers.base": ("PackedBytes", "PackedLayer", "Quantizer"),
-    "qratk.settings.recipe": ("autoqra",),
+    "qratk.quantizers.base": (
+        "Moments",
+        "PackedBytes",
+        "PackedLayer",
+        "Quantizer",
+    ),
     "qratk.refiners.base": ("LocalRefiner",),
     "qratk.repairs.base": ("RepairPolicy",),
-    "qratk.reporters.base": ("Destination", "Reporter"),
+    "qratk.reporters.base": (
+        "Destination",
+        "Reporter",
+    ),
     "qratk.reporters.standard": ("standard_reporters",),
     "qratk.run.run": ("Run",),
     "qratk.searchers.base": ("GlobalSearcher",),
     "qratk.searchers.generations": ("GenerationSearcher",),
+    "qratk.settings.recipe": ("autoqra",),
     "qratk.surrogates.base": ("PromotionSurrogate",),
     "qratk.training.module": ("FineTuneModule",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import qratk
 
 ROOT = Path(qratk.__file__).parent
 TOP = ROOT.parent
-PLUGINS = sorted(TOP.glob("plugins/*/src/**/*.py")) + sorted(TOP.glob("plugins/*/tests/*.py"))
+PLUGINS = [path for glob in ("plugins/*/src/**/*.py", "plugins/*/tests/*.py") for path in sorted(TOP.glob(glob))]
+PLUGINS.append(TOP / "tests/test_third_party.py")
 PUBLIC = ("qratk", "qratk.testing")
 
 
@@ -26,6 +28,23 @@ def imported(text: str) -> set[tuple[str, str]]:
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "qratk"}
     return found
+
+
+def contract(kind: str) -> tuple[ast.Module, str]:
+    """Syntax tree and text of the module that holds the contract of a kind."""
+    text = ROOT.joinpath(*kind.split("."), "base.py").read_text()
+    return ast.parse(text), text
+
+
+def annotations(tree: ast.Module) -> list[ast.expr]:
+    """What functions take and return and classes hold, as it is annotated."""
+    found: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            found += [argument.annotation for argument in (*node.args.args, *node.args.kwonlyargs)] + [node.returns]
+        if isinstance(node, ast.AnnAssign):
+            found.append(node.annotation)
+    return [annotation for annotation in found if annotation is not None]
 
 
 def for_type_checkers() -> dict[str, str]:
@@ -52,8 +71,29 @@ def test_type_checkers_see_the_names_that_are_there_at_run_time():
 
 def test_every_public_name_comes_from_where_it_is_defined():
     for name, module in qratk._HOME.items():
-        defined = getattr(getattr(importlib.import_module(module), name), "__module__", module)
-        assert defined == module or module == "qratk.loop", f"{name} is of {defined}, not of {module}"
+        value = getattr(importlib.import_module(module), name)
+        if inspect.isclass(value) or inspect.isfunction(value):  # what an alias stands for is defined elsewhere
+            defined = value.__module__
+            assert defined == module or module == "qratk.loop", f"{name} is of {defined}, not of {module}"
+
+
+@pytest.mark.parametrize("kind", sorted(qratk.REGISTRIES))
+def test_front_door_offers_a_contract_and_all_that_its_methods_take_return_and_raise(kind):
+    tree, text = contract(kind)
+    own = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    own |= {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}  # type: ignore[attr-defined]
+    from_qratk = {name for _, name in imported(text)} | own
+    named = {node.id for annotation in annotations(tree) for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    wanted = (
+        {qratk.REGISTRIES[kind].base} | (named & from_qratk - {"Registry"}) | set(re.findall(r"`(\w+Error)`", text))
+    )
+    assert wanted <= set(qratk.__all__)
+
+
+@pytest.mark.parametrize("kind", sorted(qratk.REGISTRIES))
+def test_every_contract_has_a_suite(kind):
+    suites = {name.removesuffix("Contract") for name in qratk.testing.__all__ if name.endswith("Contract")}
+    assert any(suite in qratk.REGISTRIES[kind].base for suite in suites)
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qratk.testing.toy import ToyEvaluator, ToyLandscape, toy_problem
 
 if TYPE_CHECKING:
+    from qratk.testing._evaluator_contract import EvaluatorContract
     from qratk.testing._executor_contract import ExecutorContract
     from qratk.testing._torch_adapters import AdapterContract
     from qratk.testing._torch_contracts import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         QuantizerContract,
         tiny_batches,
     )
+    from qratk.testing._torch_starts import StartContract
     from qratk.testing.contracts import (
         CASES,
         LADDER,
@@ -49,6 +51,7 @@ __all__ = [
     "AdapterContract",
     "CrossoverContract",
     "EstimatorContract",
+    "EvaluatorContract",
     "ExecutorContract",
     "ExporterContract",
     "MutationContract",
@@ -57,6 +60,7 @@ __all__ = [
     "RepairContract",
     "ReporterContract",
     "SearcherContract",
+    "StartContract",
     "SurrogateContract",
     "ToyEvaluator",
     "ToyLandscape",
@@ -71,8 +75,10 @@ _WITH_TORCH = ("VOCABULARY", "EstimatorContract", "ExporterContract", "Quantizer
 _APART = {
     **dict.fromkeys(_WITH_TORCH, "_torch_contracts"),
     "AdapterContract": "_torch_adapters",
+    "EvaluatorContract": "_evaluator_contract",
     "ExecutorContract": "_executor_contract",
     "ReporterContract": "reporter_contract",
+    "StartContract": "_torch_starts",
 }
 """Modules of suites that need torch, or whole searches: the others stay without them."""
 
