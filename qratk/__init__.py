@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qratk.core.evaluation import Prediction as Prediction
     from qratk.core.evaluation import Request as Request
     from qratk.core.evaluation import SurrogateQuality as SurrogateQuality
+    from qratk.core.intact import require_intact as require_intact
     from qratk.core.memory import Budget as Budget
     from qratk.core.memory import Footprint as Footprint
     from qratk.core.memory import LayerBytes as LayerBytes
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
     from qratk.exporters.native import native_model as native_model
+    from qratk.exporters.packed import load_quantized as load_quantized
     from qratk.loop import SearchLoop as SearchLoop
     from qratk.mutations.base import CrossoverOperator as CrossoverOperator
     from qratk.mutations.base import MutationOperator as MutationOperator
@@ -150,6 +152,7 @@ _HOMES = {
         "Request",
         "SurrogateQuality",
     ),
+    "qratk.core.intact": ("require_intact",),
     "qratk.core.memory": (
         "Budget",
         "Footprint",
@@ -196,6 +199,7 @@ _HOMES = {
     ),
     "qratk.exporters.base": ("Exporter",),
     "qratk.exporters.native": ("native_model",),
+    "qratk.exporters.packed": ("load_quantized",),
     "qratk.loop": ("SearchLoop",),
     "qratk.mutations.base": (
         "CrossoverOperator",

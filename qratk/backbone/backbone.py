@@ -35,6 +35,7 @@ from qratk.bank.store import BankStore, bank_directory, log
 from qratk.bank.table import Fallback, QuantizerTable, describe, local_name, told
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.intact import write_sums
 from qratk.core.memory import LayerShape
 from qratk.quantizers.base import Quantizer
 
@@ -385,10 +386,11 @@ class Backbone:
         return self.adapters.describe()
 
     def save_adapter(self, directory: str | Path, configuration: Configuration) -> None:
-        """Write the adapters for plain PEFT, in the stored 16 bits; the configuration must be the active one."""
+        """Write the active configuration's adapters for plain PEFT, in the stored 16 bits, with their digests."""
         if configuration != self.configuration:
             raise ConfigurationError(f"the active configuration is {self.configuration}, not {configuration}")
         self.adapters.save(directory)
+        write_sums(Path(directory))
 
     # Bytes
 

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from qratk.core.errors import ConfigurationError
+from qratk.core.intact import require_intact_archive
 
 _KEYWORDS: Final = ("best", "last", "hpc")  # that Lightning looks up by itself
 
@@ -22,6 +23,7 @@ def require_checkpoint(given: str) -> None:
         raise ConfigurationError(f"--ckpt_path={given}: there is no such file")
     if path.is_dir():  # sharded ones are folders, which their strategy reads
         return
+    require_intact_archive(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.core.intact import write_sums
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Exporter(ABC):
         """Fill an empty directory; `check` was passed."""
 
     def export(self, backbone: Backbone, directory: str | Path) -> Path:
-        """Folder that holds all of the form, or is not there at all; nothing is overwritten.
+        """Folder that holds all of the form and its digests, or is not there at all; nothing is overwritten.
 
         Raises `ConfigurationError` when nothing is active, `RunDirectoryError` when the folder holds something or
         cannot be written, and what `check` raises.
@@ -51,6 +52,7 @@ class Exporter(ABC):
         try:
             part.mkdir(parents=True)
             self.write(backbone, part)
+            write_sums(part)
             os.replace(part, target)
         except OSError as error:
             raise RunDirectoryError(f"cannot write {target}: {error}. Free some space, or name another folder") from (

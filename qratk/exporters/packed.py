@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.intact import require_intact, write_sums
 from qratk.exporters.base import Exporter, exporters
 from qratk.quantizers.base import Quantizer, quantizers
 
@@ -74,13 +75,14 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
         backbone.tokenizer.save_pretrained(directory)
     text = json.dumps(_description(backbone, configuration, choices), indent=2)
     (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    write_sums(directory)
     return directory
 
 
 def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) -> Backbone:
     """Backbone with that one configuration active (rank 0: load adapters or `activate` for others); same logits.
 
-    Raises `ConfigurationError` when the directory is not of this format.
+    Raises `ConfigurationError` when the directory is not of this format, or damaged.
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -89,7 +91,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     from qratk.backbone.backbone import Backbone
     from qratk.exporters._skeleton import empty_model, fill
 
-    directory = Path(directory)
+    directory = require_intact(directory)
     description = read_description(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     model = empty_model(AutoModelForCausalLM, config)

@@ -12,6 +12,7 @@ import torch
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError, RunDirectoryError
+from qratk.core.intact import require_intact
 from qratk.estimators.base import ImportanceEstimator, Measured
 from qratk.exporters.base import Exporter
 from qratk.quantizers.base import Moments, PackedLayer, Quantizer
@@ -273,6 +274,16 @@ class ExporterContract:
     def test_writes_no_pickle(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
         target = make().export(backbone, tmp_path / "out")
         assert not [path for path in target.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+    def test_damage_to_any_file_is_found(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
+        target = make().export(backbone, tmp_path / "out")
+        require_intact(target)
+        for path in [path for path in target.rglob("*") if path.is_file()]:
+            before = path.read_bytes()
+            path.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+            with pytest.raises(ConfigurationError, match=path.name):
+                require_intact(target)
+            path.write_bytes(before)
 
     def test_leaves_the_backbone_as_it_was(self, make: Callable[[], Exporter], backbone: Any, tmp_path: Path) -> None:
         state, batch = backbone.adapter_state(), tiny_batches(1)[0]["input_ids"]

@@ -32,6 +32,7 @@ from qratk.core.batching import BATCH_COST
 from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QratkError
+from qratk.core.intact import require_intact_archive
 from qratk.core.memory import require_ranks
 from qratk.core.secrets import without_secrets
 from qratk.quantizers.base import Quantizer, quantizers
@@ -406,7 +407,10 @@ class FineTuneModule(LightningModule):
             checkpoint[key] = without_secrets(checkpoint[key])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the adapters in place; raises `ConfigurationError` when they are of another configuration."""
+        """Put the adapters in place; raises `ConfigurationError` when they are of another configuration or damaged."""
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        if path and Path(path).is_file():
+            require_intact_archive(Path(path))
         stored = checkpoint.get("configuration")
         if stored != str(self.configuration):
             raise ConfigurationError(

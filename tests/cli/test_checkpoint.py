@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qratk.cli.checkpoint import require_checkpoint
 from qratk.core.errors import ConfigurationError
+from qratk.training.module import FineTuneModule
 
 
 class Touches:
@@ -46,6 +48,29 @@ def test_checkpoint_of_another_program_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ConfigurationError, match="no configuration"):
         require_checkpoint(str(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.7])
+def test_flipped_bit_is_told_with_the_file(tmp_path, place):
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(1000)}, "configuration": "4:8"}, path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"x\.ckpt is damaged: its part '.*' differs from its checksum"):
+        require_checkpoint(str(path))
+
+
+def test_damage_is_told_however_a_checkpoint_was_named(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(1000)}, "configuration": "4:8"}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    module = FineTuneModule("embedded", configuration="4:8")
+    module._trainer = SimpleNamespace(ckpt_path=str(path))
+    with pytest.raises(ConfigurationError, match=r"last\.ckpt is damaged"):
+        module.on_load_checkpoint(torch.load(path, weights_only=True))
 
 
 def test_checkpoint_of_a_fit_and_lightnings_keywords_pass(tmp_path):

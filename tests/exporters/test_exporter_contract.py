@@ -44,6 +44,20 @@ class TestPacked(ExporterContract):
         with torch.no_grad(), backbone.stored_precision():
             assert torch.equal(again(input_ids=ids).logits, backbone.model(input_ids=ids).logits)
 
+    @pytest.mark.parametrize("name", ["quantized.safetensors", "fixed.safetensors", "quantized.json", "config.json"])
+    def test_flipped_bit_is_told_with_its_file_when_it_comes_back(self, make, backbone, tmp_path, name):
+        make().export(backbone, tmp_path / "out")
+        content = bytearray((tmp_path / "out" / name).read_bytes())
+        content[-9] ^= 2
+        (tmp_path / "out" / name).write_bytes(content)
+        with pytest.raises(ConfigurationError, match=f"{name} is damaged"):
+            load_quantized(tmp_path / "out")
+
+    def test_folder_of_before_digests_comes_back(self, make, backbone, tmp_path):
+        make().export(backbone, tmp_path / "out")
+        (tmp_path / "out" / "SHA256SUMS").unlink()
+        assert load_quantized(tmp_path / "out").digest() == backbone.digest()
+
 
 class TestPeft(ExporterContract):
     @pytest.fixture
