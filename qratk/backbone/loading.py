@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qratk.bank.dense import is_out_of_memory
 from qratk.core.errors import ConfigurationError, UnsupportedModelError
+from qratk.core.work import working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,8 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
         _require_unquantised(name, config)
         if weights:
             dtype: Any = {_dtype_argument(): "auto"}
-            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
+            with working("loading the model"):
+                return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
         stored = getattr(config, _dtype_argument(), None) or torch.float32
         options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
         auto: Any = AutoModelForCausalLM

@@ -13,6 +13,7 @@ from qratk.bank.linear import BankLinear, Packed, ReferenceVariant, Variant
 from qratk.bank.store import BankStore, Part, Plan, return_freed_memory
 from qratk.bank.table import Chosen, QuantizerTable, local_name
 from qratk.core.errors import QuantizationError
+from qratk.core.work import counted
 from qratk.quantizers.base import Moments
 from qratk.quantizers.none import NoQuantizer
 
@@ -89,7 +90,7 @@ class Packer:
         wanted = list(bits)
         plans = [self._plan(b, model) for b in self.missing(wanted)]
         files = store() if any(parts for plan in plans for _, parts in plan.layers) else None
-        for index in range(len(self._layers)):
+        for index in counted("packing weights", range(len(self._layers) if plans else 0)):
             for plan in plans:
                 self._build_layer(index, plan, files)
         if plans and self.calibration is not None:

@@ -46,6 +46,12 @@ Listener = Callable[[Work], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
+def tell(work: Work) -> None:
+    """Tell the listener, if there is one."""
+    if (listener := _listener.get()) is not None:
+        listener(work)
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Context in which a listener is told of all work, in the place of any other."""
@@ -58,30 +64,24 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def counted(what: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
     """The items one after another; each is done when the next is asked for. The total is that of a sequence."""
-    listener = _listener.get()
-    if listener is None:
-        yield from items
-        return
     total = len(items) if total is None and isinstance(items, Sequence) else total
     began = time.monotonic()
     done = 0
-    listener(Work(what, done, total, 0.0))
+    tell(Work(what, done, total, 0.0))
     for item in items:
         yield item
         done += 1
-        listener(Work(what, done, total, time.monotonic() - began))
+        tell(Work(what, done, total, time.monotonic() - began))
     if total is None or done < total:
-        listener(Work(what, done, done, time.monotonic() - began))
+        tell(Work(what, done, done, time.monotonic() - began))
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Context of work that cannot be counted."""
-    listener, began = _listener.get(), time.monotonic()
-    if listener is not None:
-        listener(Work(what, 0, None, 0.0))
+    began = time.monotonic()
+    tell(Work(what, 0, None, 0.0))
     try:
         yield
     finally:
-        if listener is not None:
-            listener(Work(what, 1, 1, time.monotonic() - began))
+        tell(Work(what, 1, 1, time.monotonic() - began))

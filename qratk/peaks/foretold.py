@@ -8,6 +8,7 @@ from qratk.backbone.backbone import Backbone
 from qratk.backbone.layers import find_blocks
 from qratk.core.memory import MemoryModel, require_ranks
 from qratk.core.space import SearchSpace
+from qratk.core.work import working
 from qratk.peaks.estimate import ModelFacts, bytes_and_estimates
 from qratk.peaks.trace import Device
 from qratk.peaks.uniform import training_peaks
@@ -43,13 +44,15 @@ def memory_model(
         item_size=backbone.compute_dtype.itemsize,
         fixed_bytes=sum(tensor.nbytes for tensor in backbone.fixed_tensors().values()),
     )
+    with working("tracing peak memory"):
+        training = training_peaks(backbone, space, **options, dense_cache=dense, device=device) if trace else None
     memory = bytes_and_estimates(
         space,
         backbone.shapes,
         backbone.table,
         facts,
         adapter_bytes=backbone.adapter_bytes,
-        training=training_peaks(backbone, space, **options, dense_cache=dense, device=device) if trace else None,
+        training=training,
         **options,
     )
     return backbone.adapters.method.training_memory(memory)

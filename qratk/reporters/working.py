@@ -9,7 +9,7 @@ from typing import TextIO
 from qratk.core.text import clean, duration
 from qratk.core.work import Work
 
-_BETWEEN_LINES = 10.0  # seconds
+_BETWEEN_LINES = (10.0, 60.0)  # seconds, the least and the most
 _BETWEEN_REDRAWS = 0.1
 
 
@@ -27,7 +27,8 @@ class WorkLines:
     """A listener that writes to a stream.
 
     On a terminal the line is drawn again and again, and gone when the work is over. Elsewhere a line is written when
-    work has gone on for ten seconds, and every ten seconds from then on; what is short is not told.
+    work has gone on for ten seconds, and again when it has taken twice as long, at least every minute; what is short
+    is not told.
 
     Args:
         stream: where to.
@@ -46,11 +47,12 @@ class WorkLines:
         """Show it, where it is time to."""
         if work.what != self._what:
             self.clear()
-            self._what, self._next = work.what, self._clock() + (0.0 if self._overwriting else _BETWEEN_LINES)
+            self._what, self._next = work.what, self._clock() + (0.0 if self._overwriting else _BETWEEN_LINES[0])
         if self._overwriting:
             self._draw(work)
         elif self._clock() >= self._next:
-            self._next = self._clock() + _BETWEEN_LINES
+            least, most = _BETWEEN_LINES
+            self._next = self._clock() + min(most, max(least, work.seconds))
             self._write(work_text(work) + "\n")
         if work.over:
             self.clear()

@@ -36,13 +36,19 @@ class QuietTrainers:
 
     def scoring(self) -> Trainer:
         """A Trainer to validate and test with."""
-        with quiet_lightning():
-            return self.make(**_QUIET)
+        return self._made()
 
     def training(self, steps: int) -> Trainer:
         """A Trainer for so many optimiser steps."""
+        return self._made(max_steps=steps)
+
+    def _made(self, **options: Any) -> Trainer:
+        from qratk.training.telling import StepsTold
+
         with quiet_lightning():
-            return self.make(**_QUIET, max_steps=steps)
+            trainer = self.make(**_QUIET, **options)
+        trainer.callbacks.append(StepsTold())  # type: ignore[attr-defined]
+        return trainer
 
 
 @contextmanager

@@ -66,15 +66,17 @@ def clock() -> tuple[list[float], Callable[[], float]]:
     return now, lambda: now[0]
 
 
-def test_elsewhere_a_line_comes_every_ten_seconds_and_none_for_short_work(clock) -> None:
+def test_elsewhere_lines_come_less_and_less_often_and_none_for_short_work(clock) -> None:
     (now, read), out = clock, io.StringIO()
     lines = WorkLines(out, overwriting=False, clock=read)
-    for done in range(31):
+    for done in range(201):
         now[0] = float(done)
-        lines(Work("long", done, 30, now[0]))
+        lines(Work("long", done, 300, now[0]))
     for done in range(3):
         lines(Work("short", done, 2, 0.5))
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["long: 10/30", "long: 20/30", "long: 30/30"]
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == [
+        f"long: {second}/300" for second in (10, 20, 40, 80, 140, 200)
+    ]
 
 
 def test_on_a_terminal_the_line_is_written_over_and_taken_away(clock) -> None:
