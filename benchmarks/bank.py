@@ -39,7 +39,7 @@ from step import Stepper
 
 from qratk.backbone.backbone import Backbone
 from qratk.core import Configuration
-from qratk.training.module import built_quantizers
+from qratk.training.building import built_quantizers
 
 BITS = (2, 3, 4, 8)
 

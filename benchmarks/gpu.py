@@ -39,7 +39,8 @@ from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.peaks.foretold import memory_model
-from qratk.training.module import FineTuneModule, built_quantizers
+from qratk.training.building import built_quantizers
+from qratk.training.module import FineTuneModule
 
 BITS = (2, 3, 4, 8)
 RANK = 16

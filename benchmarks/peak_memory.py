@@ -26,7 +26,7 @@ from qratk.peaks.foretold import memory_model
 from qratk.peaks.measure import measured_peak
 from qratk.peaks.trace import traced_peak
 from qratk.quantizers.base import quantizers
-from qratk.training.module import built_quantizers
+from qratk.training.building import built_quantizers
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox")
 REAL = ("stories260k", "babyllama105", "deep12")

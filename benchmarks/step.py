@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from qratk.backbone.backbone import Backbone
 from qratk.core import Configuration
-from qratk.training.module import built_quantizers
+from qratk.training.building import built_quantizers
 
 RANK = 8
 MIX = (2, 3, 4, 8)

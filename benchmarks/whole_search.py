@@ -62,7 +62,7 @@ from qratk.core.evaluation import FidelityLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
-from qratk.training.module import learning_rate_factor
+from qratk.training.optimisation import learning_rate_factor
 
 STAGES = ("load", "quantise", "attach", "train", "score")
 

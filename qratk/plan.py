@@ -236,7 +236,7 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
 
 
 def _attached_length(datamodule: TaskData, backbone: Backbone) -> int:
-    from qratk.training.module import context_length
+    from qratk.training.building import context_length
 
     attached = Attached(backbone.tokenizer, context_length(backbone.config))
     datamodule.attach(attached.tokenizer, context_length=attached.context_length)

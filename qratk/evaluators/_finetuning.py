@@ -19,8 +19,9 @@ from qratk.run import files
 from qratk.training.cohort_speed import LARGEST, fastest_cohort, fitting
 from qratk.training.grouping import CohortLimits
 from qratk.training.measuring import Alone, SideBySide
-from qratk.training.module import FineTuneModule, require_precision
-from qratk.training.preparation import Preparation
+from qratk.training.module import FineTuneModule
+from qratk.training.precision import require_precision
+from qratk.training.preparation import Preparation, calibrate
 from qratk.training.rungs import Rungs
 from qratk.training.sharding import require_strategy
 from qratk.training.trainers import QuietTrainers
@@ -54,7 +55,7 @@ class FineTuning:
         device, precision = _placed(module, trainers)
         data.attach(module.tokenizer, context_length=module.context_length)
         data.setup("fit")
-        module.calibrate(data)
+        calibrate(module.backbone, module.options, data)
         rungs = Rungs(context.run_dir / files.CHECKPOINTS, context.ladder, keep_optimizer, context.say)
         needed = {"reference_bits": context.reference_bits, "reference_ranks": context.reference_ranks}
         return cls(
@@ -66,7 +67,7 @@ class FineTuning:
             trainers,
             rungs,
             Footprints(module, data),
-            Preparation(module, data, **needed, say=context.say),
+            Preparation(module.backbone, module.options, data, **needed, say=context.say),
             Alone(module, data, trainers, rungs),
             SideBySide(module, data, trainers, rungs),
         )

@@ -28,8 +28,8 @@ class OutOfMemory:
 def caught(measure: Callable[[], Sequence[Trained | Failed]]) -> Sequence[Trained | Failed] | OutOfMemory:
     """What `measure` returns, or what went wrong that concerns the candidates alone; other errors are raised."""
     from qratk.bank.dense import is_out_of_memory
+    from qratk.training.failure import NonFiniteLossError
     from qratk.training.measuring import Failed
-    from qratk.training.module import NonFiniteLossError
 
     try:
         return measure()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +15,11 @@ from qratk.backbone.logits import labelled_logits, replicate, target_log_likelih
 from qratk.core.errors import ConfigurationError
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
-from qratk.training.module import FineTuneModule, not_finite, place_steps, require_precision
+from qratk.training.failure import not_finite
+from qratk.training.module import FineTuneModule
+from qratk.training.optimisation import place_steps
+from qratk.training.precision import require_precision
+from qratk.training.scoring import Scoring, outcomes_of
 from qratk.training.state import TrainingState, device_random_state, set_random_state
 
 
@@ -46,8 +49,7 @@ class CohortModule(LightningModule):
         self.states = tuple(states)
         self.failures: dict[int, str] = {}
         self.scores: tuple[tuple[float, tuple[float, ...]], ...] = ()
-        self._scorers: list[Any] = []
-        self._scoring = ExitStack()
+        self._scoring = Scoring()
         for member, state in enumerate(self.states):
             cohort.load_state(member, state.adapter)
 
@@ -136,23 +138,17 @@ class CohortModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Round the adapters to what is stored."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._scorers = [data.scorer("validation").to(self.device) for _ in range(len(self.cohort))]
-        self._scoring.enter_context(self.cohort.stored_precision())
+        stored = self.cohort.stored_precision()
+        self._scoring.begin(data, "validation", self.device, stored, count=len(self.cohort))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch for every candidate."""
-        size = len(self.cohort)
-        whole = replicate(batch, size)
+        whole = replicate(batch, len(self.cohort))
         likelihoods, tokens = target_log_likelihood(labelled_logits(self.model, whole), whole)
-        parts = zip(likelihoods.view(size, -1), tokens.view(size, -1), strict=True)
-        for scorer, (likelihood, count) in zip(self._scorers, parts, strict=True):
-            scorer.update(batch, likelihood, count)
+        self._scoring.update(batch, likelihoods, tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the scores in `scores`."""
-        self._scoring.close()
         self.scores = tuple(
-            (float(scorer.compute()["score"].float()), tuple(scorer.outcomes().double().cpu().tolist()))
-            for scorer in self._scorers
+            (float(scorer.compute()["score"].float()), outcomes_of(scorer)) for scorer in self._scoring.end()
         )
-        self._scorers = []

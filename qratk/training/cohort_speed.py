@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from qratk.bank.dense import available_memory, is_out_of_memory
@@ -24,7 +25,7 @@ _GAIN = 0.97  # a larger cohort must be faster for each candidate by this factor
 
 def fastest_cohort(
     module: FineTuneModule,
-    trainer: Any,
+    trainer: Trainer,
     batch: Mapping[str, Tensor],
     configurations: Sequence[Configuration],
     *,
@@ -64,7 +65,7 @@ def _powers_of_two(largest: int) -> Iterator[int]:
 
 
 def _seconds_a_candidate(
-    module: FineTuneModule, trainer: Any, batch: Mapping[str, Tensor], members: Sequence[Configuration]
+    module: FineTuneModule, trainer: Trainer, batch: Mapping[str, Tensor], members: Sequence[Configuration]
 ) -> float:
     if len(members) == 1:
         module.activate(members[0])
@@ -81,7 +82,7 @@ def _seconds_a_candidate(
 
 
 def _quickest_step(
-    loss: Callable[[], Tensor], parameters: Sequence[torch.nn.Parameter], module: FineTuneModule, trainer: Any
+    loss: Callable[[], Tensor], parameters: Sequence[torch.nn.Parameter], module: FineTuneModule, trainer: Trainer
 ) -> float:
     optimizer = module.make_optimizer(parameters, trainer)
     quickest = float("inf")

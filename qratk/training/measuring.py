@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qratk.core.configuration import Configuration
 from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
+from qratk.training.continuation import Continuation
 from qratk.training.rungs import Rungs
 from qratk.training.trainers import QuietTrainers, quiet_lightning
 
@@ -69,12 +70,12 @@ class Alone:
         if done == steps or not any(configuration.ranks):
             return
         trainer = self.trainers.training(steps - done)
-        module.resume_state = state
+        module.continuation = Continuation(state)
         self.data.start_batch = done * trainer.accumulate_grad_batches
         with quiet_lightning():
             trainer.fit(module, datamodule=self.data)
         self.rungs.save(configuration, steps, module.training_state())
-        module.resume_state = None
+        module.continuation = Continuation()
 
 
 class SideBySide:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import Trainer
 from lightning.pytorch.utilities.parsing import AttributeDict
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from qratk.adapters.base import AdapterMethod, AfterStep, Way, adapters
-from qratk.adapters.options import AdapterOptions
+from qratk.adapters.base import AfterStep, Way
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.logits import (
     labelled_logits,
@@ -29,31 +26,27 @@ from qratk.backbone.logits import (
     training_losses,
 )
 from qratk.core.batching import BATCH_COST
-from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError, QratkError
+from qratk.core.errors import ConfigurationError
 from qratk.core.intact import require_intact_archive
-from qratk.core.memory import require_ranks
 from qratk.core.secrets import without_secrets
-from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.accumulation import TokenWeighting
+from qratk.training.building import built_adapter, built_backbone, context_length
+from qratk.training.continuation import Continuation
+from qratk.training.failure import NonFiniteLossError, not_finite
+from qratk.training.fit_checkpoint import FitCheckpoint
+from qratk.training.optimisation import adamw, moments_of, step_schedule
+from qratk.training.options import FineTuneOptions, Schedule
+from qratk.training.precision import require_precision
+from qratk.training.preparation import asked_configuration, prepare_fit
+from qratk.training.scored import ScoredModule
 from qratk.training.sharding import ShardedStrategy, require_strategy, shard
-from qratk.training.state import TrainingState, device_random_state, set_random_state
+from qratk.training.state import TrainingState, device_random_state
 
 _logger = logging.getLogger(__name__)
 
-Schedule = Literal["constant", "linear", "cosine"]
 
-_CALIBRATION_BATCH = 8
-
-DEFAULT_QUANTIZERS: Mapping[int, str] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
-
-
-class NonFiniteLossError(QratkError, ArithmeticError):
-    """The loss of a training step is NaN or infinite."""
-
-
-class FineTuneModule(LightningModule):
+class FineTuneModule(ScoredModule):
     """Fine-tunes the adapters of one configuration over frozen quantised weights.
 
     Args:
@@ -125,36 +118,16 @@ class FineTuneModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks = Checks()
-        checks.at_least(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
-        checks.at_least(1, init_batches=init_batches, init_batch_size=init_batch_size, schedule_steps=schedule_steps)
-        checks.at_least(1, init_iterations=init_iterations, input_groups=input_groups)
-        checks.at_least(1, calibration_sequences=calibration_sequences)
-        checks.require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "must be two in [0, 1)")
-        checks.require(0 <= lora_dropout < 1, "lora_dropout", lora_dropout, "must lie in [0, 1)")
-        checks.require(alpha_over_rank > 0, "alpha_over_rank", alpha_over_rank, "must be positive")
-        checks.require(bank_dir != "", "bank_dir", bank_dir, "must be a folder, 'auto' or null")
-        _check_quantizers(checks, quantizers)
-        checks.finish()
-        built_adapter(adapter, {"adalora": adalora})  # what cannot be is said at once
         self.save_hyperparameters()
+        self.options = FineTuneOptions.of(self.hparams)
+        built_adapter(self.options.adapter, {"adalora": self.options.adalora})  # what cannot be is said at once
         self.strict_loading = False  # checkpoints hold adapters only
         self.configuration: Configuration | None = None
-        self.resume_state: TrainingState | None = None
+        self.continuation = Continuation()
         self.schedule_steps = schedule_steps
-        self.last_outcomes: tuple[float, ...] = ()
         self._backbone: Backbone | None = None
-        self._scorer: Any = None  # a qratk.data Scorer
-        self._scoring = ExitStack()
         self._shared_length: int | None = None
-        self._loaded_random: tuple[Tensor, Tensor | None] | None = None
         self._after: AfterStep | None = None
-        self._loaded_allocation: Mapping[str, Tensor] = {}
-
-    @property
-    def options(self) -> Any:
-        """The arguments of the constructor, as attributes."""
-        return self.hparams
 
     @property
     def hparams_initial(self) -> AttributeDict:
@@ -187,56 +160,7 @@ class FineTuneModule(LightningModule):
 
     def load_backbone(self, *, weights: bool = True) -> Backbone:
         """A new backbone with these options; without weights it lies on the meta device."""
-        options = self.options
-        adapter = AdapterOptions(
-            alpha_over_rank=options.alpha_over_rank,
-            rslora=options.rslora,
-            dropout=options.lora_dropout,
-            dtype=options.adapter_dtype,
-            init=options.init,
-            init_iterations=options.init_iterations,
-            input_groups=options.input_groups,
-        )
-        return Backbone.load(
-            _model_path(options.model),
-            quantizers=built_quantizers(options.quantizers),
-            granularity=options.granularity,
-            target_modules=options.target_modules,
-            adapter=adapter,
-            method=built_adapter(options.adapter, {"adalora": options.adalora}),
-            compute_dtype=options.compute_dtype,
-            trust_remote_code=options.trust_remote_code,
-            tokenizer=None if options.tokenizer is None else os.path.expanduser(options.tokenizer),
-            weights=weights,
-            bank_dir=options.bank_dir,
-        )
-
-    def calibrate(self, data: Any) -> None:
-        """Fit quantisers such as GPTQ, where the options name one, to the training sequences of `qratk.data.TaskData`.
-
-        They depend on the data's options and on `calibration_sequences` alone: the same in a search and in a fit.
-        """
-        wanted = int(self.options.calibration_sequences)
-        if wanted < 1:
-            raise ConfigurationError(f"calibration_sequences must be at least 1, got {wanted}")
-        if self.backbone.table.calibrated:
-            size = min(wanted, _CALIBRATION_BATCH)
-            self.backbone.calibrate(data.calibration_batches(-(-wanted // size), size))
-
-    def build_initial(self, choices: Sequence[tuple[int, int]], data: Any) -> None:
-        """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
-
-        `data` are the `qratk.data.TaskData` that Fisher information is measured on, at 16 bits and without adapters.
-        """
-        backbone, options = self.backbone, self.options
-        if not backbone.needs_initial(choices):
-            return
-        start, weightings = backbone.adapters.options.start, None
-        if start is not None and start.weighted:
-            backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
-            batches = data.calibration_batches(options.init_batches, options.init_batch_size)
-            weightings = start.weightings(backbone.model, backbone.banks, batches)
-        backbone.build_initial(choices, weightings=weightings)
+        return built_backbone(self.options, weights=weights)
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
@@ -252,28 +176,13 @@ class FineTuneModule(LightningModule):
             self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
         if self.configuration is not None:
             return
-        text = self.options.configuration
-        if not text:
-            raise ConfigurationError(
-                "no configuration to train: give --model.configuration, as in '4:8' (4 bits, rank 8 everywhere), "
-                "or the best.yaml of a search as --config"
-            )
-        backbone = self.backbone
-        configuration = spread(Configuration.from_text(text), len(backbone.layers))
-        require_ranks(backbone.shapes, configuration.ranks)
-        choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
-        if self._trainer is not None and (backbone.needs_initial(choices) or backbone.table.calibrated):
-            backbone.model.to(self.trainer.strategy.root_device)  # where a search makes them
-        if self._trainer is not None and backbone.table.calibrated:
-            self.calibrate(self._data())
-        backbone.build_bank(sorted(set(configuration.bits)))
-        start = backbone.adapters.options.start
-        self.build_initial(choices, self._data() if start is not None and start.weighted else None)
-        backbone.release_reference()
+        asked = asked_configuration(self.options)
+        device = None if self._trainer is None else self._trainer.strategy.root_device
+        configuration = prepare_fit(self.backbone, self.options, asked, device=device, data=lambda: self.task_data)
         self.activate(configuration)
-        backbone.keep_active()
-        for note in backbone.notes if self.global_rank == 0 else ():
-            backbone.say(note)
+        self.backbone.keep_active()
+        for note in self.backbone.notes if self.global_rank == 0 else ():
+            self.backbone.say(note)
 
     def configure_model(self) -> None:
         """Shard the adapters where the strategy asks for it."""
@@ -316,17 +225,14 @@ class FineTuneModule(LightningModule):
     @property
     def first_step(self) -> int:
         """Optimiser steps that were done before this trainer began."""
-        return self.resume_state.steps if self.resume_state else 0
+        return self.continuation.steps
 
     def on_train_start(self) -> None:
         """Set the random state: of dropout, the only draw in training."""
         self._weighting = TokenWeighting(self.trainer)
         torch.manual_seed(self.options.seed)  # of every device
-        if self.resume_state is not None:
-            set_random_state(self.resume_state.random, self.resume_state.device_random, self.device)
-        elif self._loaded_random is not None:
-            set_random_state(*self._loaded_random, self.device)
-            self._loaded_random = None
+        self.continuation.restore_random(self.device)
+        self.continuation = self.continuation.begun
 
     def on_train_end(self) -> None:
         """Gather sharded adapters, so that one process alone can save them."""
@@ -338,9 +244,7 @@ class FineTuneModule(LightningModule):
         if not named:
             raise ConfigurationError("nothing to train: every layer has rank 0; give some layer a higher rank")
         optimizer = self.make_optimizer([p for _, p in named], self.trainer)
-        if self.resume_state is not None:
-            _restore_moments(optimizer, named, self.resume_state.optimizer)
-            place_steps(optimizer)
+        self.continuation.restore_moments(optimizer, named)
         self._follow(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer, self.trainer, self.first_step)}
 
@@ -353,42 +257,26 @@ class FineTuneModule(LightningModule):
             self._require("scaled gradients", "leave --trainer.precision out")
         after = self._after = self.backbone.adapters.after_steps(self._total_steps(self.trainer))
         if after is not None:
-            after.load(self.resume_state.optimizer if self.resume_state is not None else self._loaded_allocation)
+            after.load(self.continuation.allocation)
             # After the optimiser's step, when the gradients are still there; Lightning has not counted the step yet.
             optimizer.register_step_post_hook(lambda *_: after.step(self.first_step + self.global_step + 1))
-        self._loaded_allocation = {}
 
-    def _total_steps(self, trainer: Any) -> int:
+    def _total_steps(self, trainer: Trainer) -> int:
         return self.schedule_steps or int(trainer.estimated_stepping_batches)
 
-    def make_optimizer(self, parameters: Sequence[torch.nn.Parameter], trainer: Any) -> AdamW:
-        """AdamW with the options given, in one fused kernel except where Lightning has to unscale gradients."""
-        options = self.options
+    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], trainer: Trainer) -> AdamW:
+        """AdamW over some parameters, with the options given, for the precision of a trainer."""
         factor = self.backbone.adapters.method.learning_rate_factor
-        return AdamW(
-            parameters,
-            lr=factor * options.learning_rate,
-            betas=options.betas,
-            weight_decay=options.weight_decay,
-            fused=not str(trainer.precision).endswith("mixed"),
-        )
+        return adamw(self.options, parameters, rate_factor=factor, precision=str(trainer.precision))
 
-    def make_schedule(self, optimizer: Optimizer, trainer: Any, start: int) -> Any:
+    def make_schedule(self, optimizer: Optimizer, trainer: Trainer, start: int) -> LRSchedulerConfigType:
         """Learning rate schedule, as Lightning takes it, of a training that begins after `start` steps."""
-        options = self.options
-        total = self._total_steps(trainer)
-        scheduler = LambdaLR(
-            optimizer, lambda step: learning_rate_factor(start + step, total, options.warmup_steps, options.schedule)
-        )
-        return {"scheduler": scheduler, "interval": "step"}
+        return step_schedule(self.options, optimizer, start=start, total=self._total_steps(trainer))
 
     def training_state(self) -> TrainingState:
         """What continuing needs, copied to the CPU; to be called right after `Trainer.fit`."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        moments = {}
-        for name, parameter in self.backbone.trainable_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = value.detach().cpu().clone()
+        optimizer = cast("AdamW", self.optimizers(use_pl_optimizer=False))
+        moments = moments_of(optimizer, self.backbone.trainable_parameters())
         moments |= self._after.state() if self._after is not None else {}
         adapter = {name: value.detach().cpu().clone() for name, value in self.backbone.adapter_state().items()}
         steps = self.first_step + self.global_step
@@ -396,40 +284,24 @@ class FineTuneModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only the adapters, for the frozen weights come from the model, and the random states."""
-        adapter = self.backbone.adapter_state()
-        checkpoint["state_dict"] = {f"adapter.{name}": value for name, value in adapter.items()}
-        checkpoint["configuration"] = str(self.configuration)
-        checkpoint["allocation"] = self._after.state() if self._after is not None else {}
-        checkpoint["random"] = torch.get_rng_state()
-        checkpoint["device_random"] = device_random_state(self.device)
-        key = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
-        if key in checkpoint:
-            checkpoint[key] = without_secrets(checkpoint[key])
+        FitCheckpoint(
+            str(self.configuration),
+            self.backbone.adapter_state(),
+            self._after.state() if self._after is not None else {},
+            torch.get_rng_state(),
+            device_random_state(self.device),
+        ).write(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the adapters in place; raises `ConfigurationError` when they are of another configuration or damaged."""
         path = None if self._trainer is None else self.trainer.ckpt_path
         if path and Path(path).is_file():
             require_intact_archive(Path(path))
-        stored = checkpoint.get("configuration")
-        if stored != str(self.configuration):
-            raise ConfigurationError(
-                f"the checkpoint is of configuration {stored!r}, but {str(self.configuration)!r} was asked for; "
-                "give the same --model.configuration as when it was trained"
-            )
-        prefix = "adapter."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        self.backbone.load_adapter_state(state)
-        checkpoint["state_dict"] = {}
-        self._loaded_allocation = checkpoint.get("allocation", {})
-        if (random := checkpoint.get("random")) is not None:
-            self._loaded_random = random, checkpoint.get("device_random")
+        loaded = FitCheckpoint.take(checkpoint, str(self.configuration))
+        self.backbone.load_adapter_state(loaded.adapter)
+        self.continuation = Continuation(loaded=replace(loaded, adapter={}))
 
     # Scoring
-
-    def _begin_scoring(self, stage: str) -> None:
-        self._scorer = self._data().scorer(stage).to(self.device)
-        self._scoring.enter_context(self.backbone.stored_precision())
 
     @property
     def shared_length(self) -> int:
@@ -444,178 +316,11 @@ class FineTuneModule(LightningModule):
         """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
         return target_log_likelihood(labelled_logits(self.backbone.model, batch), batch)
 
-    def _score(self, batch: dict[str, Tensor]) -> None:
-        self._scorer.update(batch, *self.log_likelihood(batch))
-
-    def _end_scoring(self, stage: str) -> None:
-        self._scoring.close()
-        scorer, self._scorer = self._scorer, None
-        if self.trainer.sanity_checking:
-            return
-        whole = self.trainer.limit_val_batches if stage == "validation" else self.trainer.limit_test_batches
-        self.last_outcomes = tuple(scorer.outcomes().double().cpu().tolist()) if whole == 1.0 else ()
-        self.log_dict(
-            {f"{stage}/{name}": value.float() for name, value in scorer.compute().items()},
-            prog_bar=True,
-            sync_dist=True,
-        )
-
-    def on_validation_epoch_start(self) -> None:
-        """Round the adapters to what is stored, so that the score is of what is stored."""
-        self._begin_scoring("validation")
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score a batch."""
-        self._score(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics as validation/<name>; `validation/score` is larger-is-better."""
-        self._end_scoring("validation")
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        self._begin_scoring("test")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score a batch."""
-        self._score(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics as test/<name>."""
-        self._end_scoring("test")
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Row indices (R,), summed log-likelihoods (R,) in nats and labelled tokens (R,) of a batch."""
-        with self.backbone.stored_precision():
-            log_likelihood, tokens = self.log_likelihood(batch)
-        return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}
-
-    def _data(self) -> Any:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "scorer"):
-            raise ConfigurationError(f"the data must be a qratk.data.TaskData, got {type(data).__name__}")
-        return data
+    def stored_precision(self) -> AbstractContextManager[None]:
+        """Context in which the adapters have the 16-bit values that are stored."""
+        return self.backbone.stored_precision()
 
     def save_adapter(self, directory: str | Path) -> None:
         """Write the adapter for plain PEFT."""
         assert self.configuration is not None
         self.backbone.save_adapter(directory, self.configuration)
-
-
-def context_length(config: Any) -> int | None:
-    """Tokens that a model of a configuration can see; of a composite one, as of vision and language, its text part."""
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length
-
-
-def require_precision(trainer: Any) -> None:
-    """Raise `ConfigurationError` where Lightning would cast the adapters' float32 masters to another type."""
-    precision = str(trainer.precision)
-    if precision in ("32-true", "bf16-mixed", "16-mixed"):
-        return
-    cure = {"bf16-true": "--model.compute_dtype=bfloat16", "16-true": "--model.compute_dtype=float16"}
-    raise ConfigurationError(
-        f"--trainer.precision={precision} would cast the adapters' float32 masters and the model's buffers; leave it "
-        f"out and give {cure.get(precision, '--model.compute_dtype')} instead: activations and frozen weights are "
-        "of that type then, and the adapters are trained in float32"
-    )
-
-
-def place_steps(optimizer: Optimizer) -> None:
-    """Move restored step counts to where AdamW wants them: its fused kernel has them beside the parameters."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("fused") else ():
-            state = optimizer.state.get(parameter, {})
-            if "step" in state:
-                state["step"] = state["step"].to(parameter.device)
-
-
-def not_finite(loss: float, step: int) -> str:
-    """What to tell of a loss that is no number."""
-    return (
-        f"the loss is {loss} at step {step}; a smaller learning rate or gradient clipping "
-        "(--trainer.gradient_clip_val=1.0) is the usual cure"
-    )
-
-
-def learning_rate_factor(step: int, total: int, warmup_steps: int, schedule: Schedule) -> float:
-    """Share of the learning rate at a step (from 0): linear warm-up, then constant, linear or cosine down to 0."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def spread(configuration: Configuration, num_layers: int) -> Configuration:
-    """Configuration of `num_layers` layers; one choice alone counts for all of them."""
-    if len(configuration) == 1:
-        return Configuration(configuration.layers * num_layers)
-    if len(configuration) != num_layers:
-        raise ConfigurationError(
-            f"the model has {num_layers} layers, but the configuration has {len(configuration)}: {configuration}"
-        )
-    return configuration
-
-
-def built_quantizers(specified: Mapping[Any, Any] | None) -> dict[int, Quantizer]:
-    """Quantiser of each bit-width, from names or {class_path, init_args}; what is not given is the default."""
-    built: dict[int, Quantizer] = {}
-    for bits, chosen in {**DEFAULT_QUANTIZERS, **{int(b): q for b, q in (specified or {}).items()}}.items():
-        if isinstance(chosen, Quantizer):
-            built[bits] = chosen
-            continue
-        given, options = (chosen, {}) if isinstance(chosen, str) else _class_and_options(chosen, "a quantiser")
-        name = quantizers.name_of(given) or given
-        built[bits] = quantizers.create(name, **options)
-        if bits not in built[bits].supported_bits:
-            raise ConfigurationError(f"quantiser {name!r} does {built[bits].supported_bits} bits, not {bits}")
-    return built
-
-
-def _check_quantizers(checks: Checks, specified: Mapping[Any, Any] | None) -> None:
-    for bits, chosen in (specified or {}).items():
-        named = isinstance(chosen, str | Quantizer) or (isinstance(chosen, Mapping) and "class_path" in chosen)
-        checks.require(named, "quantizers", {bits: chosen}, "must be names, or {class_path, init_args}, by bits")
-
-
-def built_adapter(given: str | Mapping[str, Any], options: Mapping[str, Mapping[str, Any] | None]) -> AdapterMethod:
-    """Method of adapters from a name or {class_path, init_args}, with the options that are given under its name.
-
-    Raises `ConfigurationError` for options of another method.
-    """
-    name, own = (given, {}) if isinstance(given, str) else _class_and_options(given, "an adapter")
-    name = adapters.name_of(name) or name
-    for other, more in options.items():
-        if more and other != name:
-            raise ConfigurationError(
-                f"the options {sorted(more)} are those of the adapter {other!r}, and the adapter is {name!r}; "
-                f"give --model.adapter={other}, or leave --model.{other} out"
-            )
-    return adapters.create(name, **{**own, **(options.get(name) or {})})
-
-
-def _class_and_options(chosen: Mapping[str, Any], one: str) -> tuple[str, dict[str, Any]]:
-    if "class_path" not in chosen:
-        raise ConfigurationError(f"{one} is a name or {{class_path, init_args}}, got {dict(chosen)}")
-    return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
-
-
-def _model_path(model: str) -> str:
-    if model != "embedded":
-        return os.path.expanduser(model)
-    from qratk.embedded import model_directory
-
-    return str(model_directory())
-
-
-def _restore_moments(
-    optimizer: Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]], moments: Mapping[str, Tensor]
-) -> None:
-    for name, parameter in named:
-        state = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
-        optimizer.state[parameter] = {
-            key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-            for key, value in state.items()
-        }

@@ -1,22 +1,102 @@
-"""Builds what the candidates of a search share: packed weights, first values of adapters, and no more."""
+"""Builds what configurations need: packed weights and first values of adapters, for a fit or for a whole search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
+import torch
+from torch import Tensor
+
+from qratk.backbone.backbone import Backbone
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.core.memory import require_ranks
 from qratk.core.space import SearchSpace
+from qratk.training.building import spread
+from qratk.training.options import FineTuneOptions
 
-if TYPE_CHECKING:
-    from qratk.data.base import TaskData
-    from qratk.training.module import FineTuneModule
+_CALIBRATION_BATCH: Final = 8
+
+
+class CalibrationData(Protocol):
+    """Data that have batches to look at before any training, such as `qratk.data.TaskData`."""
+
+    def calibration_batches(self, count: int, batch_size: int, /) -> list[dict[str, Tensor]]:
+        """So many training batches of so many sequences, on the CPU."""
+
+
+def calibrate(backbone: Backbone, options: FineTuneOptions, data: CalibrationData) -> None:
+    """Fit quantisers such as GPTQ, where the options name one, to training sequences.
+
+    They depend on the data's options and on `calibration_sequences` alone: the same in a search and in a fit.
+    """
+    if backbone.table.calibrated:
+        size = min(options.calibration_sequences, _CALIBRATION_BATCH)
+        backbone.calibrate(data.calibration_batches(-(-options.calibration_sequences // size), size))
+
+
+def build_initial(
+    backbone: Backbone,
+    options: FineTuneOptions,
+    choices: Sequence[tuple[int, int]],
+    data: Callable[[], CalibrationData],
+) -> None:
+    """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
+
+    `data` returns those that Fisher information is measured on, at 16 bits and without adapters, where it is needed.
+    """
+    if not backbone.needs_initial(choices):
+        return
+    start, weightings = backbone.adapters.options.start, None
+    if start is not None and start.weighted:
+        backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
+        batches = data().calibration_batches(options.init_batches, options.init_batch_size)
+        weightings = start.weightings(backbone.model, backbone.banks, batches)
+    backbone.build_initial(choices, weightings=weightings)
+
+
+def asked_configuration(options: FineTuneOptions) -> Configuration:
+    """The configuration that the options ask for; raises `ConfigurationError` where they ask for none."""
+    if not options.configuration:
+        raise ConfigurationError(
+            "no configuration to train: give --model.configuration, as in '4:8' (4 bits, rank 8 everywhere), "
+            "or the best.yaml of a search as --config"
+        )
+    return Configuration.from_text(options.configuration)
+
+
+def prepare_fit(
+    backbone: Backbone,
+    options: FineTuneOptions,
+    asked: Configuration,
+    *,
+    device: torch.device | None,
+    data: Callable[[], CalibrationData],
+) -> Configuration:
+    """The configuration, spread over all layers, that everything is built for; the full-precision weights are dropped.
+
+    `device` is where training will go, and None where there is no trainer, and so no data either.
+    """
+    configuration = spread(asked, len(backbone.layers))
+    require_ranks(backbone.shapes, configuration.ranks)
+    choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
+    if device is not None and (backbone.needs_initial(choices) or backbone.table.calibrated):
+        backbone.model.to(device)  # where a search makes them
+    if device is not None and backbone.table.calibrated:
+        calibrate(backbone, options, data())
+    backbone.build_bank(sorted(set(configuration.bits)))
+    build_initial(backbone, options, choices, data)
+    backbone.release_reference()
+    return configuration
 
 
 class Preparation:
     """Builds the bank when it is first needed, and says its notes once.
 
     Args:
-        module: whose backbone it is.
+        backbone: whose bank it is.
+        options: those of the module.
         data: for starts of adapters that depend on data.
         reference_bits: bits that are needed besides those of the search.
         reference_ranks: ranks, too.
@@ -25,14 +105,15 @@ class Preparation:
 
     def __init__(
         self,
-        module: FineTuneModule,
-        data: TaskData,
+        backbone: Backbone,
+        options: FineTuneOptions,
+        data: CalibrationData,
         *,
         reference_bits: tuple[int, ...],
         reference_ranks: tuple[int, ...],
         say: Callable[[str], None],
     ) -> None:
-        self._module, self._data, self._say = module, data, say
+        self._backbone, self._options, self._data, self._say = backbone, options, data, say
         self._bits, self._ranks = reference_bits, reference_ranks
         self._before_release: list[Callable[[], None]] = []
         self._announced: set[str] = set()
@@ -43,12 +124,13 @@ class Preparation:
 
     def build(self, space: SearchSpace) -> None:
         """Build what is missing of the bank for a space; the full-precision weights stay."""
-        backbone = self._module.backbone
+        backbone = self._backbone
         backbone.say = self._say
         bits = sorted({*space.bits, *self._bits})
         backbone.build_bank(bits)
         ranks = sorted({*space.ranks, *self._ranks})
-        self._module.build_initial([(b, r) for b in bits for r in ranks], self._data)
+        choices = [(b, r) for b in bits for r in ranks]
+        build_initial(backbone, self._options, choices, lambda: self._data)
         self._announce()
 
     def finish(self, space: SearchSpace) -> None:
@@ -57,10 +139,10 @@ class Preparation:
         while self._before_release:
             self._before_release[0]()
             self._before_release.pop(0)  # only once it came to an end: memory may run out
-        self._module.backbone.release_reference()
+        self._backbone.release_reference()
 
     def _announce(self) -> None:
-        for note in self._module.backbone.notes:
+        for note in self._backbone.notes:
             if note not in self._announced:
                 self._say(note)
                 self._announced.add(note)

@@ -77,7 +77,7 @@ if NAME not in StrategyRegistry:
     StrategyRegistry.register(NAME, ShardedStrategy, description="Adapters and their optimiser's state are sharded")
 
 
-def require_strategy(strategy: Any, *, sharded: bool = True) -> None:
+def require_strategy(strategy: Strategy, *, sharded: bool = True) -> None:
     """Raise `ConfigurationError` for a strategy that shards parameters in a way that adapters do not survive."""
     if isinstance(strategy, ShardedStrategy):
         if sharded:

@@ -62,7 +62,7 @@ def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
     assert evaluated(later, MIXED, 6).outcomes == expected.outcomes
     assert expected.checkpoint is not None
     stored = Path(expected.checkpoint) / "adapter.safetensors"
-    assert same_tensors(tmp_path / stored, whole.context.run_dir / stored)
+    assert same_tensors(tmp_path / stored, whole.parts.context.run_dir / stored)
 
 
 def test_the_allocators_state_is_what_makes_it_so(

@@ -15,7 +15,8 @@ from finetune_runs import MIXED, evaluated, measured, opened, resumed_fit, same_
 from qratk.components import REGISTRIES
 from qratk.core import Configuration, Evaluation, RunDirectoryError
 from qratk.evaluators.finetune import FineTuneEvaluator
-from qratk.training.module import FineTuneModule, learning_rate_factor
+from qratk.training.module import FineTuneModule
+from qratk.training.optimisation import learning_rate_factor
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.embedded.world import documents, make_world
 from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.training.module import FineTuneModule
+from qratk.training.preparation import build_initial
 from qratk.training.trainers import quiet_lightning
 
 OTHERS = tuple(Configuration.from_text(text) for text in ("4:2*3", "8:4 2:4 2:2", "2:4*3"))
@@ -141,7 +142,7 @@ def test_the_embedded_model_at_two_bits_begins_nearer_to_its_full_precision() ->
         module = FineTuneModule("embedded", bank_dir=None, init=begin, init_batches=1)
         backbone = module.backbone
         backbone.build_bank([2])
-        module.build_initial([(2, 16)], Documents(module.tokenizer))
+        build_initial(backbone, module.options, [(2, 16)], lambda m=module: Documents(m.tokenizer))
         module.activate(Configuration.uniform(16 if init == "none" else 2, 16, len(backbone.layers)))
         (batch,) = Documents(module.tokenizer, seed=5).calibration_batches(1, 32)
         with torch.no_grad():

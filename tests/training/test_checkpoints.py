@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qratk.training.checkpoints import continues, discard_state, load_state, save_state
-from qratk.training.module import TrainingState
+from qratk.training.state import TrainingState
 
 
 def state(seed: int = 0) -> TrainingState:

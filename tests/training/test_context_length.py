@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from qratk.training.module import context_length
+from qratk.training.building import context_length
 
 
 def test_of_a_composite_configuration_the_text_part_counts() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import pytest
 
 from qratk.core.errors import ConfigurationError
 from qratk.peaks.foretold import memory_model
 from qratk.training.module import FineTuneModule
+from qratk.training.options import FineTuneOptions
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,15 @@ def test_all_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigurationError) as caught:
         FineTuneModule("nowhere", learning_rate=-1.0, warmup_steps=-5, bank_dir="")
     assert {problem.option for problem in caught.value.problems} == {"learning_rate", "warmup_steps", "bank_dir"}
+
+
+def test_options_are_the_arguments_of_the_constructor_and_cannot_be_changed():
+    arguments = inspect.signature(FineTuneModule.__init__).parameters.keys() - {"self"}
+    assert {field.name for field in dataclasses.fields(FineTuneOptions)} == arguments
+    module = FineTuneModule("nowhere", learning_rate=0.5, betas=(0.5, 0.75))
+    assert (module.options.learning_rate, module.options.betas, module.options.seed) == (0.5, (0.5, 0.75), 0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        module.options.seed = 1
 
 
 def test_home_folder_is_expanded_in_the_models_name(monkeypatch):

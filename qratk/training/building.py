@@ -1,0 +1,97 @@
+"""From options to what they name: quantisers, the adapter method, the backbone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qratk.adapters.base import AdapterMethod, adapters
+from qratk.backbone.backbone import Backbone
+from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
+from qratk.quantizers.base import Quantizer, quantizers
+from qratk.training.options import FineTuneOptions, Specified
+
+DEFAULT_QUANTIZERS: Final[Mapping[int, Specified]] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
+
+
+def built_backbone(options: FineTuneOptions, *, weights: bool = True) -> Backbone:
+    """A new backbone with the options; without weights it lies on the meta device."""
+    return Backbone.load(
+        _model_path(options.model),
+        quantizers=built_quantizers(options.quantizers),
+        granularity=options.granularity,
+        target_modules=options.target_modules,
+        adapter=options.adapters,
+        method=built_adapter(options.adapter, {"adalora": options.adalora}),
+        compute_dtype=options.compute_dtype,
+        trust_remote_code=options.trust_remote_code,
+        tokenizer=None if options.tokenizer is None else os.path.expanduser(options.tokenizer),
+        weights=weights,
+        bank_dir=options.bank_dir,
+    )
+
+
+def built_quantizers(specified: Mapping[int, Specified | Quantizer] | None) -> dict[int, Quantizer]:
+    """Quantiser of each bit-width, from names or {class_path, init_args}; what is not given is the default."""
+    built: dict[int, Quantizer] = {}
+    for bits, chosen in {**DEFAULT_QUANTIZERS, **{int(b): q for b, q in (specified or {}).items()}}.items():
+        if isinstance(chosen, Quantizer):
+            built[bits] = chosen
+            continue
+        given, options = _name_and_options(chosen, "a quantiser")
+        name = quantizers.name_of(given) or given
+        built[bits] = quantizers.create(name, **options)
+        if bits not in built[bits].supported_bits:
+            raise ConfigurationError(f"quantiser {name!r} does {built[bits].supported_bits} bits, not {bits}")
+    return built
+
+
+def built_adapter(given: Specified, options: Mapping[str, Mapping[str, Any] | None]) -> AdapterMethod:
+    """Method of adapters from a name or {class_path, init_args}, with the options that are given under its name.
+
+    Raises `ConfigurationError` for options of another method.
+    """
+    name, own = _name_and_options(given, "an adapter")
+    name = adapters.name_of(name) or name
+    for other, more in options.items():
+        if more and other != name:
+            raise ConfigurationError(
+                f"the options {sorted(more)} are those of the adapter {other!r}, and the adapter is {name!r}; "
+                f"give --model.adapter={other}, or leave --model.{other} out"
+            )
+    return adapters.create(name, **{**own, **(options.get(name) or {})})
+
+
+def spread(configuration: Configuration, num_layers: int) -> Configuration:
+    """Configuration of `num_layers` layers; one choice alone counts for all of them."""
+    if len(configuration) == 1:
+        return Configuration(configuration.layers * num_layers)
+    if len(configuration) != num_layers:
+        raise ConfigurationError(
+            f"the model has {num_layers} layers, but the configuration has {len(configuration)}: {configuration}"
+        )
+    return configuration
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model of a configuration can see; of a composite one, as of vision and language, its text part."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def _name_and_options(chosen: Specified, one: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(chosen, str):
+        return chosen, {}
+    if "class_path" not in chosen:
+        raise ConfigurationError(f"{one} is a name or {{class_path, init_args}}, got {dict(chosen)}")
+    return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
+
+
+def _model_path(model: str) -> str:
+    if model != "embedded":
+        return os.path.expanduser(model)
+    from qratk.embedded import model_directory
+
+    return str(model_directory())

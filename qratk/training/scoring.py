@@ -1,0 +1,54 @@
+"""A pass over scoring batches: the adapters as they are stored, and a scorer for each candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qratk.data.base import TaskData
+    from qratk.data.scoring import Scorer
+    from qratk.data.splits import Split
+
+
+class Scoring:
+    """Scores one candidate or several on the same batches, from `begin` to `end`."""
+
+    def __init__(self) -> None:
+        self._scorers: tuple[Scorer, ...] = ()
+        self._stored = ExitStack()
+
+    def begin(
+        self,
+        data: TaskData,
+        split: Split,
+        device: torch.device,
+        stored_precision: AbstractContextManager[None],
+        *,
+        count: int = 1,
+    ) -> None:
+        """Take a scorer for each of `count` candidates, and round the adapters to what is stored."""
+        self._scorers = tuple(data.scorer(split).to(device) for _ in range(count))
+        self._stored.enter_context(stored_precision)
+
+    def update(self, batch: Mapping[str, Tensor], log_likelihood: Tensor, tokens: Tensor) -> None:
+        """Take summed log-likelihoods and labelled tokens of a batch's R rows, (count * R,), candidate by candidate."""
+        count = len(self._scorers)
+        parts = zip(log_likelihood.view(count, -1), tokens.view(count, -1), strict=True)
+        for scorer, (likelihood, labelled) in zip(self._scorers, parts, strict=True):
+            scorer.update(batch, likelihood, labelled)
+
+    def end(self) -> tuple[Scorer, ...]:
+        """The scorers, with all that they saw; the adapters are as before."""
+        self._stored.close()
+        scorers, self._scorers = self._scorers, ()
+        return scorers
+
+
+def outcomes_of(scorer: Scorer) -> tuple[float, ...]:
+    """Outcome of each item."""
+    return tuple(scorer.outcomes().double().cpu().tolist())
