@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,14 +69,15 @@ def test_continuing_from_rung_to_rung_is_bit_identical_to_not_stopping(
 def test_the_allocators_state_is_what_makes_it_so(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], straight: tuple[FineTuneEvaluator, Evaluation]
 ) -> None:
-    from safetensors.torch import save_file
-
     evaluator = opened(tmp_path, model_dir, data_files, **ADALORA)
-    stored = tmp_path / str(evaluated(evaluator, MIXED, 2).checkpoint) / "optimizer.safetensors"
-    tensors = load_file(stored)
-    own = [name for name in tensors if name.startswith("adalora/")]
+    measured, rungs = evaluated(evaluator, MIXED, 2), evaluator.parts.rungs
+    _, state = rungs.latest(MIXED, 2)
+    assert state is not None
+    own = [name for name in state.optimizer if name.startswith("adalora/")]
     assert {name.split("/")[1] for name in own} == {"sensitivity", "uncertainty"}
-    save_file({name: value for name, value in tensors.items() if name not in own}, stored)
+    evaluator.discard(measured)
+    less = {name: value for name, value in state.optimizer.items() if name not in own}
+    rungs.save(MIXED, 2, replace(state, optimizer=less))
     assert evaluated(evaluator, MIXED, 6).outcomes != straight[1].outcomes
 
 
