@@ -73,11 +73,11 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def files_of(arguments: Sequence[str]) -> list[Path]:
-    """The files after `--config` that are there."""
+    """The files after `--config` that are there; settings may also be given in place of a file."""
     pairs = zip(["", *arguments], arguments, strict=False)
     given = [value for option, value in pairs if option == "--config"]
     given += [text.removeprefix("--config=") for text in arguments if text.startswith("--config=")]
-    return [path for path in map(Path, given) if path.is_file()]
+    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
 
 
 def _is_name(given: str) -> bool:
