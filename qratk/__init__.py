@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qratk.bank.linear import BankLinear as BankLinear
     from qratk.bank.linear import Packed as Packed
     from qratk.bank.table import Chosen as Chosen
+    from qratk.cli.called import search as search
     from qratk.components import REGISTRIES as REGISTRIES
     from qratk.core.configuration import KNOBS as KNOBS
     from qratk.core.configuration import Configuration as Configuration
@@ -127,6 +128,7 @@ _HOMES = {
         "Packed",
     ),
     "qratk.bank.table": ("Chosen",),
+    "qratk.cli.called": ("search",),
     "qratk.components": ("REGISTRIES",),
     "qratk.core.configuration": (
         "KNOBS",

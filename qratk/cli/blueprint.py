@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,10 +23,15 @@ class SettingsBlueprint:
 
     def build(self) -> Equipment:
         """What the command builds of the same settings, but for the search itself."""
-        find_local_classes()
-        built = _BuildingCLI(["--config", yaml.safe_dump(self.settings, allow_unicode=True)])
+        built = built_from(self.settings)
         trainer = cast(SearchTrainer, built.trainer)
         return Equipment(built.loop.evaluator, built.model, built.datamodule, trainer.another)
+
+
+def built_from(settings: Mapping[str, Any]) -> SearchingCLI:
+    """Model, data, trainer and search of settings, as `qratk search` builds them; raises what the command does."""
+    find_local_classes()
+    return _BuildingCLI(["--config", yaml.safe_dump(dict(settings), allow_unicode=True)])
 
 
 class _BuildingCLI(SearchingCLI):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.parsing import AttributeDict
+from lightning.pytorch.utilities.parsing import AttributeDict, collect_init_args
 from torch.utils.data import DataLoader
 
 from qratk.core.secrets import without_secrets
@@ -66,6 +68,7 @@ class TaskData(LightningDataModule, Task):
         share_prompts: bool = True,
     ) -> None:
         super().__init__()
+        self._given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(TaskData,))
         self.sources: dict[Split, Source | None] = dict(zip(SPLITS, (train, validation, test), strict=True))
         limits = dict(zip(SPLITS, (max_train_items, max_validation_items, max_test_items), strict=True))
         options = SplitOptions(self.sources, limits, validation_items, validation_fraction, rename, seed)
@@ -76,6 +79,14 @@ class TaskData(LightningDataModule, Task):
         self.asked_length = max_length
         self._attached: Attached | None = None
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments that the constructor of this class was given, by name, and the defaults of the others."""
+        given = {name: value for level in self._given for name, value in level.items()}
+        own = inspect.signature(type(self)).parameters
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        return {name: value for name, value in given.items() if takes_more or name in own}
 
     @property
     def hparams_initial(self) -> AttributeDict:
