@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+
+from qratk.components import REGISTRIES
 
 ROOT = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(ROOT.glob("*.yaml"))
@@ -54,3 +57,10 @@ def test_config_states_a_budget(path):
 
     search = yaml.safe_load(path.read_text())["search"]
     assert {"like", "limit", "max_average_bits"} & set(search)
+
+
+@pytest.mark.parametrize("kind", sorted(REGISTRIES))
+def test_every_strategy_is_in_the_list_of_strategies(kind):
+    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    words = set(re.findall(r"[a-z0-9_]+", " ".join(re.findall(r"`([^`]+)`", text))))
+    assert set(REGISTRIES[kind].names()) <= words
