@@ -6,7 +6,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from qratk.settings.identity import comparable, deciding
 from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
 from qratk.settings.reading import load, read_settings
-from qratk.settings.sweeps import read_sweeps
+from qratk.settings.sweeps import SweepPoint, read_sweeps
 
 OWN: Final = "own"
 COMPARED: Final = "compare.json"
@@ -32,13 +32,15 @@ FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
 _SWEEPS: Final = "sweeps"
+_VERSION: Final = 2  # of compare.json: 1 told points of sweeps by the names of their recipes alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeEntry:
-    """What is known of a recipe: whether it has a budget of its own."""
+    """What is known of a recipe: whether it has a budget of its own, and the point of a sweep that it is, if any."""
 
     own_budget: bool
+    sweep: SweepPoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class ComparedDocument:
     base: str
     recipes: Mapping[str, RecipeEntry]
     budgets: tuple[str, ...]
+    version: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class Recipe:
     name: str
     path: Path | None = None
     document: Mapping[str, Any] = field(default_factory=dict)
+    sweep: SweepPoint | None = None
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -186,8 +190,9 @@ class Grid:
         documents = [read_settings(path) for path in configs]
         found = [Recipe.read(path) for path in recipes]
         for path in sweeps:
-            made = read_sweeps(path).items()
-            found += [Recipe(name, folder / _SWEEPS / f"{name}.yaml", document) for name, document in made]
+            for swept in read_sweeps(path):
+                name = swept.point.name
+                found.append(Recipe(name, folder / _SWEEPS / f"{name}.yaml", swept.document, swept.point))
         if base:
             found.insert(0, Recipe(_base_name(documents)))
         if not found:
@@ -254,7 +259,7 @@ class Grid:
 
     def _write_sweep(self, recipe: Recipe) -> None:
         path = recipe.path
-        if path is not None and path.parent == self.folder / _SWEEPS:
+        if path is not None and recipe.sweep is not None:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, yaml.safe_dump(dict(recipe.document), sort_keys=False))
 
@@ -269,7 +274,9 @@ class Grid:
         """What the report needs to know; that of earlier commands in the same folder is kept."""
         path = self.folder / COMPARED
         before = read_compared(self.folder) if path.exists() else ComparedDocument(base="", recipes={}, budgets=())
-        recipes = {recipe.name: RecipeEntry(own_budget=recipe.has_budget) for recipe in self.recipes}
+        recipes = {
+            recipe.name: RecipeEntry(own_budget=recipe.has_budget, sweep=recipe.sweep) for recipe in self.recipes
+        }
         budgets = [choice.label for choice in self.budgets]
         if not self.budgets and any(not recipe.has_budget for recipe in self.recipes):
             budgets.append(OWN)
@@ -277,6 +284,7 @@ class Grid:
             base=next((recipe.name for recipe in self.recipes if recipe.path is None), before.base),
             recipes={**before.recipes, **recipes},
             budgets=tuple(dict.fromkeys([*before.budgets, *budgets])) or (OWN,),
+            version=_VERSION,
         )
 
     def _has(self, key: str) -> bool:
@@ -295,7 +303,11 @@ def read_compared(folder: Path) -> ComparedDocument:
     path = folder / COMPARED
     if not path.exists():
         raise RunDirectoryError(f"{folder} holds no comparison: {path.name} is missing")
-    return read_document(ComparedDocument, path)
+    compared = read_document(ComparedDocument, path)
+    if compared.version >= _VERSION:
+        return compared
+    named = {name: replace(entry, sweep=SweepPoint.of_name(name)) for name, entry in compared.recipes.items()}
+    return replace(compared, recipes=named, version=_VERSION)
 
 
 def _takes_seed(class_path: str) -> bool:

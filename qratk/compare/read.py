@@ -18,6 +18,7 @@ from qratk.core.result import Record
 from qratk.run.document import EvaluationEntry, ResultDocument, Settings, read_document
 from qratk.run.run import Run
 from qratk.settings.names import named_document
+from qratk.settings.sweeps import SweepPoint
 
 Array = NDArray[np.float64]
 UNFINISHED: Final = ("not finished", "not begun")
@@ -162,6 +163,7 @@ class Cells:
         budgets: labels of the budgets compared.
         outcomes: finished cells.
         failed: failed and unfinished cells.
+        sweeps: the recipes that are points of a sweep.
     """
 
     base: str
@@ -169,6 +171,7 @@ class Cells:
     budgets: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     failed: tuple[Failed, ...] = ()
+    sweeps: Mapping[str, SweepPoint] = field(default_factory=dict)
 
     def at(self, budget: str) -> Cells:
         """The part of one budget; recipes with budgets of their own are in every part."""
@@ -178,7 +181,8 @@ class Cells:
             return cell.recipe in own if cell.recipe in own else cell.budget == budget
 
         outcomes = tuple(outcome for outcome in self.outcomes if belongs(outcome))
-        return Cells(self.base, self.recipes, (budget,), outcomes, tuple(f for f in self.failed if belongs(f)))
+        failed = tuple(cell for cell in self.failed if belongs(cell))
+        return Cells(self.base, self.recipes, (budget,), outcomes, failed, self.sweeps)
 
     def of(self, recipe: str) -> tuple[Outcome, ...]:
         """Finished cells of a recipe."""
@@ -224,7 +228,8 @@ def read_cells(folder: Path) -> Cells:
             for path in _seed_folders(folder / recipe / label):
                 cell = read_cell(path, recipe, label, int(path.name))
                 (outcomes if isinstance(cell, Outcome) else failed).append(cell)  # type: ignore[arg-type]
-    return Cells(compared.base, recipes, compared.budgets, tuple(outcomes), tuple(failed))
+    sweeps = {name: entry.sweep for name, entry in compared.recipes.items() if entry.sweep is not None}
+    return Cells(compared.base, recipes, compared.budgets, tuple(outcomes), tuple(failed), sweeps)
 
 
 def read_cell(folder: Path, recipe: str, budget: str, seed: int) -> Outcome | Failed:

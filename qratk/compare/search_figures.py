@@ -26,7 +26,7 @@ from qratk.compare.read import Outcome
 from qratk.compare.table import difference
 from qratk.core.plain import flatten
 from qratk.reporters.figures import BLACK, BLUE, GREY, MIB, ORANGE, RED, SKY, new_figure
-from qratk.settings.sweeps import PREFIX
+from qratk.settings.sweeps import SweepPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +182,7 @@ def _curves(view: View) -> dict[str, list[Curve]]:
 
 
 def _without_sweeps(view: View) -> list[str]:
-    return [name for name in view.cells.names if not name.startswith(PREFIX)]
+    return [name for name in view.cells.names if name not in view.cells.sweeps]
 
 
 @dataclass(frozen=True)
@@ -470,19 +470,20 @@ class Sweep:
 
 
 def sweeps(view: View) -> list[Sweep]:
-    """The one-factor sweeps: recipes called sweep-SETTING-VALUE; raises `NoDataError` when there are none."""
+    """The one-factor sweeps: recipes that are points of one; raises `NoDataError` when there are none."""
     found: dict[str, dict[str, tuple[Outcome, ...]]] = {}
     defaults: dict[str, str] = {}
-    for name in (name for name in view.cells.names if name.startswith(PREFIX)):
-        setting, _, value = name.removeprefix(PREFIX).partition("-")
+    for name, point in ((name, view.cells.sweeps[name]) for name in view.cells.names if name in view.cells.sweeps):
+        setting, value = point.setting, point.value
         cells = view.cells.of(name)
         found.setdefault(setting, {})[value] = cells
         base = next((outcome for outcome in view.own if outcome.seed == cells[0].seed), view.own[0])
-        if (default := _default(cells[0], base, setting, value)) is not None:
+        if (default := _default(cells[0], base, point.option, value)) is not None:
             defaults.setdefault(setting, default)
     if not found:
-        raise NoDataError("no recipe is called sweep-SETTING-VALUE")
-    return [_sweep(setting, by_value, defaults.get(setting), view.own) for setting, by_value in found.items()]
+        raise NoDataError("no recipe is a point of a sweep")
+    options = {setting: SweepPoint(setting, "").option for setting in found}
+    return [_sweep(options[s], by_value, defaults.get(s), view.own) for s, by_value in found.items()]
 
 
 def _sweep(
@@ -496,11 +497,11 @@ def _sweep(
     return Sweep(setting, tuple(values), tuple(cells[value] for value in values), default)
 
 
-def _default(cell: Outcome, base: Outcome, setting: str, value: str) -> str | None:
-    """What the base says where the swept recipe says `value`: of the setting of that name, or of the only other one."""
+def _default(cell: Outcome, base: Outcome, option: str, value: str) -> str | None:
+    """What the base says where the swept recipe says `value`: of the option of that name, or of the only other one."""
     ours, theirs = (_flat(outcome.settings.section("search")) for outcome in (cell, base))
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key] and key not in ("name", "seed")]
-    chosen = [key for key in differing if key.rpartition(".")[2] == setting] or [
+    chosen = [key for key in differing if key.rpartition(".")[2] == option] or [
         key for key in differing if _same(_told(ours[key]), value)
     ]
     before = {_told(theirs[key]) for key in chosen or differing}  # the same setting of several operators counts once

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
-from qratk.compare.grid import BudgetChoice, Grid, Recipe, read_compared
+from qratk.compare.grid import COMPARED, BudgetChoice, Grid, Recipe, read_compared
 from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.settings.sweeps import SweepPoint
 
 
 @pytest.fixture
@@ -169,6 +172,24 @@ def test_each_value_of_a_sweep_is_a_recipe_named_by_setting_and_value(files, tmp
     expected = {"name": "sweep-offspring-3", "searcher": {"class_path": "nsga2", "init_args": {"offspring": 3}}}
     assert yaml.safe_load(path.read_text()) == {"search": expected}
     assert str(path) in made.arguments(made.cells[1])
+    kept = {name: entry.sweep for name, entry in read_compared(tmp_path / "out").recipes.items()}
+    assert kept["sweep-offspring-3"] == SweepPoint("searcher.nsga2.offspring", "3")
+    assert kept["sweep-refiner-low"] == SweepPoint("refiner", "low")
+
+
+def test_name_of_a_recipe_says_nothing_of_a_sweep_but_in_comparisons_of_before(files):
+    files["sweep-alpha-0.5"] = files["random"].with_name("sweep-alpha-0.5.yaml")
+    files["sweep-alpha-0.5"].write_text("search: {alpha: 0.5}")
+    grid(files, "sweep-alpha-0.5").prepare()
+    path = files["base"].parent / "out" / COMPARED
+    assert read_compared(path.parent).recipes["sweep-alpha-0.5"].sweep is None
+    before = json.loads(path.read_text())
+    del before["version"]
+    for entry in before["recipes"].values():
+        del entry["sweep"]
+    path.write_text(json.dumps(before))
+    assert read_compared(path.parent).recipes["sweep-alpha-0.5"].sweep == SweepPoint("alpha", "0.5")
+    assert read_compared(path.parent).recipes["full"].sweep is None
 
 
 @pytest.mark.parametrize("text", ["alpha: 3", "alpha: []", "model.rank: [1]", "a: [1, 1]", "refiner: [{low: 3}]"])

@@ -43,10 +43,10 @@ def test_ablation_searches_the_simulated_landscape(path, tmp_path):
     assert result.plan.problem.feasible(result.best.configuration)
 
 
-@pytest.mark.parametrize(("name", "document"), read_sweeps(SWEEPS).items(), ids=list(read_sweeps(SWEEPS)))
-def test_value_of_a_sweep_searches_the_simulated_landscape(name, document, tmp_path):
-    result = searched(tmp_path, document["search"])
-    assert result.plan.name == name
+@pytest.mark.parametrize("swept", read_sweeps(SWEEPS), ids=lambda swept: swept.point.name)
+def test_value_of_a_sweep_searches_the_simulated_landscape(swept, tmp_path):
+    result = searched(tmp_path, swept.document["search"])
+    assert result.plan.name == swept.point.name
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
