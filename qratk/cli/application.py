@@ -31,6 +31,7 @@ from qratk.cli.shipped import with_paths
 from qratk.cli.trainer import SearchTrainer, check_options
 from qratk.cli.values import impossible
 from qratk.core.errors import ConfigurationError, UnknownComponentError
+from qratk.core.secrets import without_secrets
 from qratk.data.base import TaskData
 from qratk.loop import SearchLoop
 from qratk.settings import names
@@ -160,6 +161,9 @@ class QratkCLI(LightningCLI, ABC):
         super()._parse_ckpt_path()
         used = _plain(self.settings.get("model"))
         for key in (key for key in used if used[key] != given.get(key)):
+            if used[key] == without_secrets(given.get(key)):  # checkpoints are written without secrets
+                self.settings.model[key] = given.get(key)
+                continue
             text = f"model.{key}: {used[key]!r} of the checkpoint is used, not {given.get(key)!r}"
             print(f"qratk {self.command}: {text}", file=sys.stderr)
 

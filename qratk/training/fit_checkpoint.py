@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 
 from qratk.core.errors import ConfigurationError
@@ -34,15 +34,15 @@ class FitCheckpoint:
     device_random: Tensor | None
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Put it into a checkpoint of Lightning's, in place of the weights; secrets of the data are left out."""
+        """Put it into a checkpoint of Lightning's, in place of the weights; secrets of model and data are left out."""
         checkpoint["state_dict"] = {f"{_PREFIX}{name}": value for name, value in self.adapter.items()}
         checkpoint["configuration"] = self.configuration
         checkpoint["allocation"] = self.allocation
         checkpoint["random"] = self.random
         checkpoint["device_random"] = self.device_random
-        key = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
-        if key in checkpoint:
-            checkpoint[key] = without_secrets(checkpoint[key])
+        for saved in (LightningModule, LightningDataModule):
+            if (key := saved.CHECKPOINT_HYPER_PARAMS_KEY) in checkpoint:
+                checkpoint[key] = without_secrets(checkpoint[key])
 
     @classmethod
     def take(cls, checkpoint: dict[str, Any], configuration: str) -> FitCheckpoint:

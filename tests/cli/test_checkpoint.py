@@ -77,3 +77,22 @@ def test_checkpoint_of_a_fit_and_lightnings_keywords_pass(tmp_path):
     torch.save({"state_dict": {}, "configuration": "4:8"}, tmp_path / "x.ckpt")
     for given in (str(tmp_path / "x.ckpt"), "best", "last"):
         require_checkpoint(given)
+
+
+def test_address_with_its_secret_stays_what_was_given(tmp_path, monkeypatch, capsys):
+    from qratk.cli.trainer import SearchTrainer
+    from qratk.cli.validate import validate
+
+    settings = {"model": "https://host/x", "learning_rate": 0.5}
+    torch.save({"state_dict": {}, "configuration": "4:8", "hyper_parameters": settings}, tmp_path / "x.ckpt")
+    validated = []
+    monkeypatch.setattr(SearchTrainer, "validate", lambda self, model, **options: validated.append(model.options))
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--data=EmbeddedData", "--trainer.logger=false", "--trainer.accelerator=cpu",
+        "--model.model=https://me:8675309@host/x", "--ckpt_path=x.ckpt",
+    ]  # fmt: skip
+    assert validate(arguments) == 0
+    (options,) = validated
+    assert (options.model, options.learning_rate) == ("https://me:8675309@host/x", 0.5)
+    assert "8675309" not in capsys.readouterr().err

@@ -40,9 +40,14 @@ def test_hyper_parameters_in_the_files_of_a_logger_hold_no_secret(data: GuardedD
     assert data.hparams.password == 8675309
 
 
-def test_checkpoint_holds_no_secret_of_the_data(data: GuardedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = FineTuneModule("embedded")
+def test_checkpoint_holds_no_secret_of_data_and_model(data: GuardedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FineTuneModule("https://me:8675309@host/x?token=8675309", betas=(0.5, 0.9))
     monkeypatch.setattr(module, "_backbone", SimpleNamespace(adapter_state=dict))
-    checkpoint: dict[str, Any] = {LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY: dict(data.hparams)}
+    keys = FineTuneModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
+    checkpoint: dict[str, Any] = dict(zip(keys, (dict(module.hparams), dict(data.hparams)), strict=True))
     module.on_save_checkpoint(checkpoint)
-    assert checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] == {"headers": {}, "note": "kept"}
+    assert "8675309" not in str({key: checkpoint[key] for key in keys})
+    assert checkpoint[keys[0]]["model"] == "https://host/x"
+    assert FineTuneModule(**checkpoint[keys[0]]).options.betas == [0.5, 0.9]
+    assert checkpoint[keys[1]] == {"headers": {}, "note": "kept"}
+    assert "8675309" in module.options.model
