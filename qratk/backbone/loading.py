@@ -36,6 +36,7 @@ def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
 def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrainedModel:
     """A causal language model in its checkpoint's own dtype; without weights on the meta device.
 
+    Also without weights a local directory's files are looked at: whether they are whole, not what they hold.
     Raises `UnsupportedModelError`, naming the file at fault where there is one, and for a checkpoint that is quantised
     already.
     """
@@ -48,6 +49,8 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
             dtype: Any = {_dtype_argument(): "auto"}
             with working("loading the model"):
                 return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
+        if fault := _file_at_fault(name):
+            raise UnsupportedModelError(fault)
         stored = getattr(config, _dtype_argument(), None) or torch.float32
         options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
         auto: Any = AutoModelForCausalLM
@@ -60,7 +63,8 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"the model {name!r} cannot be loaded as a causal language model: {_file_at_fault(name) or reason(error)} "
+            _file_at_fault(name)
+            or f"the model {name!r} cannot be loaded as a causal language model: {reason(error)} "
             "Give a Hugging Face name, or a directory with config.json and safetensors files"
         ) from error
 

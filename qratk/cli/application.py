@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qratk.cli.checkpoint import require_checkpoint
 from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, sources_of
-from qratk.cli.outcome import threads_told
+from qratk.cli.outcome import threads_told, warnings_told
 from qratk.cli.parser import (
     COMMANDS,
     LIGHTNING_COMMANDS,
@@ -233,7 +233,7 @@ def run(command: Callable[[Sequence[str]], QratkCLI], arguments: Sequence[str]) 
     """Exit status of a command with its arguments."""
     find_local_classes()
     try:
-        with threads_told():
+        with threads_told(), warnings_told():
             command(arguments)
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error

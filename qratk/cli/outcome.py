@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -40,6 +41,20 @@ def threads_told() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Context in which a warning is one line to a user, without the file and line of code that gave it."""
+
+    def tell(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
+        print(f"qratk: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    before, warnings.showwarning = warnings.showwarning, tell
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _foreign(error: BaseException) -> str:

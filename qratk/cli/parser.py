@@ -84,6 +84,8 @@ def prepare_parsing() -> None:
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Projections that PEFT leaves out are an error of ours, with what to do.
+    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
     # Quantisers are given as plain data and built by the module, from the registry alone.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
 

@@ -67,17 +67,19 @@ def test_a_linear_map_that_multiplies_otherwise_is_refused_by_name(tiny_model: C
     assert isinstance(backbone.base.get_submodule("model.layers.1.mlp.up_proj"), Doubled)
 
 
-def test_a_file_that_is_cut_off_is_named(stored: Path) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_file_that_is_cut_off_is_named_with_weights_and_without(stored: Path, weights: bool) -> None:
     path = stored / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UnsupportedModelError, match=r"model\.safetensors is cut off or damaged"):
-        loaded(stored)
+        loaded(stored, weights=weights)
 
 
-def test_a_pointer_in_the_place_of_weights_is_named(stored: Path) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_pointer_in_the_place_of_weights_is_named_with_weights_and_without(stored: Path, weights: bool) -> None:
     (stored / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UnsupportedModelError, match="git lfs pull"):
-        loaded(stored)
+        loaded(stored, weights=weights)
 
 
 def test_weights_of_another_shape_are_one_message(stored: Path) -> None:

@@ -6,11 +6,12 @@ import logging
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 
 from qratk.__main__ import COMMANDS, Command, main
-from qratk.cli.outcome import threads_told, told
+from qratk.cli.outcome import threads_told, told, warnings_told
 from qratk.core.errors import DataError
 
 
@@ -82,6 +83,14 @@ def test_thread_that_fails_is_one_line(capsys):
         thread.join()
     error = capsys.readouterr().err
     assert error == "qratk: warning: a thread beside the command failed: events.out: No space left on device\n"
+
+
+def test_warning_is_one_line(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with warnings_told():
+            warnings.warn("too few\n  workers", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "qratk: warning: too few workers\n"
 
 
 def test_kernels_that_nobody_needs_are_not_recommended():
