@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, StrictUndefined
 
 from qratk.core import DataError
 from qratk.data import InstructionData, MultipleChoiceData, TextData
+from qratk.data.prompt import Prompt
 
 Write = Callable[[str, list[Any]], str]
 
@@ -86,6 +88,54 @@ def test_a_prompt_that_fails_on_a_row_names_it(write: Write, prompt: str, messag
     data = MultipleChoiceData(test=write("test.jsonl", [CHOICE]), prompt=prompt)
     with pytest.raises(DataError, match=f"line 1: the row does not fit the prompt template: .*{message}"):
         data.items("test")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'a'.ljust(n)", "'a'|center(n)", "'a'.zfill(n)", "'%999999999d' % 1", "'%*d' % (n, 1)",
+        "'%999999999d'|format(1)",
+        "'{:>999999999}'.format(1)", "'{:>{w}}'.format(1, w=n)", "'{w:>{w}}'.format_map({'w': n})",
+        "('a' * 99999).replace('a', 'b' * 99999)", "('a' * 99999)|replace('a', 'b' * 99999)",
+        "range(99999)|join('b' * 99)",
+        "('b' * 99).join(choices * 99999)", "choices|tojson(indent=n)", "'a'|indent(n)", "'\t'.expandtabs(n)",
+        "choices|batch(n, 'x')|list", "choices|slice(n)|list", "1.5|round(n)", "choices|map('center', n)|list",
+        "'a'|attr('ljust')(n)", "n.to_bytes(n)",
+    ],
+)  # fmt: skip
+def test_a_prompt_makes_no_text_that_is_too_large(write: Write, expression: str) -> None:
+    data = MultipleChoiceData(test=write("test.jsonl", [{**CHOICE, "n": 10**9}]), prompt=f"{{{{ {expression} }}}}")
+    with pytest.raises(DataError, match=r"line 1: the row does not fit the prompt template: .* in it is too large"):
+        data.items("test")
+
+
+@pytest.mark.parametrize(
+    "doubled",
+    [
+        "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = ns.x + ns.x %}", "{% set ns.x = [ns.x, ns.x]|join %}",
+        "{% set ns.x = '%s%s' % (ns.x, ns.x) %}", "{% set ns.x = '{}{}'.format(ns.x, ns.x) %}",
+        "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}", "{% set ns.x = twice(ns.x) %}",
+        "{% set ns.x = [ns.x, ns.x] %}",
+    ],
+)  # fmt: skip
+def test_a_prompt_doubles_no_text_for_ever(write: Write, doubled: str) -> None:
+    macro = "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='ab') %}"
+    prompt = f"{macro}{{% for i in range(60) %}}{doubled}{{% endfor %}}{{{{ ns.x }}}}"
+    with pytest.raises(DataError, match="in it is too large"):
+        MultipleChoiceData(test=write("test.jsonl", [CHOICE]), prompt=prompt).items("test")
+
+
+def test_what_a_prompt_makes_is_what_jinja_makes() -> None:
+    row = {**CHOICE, "n": 10**9, "long": "word one " * 20_000}
+    prompt = (
+        "{{ 'a' ~ context ~ n ~ choices }} {{ '%s and %d' % (context, 3) }} {{ '{} {:>5}'.format(context, n) }} "
+        "{{ n % 7 }} {{ choices|join(', ') }} {{ ', '.join(choices) }} {{ choices|map('upper')|list }} "
+        "{{ choices|tojson(indent=2) }} "
+        "{{ (long|replace('word', 'another')).split(' ')|join(', ')|length }} {{ long|wordwrap(20)|indent(4) }} "
+        "{{ 1.25|round(1) }} {{ nothing|default(n) }} {{ context|center(9) }} {{ [choices] * 2 }} {{ 2 ** 10 }}"
+    )
+    expected = Environment(undefined=StrictUndefined).from_string(prompt).render(row)
+    assert Prompt(prompt).render(row) == expected
 
 
 def test_loops_of_a_prompt_are_those_of_jinja(write: Write) -> None:
