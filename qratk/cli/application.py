@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qratk.cli.checkpoint import require_checkpoint
-from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, sources_of
+from qratk.cli.diagnosis import Diagnosis, Mistake, Source, listed, pairs_for_numbers, sources_of
 from qratk.cli.outcome import threads_told, warnings_told
 from qratk.cli.parser import (
     COMMANDS,
@@ -123,6 +123,7 @@ class QratkCLI(LightningCLI, ABC):
                 each.examine = None
         given = [(section, self.settings.get(section)) for section in ("model", "trainer", names.SECTION)]
         wrong = [Mistake((name,), f"must hold settings by name, got {v!r}") for name, v in given if _is_value(v)]
+        wrong += pairs_for_numbers(self._sources, self.settings)
         if wrong:
             raise ConfigurationError(listed(wrong, self._sources))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ Keys = tuple[Any, ...]
 """Where a setting stands: the keys that lead to it."""
 
 _SPECIFICATION: Final = ("class_path", "init_args")
+_PAIR: Final = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ class Source:
         """The document without some settings."""
         wrong = {mistake.keys for mistake in mistakes}
         return _pruned(self.document, (), wrong)
+
+
+def pairs_for_numbers(sources: Sequence[Source], settings: Namespace) -> list[Mistake]:
+    """Mistakes of pairs such as 4:8 that a parser took for one number to the base of 60, here 248."""
+    found = []
+    for source in sources:
+        for keys in source.places:
+            value = _at(source.document, keys)
+            if isinstance(value, str) and _PAIR.fullmatch(value):
+                inner = (*keys[:-1], "init_args", keys[-1])
+                taken = (settings.get(".".join(map(str, path))) for path in (keys, inner))
+                if any(isinstance(number, int | float) for number in taken):
+                    found.append(Mistake(keys, f"expected a number, got {value!r}"))
+    return found
 
 
 class Diagnosis:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, TextIO
 
 from qratk.core.errors import QratkError
 
@@ -47,7 +47,14 @@ def threads_told() -> Iterator[None]:
 def warnings_told() -> Iterator[None]:
     """Context in which a warning is one line to a user, without the file and line of code that gave it."""
 
-    def tell(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         print(f"qratk: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     before, warnings.showwarning = warnings.showwarning, tell

@@ -106,6 +106,8 @@ def test_values_that_cannot_be_are_told_together_before_anything_is_loaded(capsy
         ("--model.bank_dir=", "--model.bank_dir: must be a folder, 'auto' or null, got ''"),
         ("--data.batch_size=1000000", "--data.batch_size: must be at most 65,536"),
         ("--model.quantizers={4: 3}", "--model.quantizers: must be names"),
+        ("--model.weight_decay=4:8", "--model.weight_decay: expected a number, got '4:8'"),
+        ("--data.batch_size=1:4", "--data.batch_size: expected a number, got '1:4'"),
     ],
 )
 def test_value_that_cannot_be_is_told_with_its_place(capsys, tmp_path, argument, text):
@@ -122,7 +124,8 @@ def test_value_that_cannot_be_is_told_with_its_place(capsys, tmp_path, argument,
         (b"\xff\xfe\x00", "more.yaml:1 is not UTF-8"),
         (b"", "more.yaml is empty"),
         (b"data: {class_path: null}\n", "more.yaml:1: 'class_path' must be a name"),
-        (b"trainer: [3]\n", "more.yaml:1: trainer: must hold settings by name, got [3]"),
+        (b"model:\n  weight_decay: 4:8\n  configuration: 4:8\n", "more.yaml:2: model.weight_decay: expected a number"),
+        (b"trainer: [3]\n", "more.yaml:1: 'trainer' must hold settings by name, as in 'trainer: {...}'"),
     ],
 )
 def test_file_that_holds_no_settings_is_told_in_one_message(capsys, tmp_path, content, text):
