@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _POINTER = b"version https://git-lfs"
 _SPECIAL = ("pad", "bos", "eos")
+_MOST_BLOCKS = 10_000
 
 
 def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
@@ -45,6 +46,7 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         _require_unquantised(name, config)
+        _require_possible(name, config)
         if weights:
             dtype: Any = {_dtype_argument(): "auto"}
             with working("loading the model"):
@@ -120,6 +122,16 @@ def _dtype_argument() -> str:
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def _require_possible(name: str, config: Any) -> None:
+    """Raise `UnsupportedModelError` for more blocks than any model has: making them would never end."""
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and not 1 <= blocks <= _MOST_BLOCKS:
+        raise UnsupportedModelError(
+            f"the configuration of {name!r} has num_hidden_layers {blocks:,}, but there must be between 1 and "
+            f"{_MOST_BLOCKS:,}; mend its config.json, or download it again"
+        )
 
 
 def _require_unquantised(name: str, config: Any) -> None:

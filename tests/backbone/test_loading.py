@@ -88,6 +88,13 @@ def test_weights_of_another_shape_are_one_message(stored: Path) -> None:
         loaded(stored)
 
 
+@pytest.mark.parametrize("blocks", [0, -1, 2147483648])
+def test_a_number_of_blocks_that_cannot_be_is_refused_before_they_are_made(stored: Path, blocks: int) -> None:
+    described(stored, num_hidden_layers=blocks)
+    with pytest.raises(UnsupportedModelError, match=f"num_hidden_layers {blocks:,}, but there must be between 1 and"):
+        loaded(stored, weights=False)
+
+
 def test_memory_that_runs_out_is_not_the_models_fault(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
