@@ -71,14 +71,18 @@ class CommandParser(LightningArgumentParser):
         raise CommandLineError(found)
 
 
+_OF_NO_USE: Final = ("Tip: For seamless cloud", "GPU available: False", "TPU available: ", "Seed set to ")
+
+
 def prepare_parsing() -> None:
     """Teach jsonargparse our YAML, and keep off what other libraries say that a user cannot act on."""
     set_loader(YAML_MODE, lambda text: names.resolve_document(load(text), COMMANDS), (yaml.YAMLError,))
     set_dumper(YAML_MODE, _as_yaml)
     # Lightning calls methods that jsonargparse has renamed; nothing a user could do.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # Lightning recommends its paid services at every start.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # At every start Lightning recommends its paid services, and names devices that are not there.
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(_is_of_use)
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     # PEFT asks transformers for a name that is on its way out; nothing a user could do.
@@ -110,5 +114,5 @@ def _as_yaml(data: Any) -> str:
     return yaml.safe_dump(names.named_document(without_secrets(data), COMMANDS), sort_keys=False, allow_unicode=True)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in str(record.msg)
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not any(text in str(record.msg) for text in _OF_NO_USE)

@@ -97,3 +97,16 @@ def test_kernels_that_nobody_needs_are_not_recommended():
     code = "import qratk.cli, logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == logging.ERROR
+
+
+def test_lightning_says_only_what_is_of_use(caplog):
+    from qratk.cli.parser import prepare_parsing
+
+    prepare_parsing()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        for text in ("GPU available: False, used: False", "TPU available: False, using: 0 TPU cores", "`fit` stopped"):
+            logger.info(text)
+    with caplog.at_level(logging.INFO, logger="lightning.fabric.utilities.seed"):
+        logging.getLogger("lightning.fabric.utilities.seed").info("Seed set to 0")
+    assert [record.message for record in caplog.records] == ["`fit` stopped"]
