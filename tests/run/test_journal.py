@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from qratk.core import Candidate, Configuration, Evaluation, Footprint, RunDirectoryError
 from qratk.run import files
 from qratk.run.journal import Journal, read_journal
+from qratk.settings.identity import comparable
 
 FOOTPRINT = Footprint(weights=10, metadata=2, adapters=3, fixed=5, training_bytes=40, serving_bytes=30)
 
@@ -116,6 +118,29 @@ def test_a_full_disk_ends_in_an_error_that_says_what_to_do(tmp_path: Path) -> No
         kept = len(journal)
     with Journal(tmp_path) as journal:
         assert len(journal) == kept
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_as_such(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(RunDirectoryError, match=r"(?i)journal\.sqlite.*free some space"):
+            Journal(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with Journal(tmp_path) as journal:
+        assert len(journal) == 0
+
+
+def test_settings_that_decide_no_measurement_may_be_others_when_a_search_goes_on(tmp_path: Path) -> None:
+    settings = {"search": {"test": True, "name": "a", "seed": 0}, "trainer": {"logger": True}, "model": {"model": "x"}}
+    shown = {"search": {"test": False, "name": "b", "seed": 0}, "trainer": {"logger": False}, "model": {"model": "x"}}
+    for given in (settings, shown):
+        with Journal(tmp_path) as journal:
+            journal.bind("config", given, comparable=comparable)
+    settings["search"]["seed"] = 1
+    with Journal(tmp_path) as journal, pytest.raises(RunDirectoryError, match=r"search\.seed: 0 there, 1 now"):
+        journal.bind("config", settings, comparable=comparable)
 
 
 def test_what_a_running_search_has_recorded_can_be_read_beside_it(tmp_path: Path) -> None:
