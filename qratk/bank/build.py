@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from qratk.bank.calibration import Calibration
-from qratk.bank.linear import BankLinear, Packed, ReferenceVariant, Variant
+from qratk.bank.linear import BankLinear, Packed, PackedVariant, ReferenceVariant
 from qratk.bank.store import BankStore, Part, Plan, return_freed_memory
 from qratk.bank.table import Chosen, QuantizerTable, local_name
 from qratk.core.errors import QuantizationError
@@ -136,7 +136,7 @@ class Packer:
             chosen = to_pack.get(name) or self._chosen(layer, name, plan.bits)
             tensors = packed[name] if name in packed else self.packed(name, chosen)
             placed = {key: tensor.to(bank.device) for key, tensor in tensors.items()}
-            bank.add_variant(plan.bits, Variant(chosen.quantizer, chosen.bits, placed))
+            bank.add_variant(plan.bits, PackedVariant(chosen.quantizer, chosen.bits, placed))
 
     def packed(self, name: str, chosen: Chosen) -> Packed:
         """The packed weight of a projection, from its reference."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -20,13 +21,25 @@ VariantKey = int | tuple[int, int]
 """Bits, or (bits, rank) of a weight that was packed for adapters of one rank."""
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(ABC):
     """A weight packed by a quantizer: which one, at how many bits (more than asked for after a fallback)."""
 
     quantizer: Quantizer
     bits: int
-    packed: Packed
+
+    @property
+    @abstractmethod
+    def packed(self) -> Packed:
+        """The packed tensors."""
+
+    @property
+    @abstractmethod
+    def held(self) -> bool:
+        """Whether the packed tensors are kept, and so survive the release of the reference."""
+
+    @abstractmethod
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Variant:
+        """The same with every tensor moved."""
 
     def dequantize(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Dense weight (d_out, d_in)."""
@@ -37,18 +50,38 @@ class Variant:
         """Bytes of the packed tensors."""
         return sum(tensor.nbytes for tensor in self.packed.values())
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Variant:
+
+@final
+@dataclass(frozen=True)
+class PackedVariant(Variant):
+    """A weight in packed form."""
+
+    quantizer: Quantizer
+    bits: int
+    tensors: Packed
+
+    @property
+    def packed(self) -> Packed:
+        """The packed tensors."""
+        return self.tensors
+
+    @property
+    def held(self) -> bool:
+        """Yes."""
+        return True
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> PackedVariant:
         """The same with every tensor moved."""
-        return Variant(self.quantizer, self.bits, {name: move(tensor) for name, tensor in self.packed.items()})
+        return PackedVariant(self.quantizer, self.bits, {name: move(tensor) for name, tensor in self.tensors.items()})
 
 
+@final
+@dataclass(frozen=True)
 class ReferenceVariant(Variant):
     """A weight packed anew whenever it is used, from a reference that is there anyway: nothing is held besides."""
 
-    def __init__(self, quantizer: Quantizer, bits: int, reference: torch.Tensor) -> None:
-        for name, value in (("quantizer", quantizer), ("bits", bits), ("reference", reference)):
-            object.__setattr__(self, name, value)
-
+    quantizer: Quantizer
+    bits: int
     reference: torch.Tensor
 
     @property
@@ -57,7 +90,12 @@ class ReferenceVariant(Variant):
         with torch.no_grad():
             return self.quantizer.quantize(self.reference.contiguous(), self.bits)
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Variant:
+    @property
+    def held(self) -> bool:
+        """No."""
+        return False
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> ReferenceVariant:
         """The same over the moved reference."""
         return ReferenceVariant(self.quantizer, self.bits, move(self.reference))
 
@@ -210,7 +248,7 @@ class BankLinear(nn.Linear):
 
     def holds(self, bits: int) -> bool:
         """Whether a bit-width is there in packed form, and so survives the release of the reference."""
-        return bits in self._variants and not isinstance(self._variants[bits], ReferenceVariant)
+        return bits in self._variants and self._variants[bits].held
 
     def require(self, bits: int, rank: int | None = None) -> Variant:
         """The variant of a bit-width, packed for this rank if there is such a one.

@@ -197,18 +197,18 @@ def _quantizer(specification: Mapping[str, Any]) -> Quantizer:
 def _variants(
     projections: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, Variant, torch.Tensor | None]]:
-    from qratk.bank.linear import Variant
+    from qratk.bank.linear import PackedVariant
 
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
         parts.setdefault(name, {})[part] = tensor
-    found = {}
+    found: dict[str, tuple[int, Variant, torch.Tensor | None]] = {}
     for name, projection in projections.items():
         if name not in parts:
             raise ConfigurationError(f"{LAYERS} holds no tensors of {name!r}; the directory is incomplete")
         bias = parts[name].pop("bias", None)
-        variant = Variant(_quantizer(projection["quantizer"]), int(projection["packed_bits"]), parts[name])
+        variant = PackedVariant(_quantizer(projection["quantizer"]), int(projection["packed_bits"]), parts[name])
         found[name] = (int(projection["bits"]), variant, bias)
     return found
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.layers import find_blocks
 from qratk.backbone.logits import labelled_logits, labelled_loss, targets_of
-from qratk.bank.linear import BankLinear, Variant, dequantized_matmul
+from qratk.bank.linear import BankLinear, PackedVariant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
 from qratk.peaks.scratch import SCRATCH
@@ -300,7 +300,7 @@ def twin_of(backbone: Backbone, *, gradient_checkpointing: bool = False, blocks:
     for name, bank in twin.banks.items():
         bias = backbone.banks[name].bias
         bank.install(
-            16, Variant(_NO_QUANTIZER, 16, {}), None if bias is None else torch.empty_like(bias, device="meta")
+            16, PackedVariant(_NO_QUANTIZER, 16, {}), None if bias is None else torch.empty_like(bias, device="meta")
         )
     if gradient_checkpointing:
         twin.enable_gradient_checkpointing()
@@ -377,7 +377,7 @@ def _install(
                 ledger.adopt(dense, "workspace")
             after = chosen.quantizer.adds_bias_afterwards
             stand_in: Any = _StandIn(ledger, extra if unpacking else 0, dense, after)
-            bank.install(choice.bits, Variant(stand_in, chosen.bits, {"codes": packed}), bank.bias)
+            bank.install(choice.bits, PackedVariant(stand_in, chosen.bits, {"codes": packed}), bank.bias)
             bank.forward = partial(_multiply, bank, stand_in)  # type: ignore[method-assign]
             twin.adapters.outline(name, choice.rank)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qratk.bank.linear import BankLinear, Variant
+from qratk.bank.linear import BankLinear, PackedVariant
 from qratk.core.errors import QuantizationError
 from qratk.quantizers.base import quantizers
 
@@ -23,7 +23,7 @@ def make_bank(*, bias=True, shape=(48, 64), dense_cache="off", dtype=torch.float
     )
     for bits, name in QUANTIZERS.items():
         quantizer = quantizers.create(name)
-        bank.add_variant(bits, Variant(quantizer, bits, quantizer.quantize(weight, bits)))
+        bank.add_variant(bits, PackedVariant(quantizer, bits, quantizer.quantize(weight, bits)))
     return bank
 
 
@@ -95,7 +95,7 @@ def test_a_replaced_variant_is_not_answered_from_the_cache():
     bank = make_bank(dense_cache="on")
     before = bank.dense_weight(4, torch.float32)
     nf4 = quantizers.create("nf4")
-    bank.add_variant(4, Variant(nf4, 4, nf4.quantize(-bank.reference, 4)))
+    bank.add_variant(4, PackedVariant(nf4, 4, nf4.quantize(-bank.reference, 4)))
     assert torch.equal(bank.dense_weight(4, torch.float32), bank.dequantized(4))
     assert not torch.equal(bank.dense_weight(4, torch.float32), before)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qratk.bank.linear import BankLinear, Variant
+from qratk.bank.linear import BankLinear, PackedVariant
 from qratk.estimators.base import estimators
 from qratk.quantizers.base import quantizers
 
@@ -80,7 +80,7 @@ def banked_linear(child: nn.Module) -> BankLinear:
     bank = BankLinear(weight.T if isinstance(child, Conv1D) else weight, child.bias)
     for bits, name in ((16, "none"), (LOWEST, "nf4")):
         quantizer = quantizers.create(name)
-        bank.add_variant(bits, Variant(quantizer, bits, quantizer.quantize(bank.reference, bits)))
+        bank.add_variant(bits, PackedVariant(quantizer, bits, quantizer.quantize(bank.reference, bits)))
     bank.activate(16)
     return bank
 

@@ -125,14 +125,14 @@ class FirstValues:
         return build() if store is None else store.fetch(plan, index, build)
 
     def _take(self, part: Part, bits: int, rank: int, tensors: Mapping[str, Any]) -> None:
-        from qratk.bank.linear import Variant
+        from qratk.bank.linear import PackedVariant
 
         packed, factors = divided(dict(tensors))
         bank = self._banks[part.name]
         self._factors[part.name, bits, rank if packed else None] = factors
         if packed:
             placed = {key: tensor.to(bank.device) for key, tensor in packed.items()}
-            bank.add_variant(bits, Variant(part.chosen.quantizer, part.chosen.bits, placed), rank=rank)
+            bank.add_variant(bits, PackedVariant(part.chosen.quantizer, part.chosen.bits, placed), rank=rank)
 
     def factors(self, name: str, bits: int, rank: int) -> Factors | None:
         """First values of a projection's adapter, before scaling; None where it begins without effect.
