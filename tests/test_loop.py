@@ -203,8 +203,17 @@ def test_the_global_phase_stops_when_the_hypervolume_stalls(tmp_path: Path) -> N
     assert "hypervolume" in result.stop_reasons["global"]
 
 
-@pytest.mark.parametrize("refiner", ["none", "trust_region"])
-@pytest.mark.parametrize("limit", [0, 7, 33])
+@pytest.mark.parametrize(
+    ("limit", "refiner"),
+    [
+        (0, "none"),
+        (7, "trust_region"),
+        (33, "none"),
+        pytest.param(0, "trust_region", marks=pytest.mark.slow),
+        pytest.param(7, "none", marks=pytest.mark.slow),
+        pytest.param(33, "trust_region", marks=pytest.mark.slow),
+    ],
+)
 def test_a_search_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     tmp_path: Path, limit: int, refiner: str
 ) -> None:

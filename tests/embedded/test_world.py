@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import get_args
@@ -26,9 +27,14 @@ from qratk.embedded.world import (
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
+@cache
+def _people() -> frozenset[str]:
+    return frozenset(person.name for person in make_world().people)
+
+
 def _names(row: Row) -> tuple[str, ...]:
     """The people whom a row speaks of."""
-    known = {person.name for person in make_world().people}
+    known = _people()
     words = f"{row.context} {row.question}".replace(".", " ").replace("?", " ").split()
     return tuple(word for word in words if word in known)
 

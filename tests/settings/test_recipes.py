@@ -43,7 +43,16 @@ def test_ablation_searches_the_simulated_landscape(path, tmp_path):
     assert result.plan.problem.feasible(result.best.configuration)
 
 
-@pytest.mark.parametrize("swept", read_sweeps(SWEEPS), ids=lambda swept: swept.point.name)
+def sweep_values():
+    """Every value of the sweeps; all but the first of each setting are slow."""
+    seen = set()
+    for swept in read_sweeps(SWEEPS):
+        marks = [pytest.mark.slow] if swept.point.setting in seen else []
+        seen.add(swept.point.setting)
+        yield pytest.param(swept, id=swept.point.name, marks=marks)
+
+
+@pytest.mark.parametrize("swept", sweep_values())
 def test_value_of_a_sweep_searches_the_simulated_landscape(swept, tmp_path):
     result = searched(tmp_path, swept.document["search"])
     assert result.plan.name == swept.point.name
