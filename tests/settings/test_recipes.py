@@ -52,7 +52,7 @@ def sweep_values():
         yield pytest.param(swept, id=swept.point.name, marks=marks)
 
 
-@pytest.mark.parametrize("swept", sweep_values())
+@pytest.mark.parametrize("swept", list(sweep_values()))
 def test_value_of_a_sweep_searches_the_simulated_landscape(swept, tmp_path):
     result = searched(tmp_path, swept.document["search"])
     assert result.plan.name == swept.point.name
