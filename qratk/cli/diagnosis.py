@@ -67,8 +67,7 @@ def pairs_for_numbers(sources: Sequence[Source], settings: Namespace) -> list[Mi
     """Mistakes of pairs such as 4:8 that a parser took for one number to the base of 60, here 248."""
     found = []
     for source in sources:
-        for keys in source.places:
-            value = _at(source.document, keys)
+        for keys, value in _leaves(source.document):
             if isinstance(value, str) and _PAIR.fullmatch(value):
                 inner = (*keys[:-1], "init_args", keys[-1])
                 taken = (settings.get(".".join(map(str, path))) for path in (keys, inner))
@@ -237,6 +236,16 @@ def _pruned(document: Mapping[Any, Any], keys: Keys, wrong: set[Keys]) -> dict[A
             continue
         kept[key] = _pruned(value, inner, wrong) if isinstance(value, Mapping) else value
     return kept
+
+
+def _leaves(document: Mapping[Any, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Settings that hold no others, with their keys as text: those of quantizers are numbers."""
+    for key, value in document.items():
+        keys = (*above, str(key))
+        if isinstance(value, Mapping):
+            yield from _leaves(value, keys)
+        else:
+            yield keys, value
 
 
 def _at(document: Mapping[Any, Any], keys: Keys) -> Any:

@@ -136,6 +136,15 @@ def test_file_that_holds_no_settings_is_told_in_one_message(capsys, tmp_path, co
     assert lines[0].startswith(f"qratk: error: {text}")
 
 
+def test_bit_widths_are_keys_that_are_no_text(capsys, tmp_path):
+    quantizers = {2: {"class_path": "hqq", "init_args": {"group_size": 32}}, 4: "nf4"}
+    settings = {**GOOD, "model": {**GOOD["model"], "quantizers": quantizers, "weight_decay": "4:8"}}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings).replace("'4:8'", "4:8"))
+    status, lines = refused(capsys, "plan", "--config", "my.yaml")
+    assert status == 1
+    assert "model.weight_decay: expected a number, got '4:8'" in lines[0]
+
+
 @pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging", "EMAWeightAveraging"])
 def test_callback_that_averages_weights_is_refused_with_a_cure(name):
     from lightning.pytorch import callbacks
