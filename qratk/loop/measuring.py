@@ -56,6 +56,18 @@ class Measuring:
                 measured.append(known)
         return measured
 
+    def prune(self) -> None:
+        """Delete checkpoints that nothing will continue or report."""
+        state, highest = self.state, self.plan.ladder.highest
+        kept = {e.configuration for e in state.front(highest).evaluations} | set(self.plan.baselines)
+        kept |= {state.best.configuration} if state.best else set()
+        for evaluation in state.history:
+            key = (evaluation.configuration, evaluation.steps)
+            needed = evaluation.steps == highest and evaluation.configuration in kept
+            if evaluation.checkpoint and not needed and key not in state.discarded:
+                self.evaluator.discard(evaluation)
+                state.discarded.add(key)
+
     def _tell(self, record: Record, stage: Stage) -> None:
         self.reporter.evaluated(record, self._progress(stage, record.evaluation.steps))
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-
 from qratk.core.errors import SearchError
-from qratk.core.evaluation import Candidate, Evaluation, Request
+from qratk.core.evaluation import Candidate, Request
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
-from qratk.core.result import GenerationSummary, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.result import SearchPlan, SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import listening
 from qratk.evaluators.base import EvaluationContext
 from qratk.executors.base import Blueprint
 from qratk.loop.answer import conclude
 from qratk.loop.asking import Asking
+from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
-from qratk.loop.promotion import Promotion, Trust, going, promote
-from qratk.loop.settings import Schedule, SearchSettings
+from qratk.loop.refining import Refining
+from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
-from qratk.loop.stopping import cap_reached, enough, room
+from qratk.loop.stopping import room
 from qratk.mutations.proposer import Proposer
 from qratk.reporters.base import Reporter
 from qratk.run.journal import Comparable, Journal
@@ -127,13 +123,14 @@ def _search(
     proposer = Proposer(problem, settings.mutations, settings.repair)
     state = SearchState(problem, settings.ladder, baselines, settings.alpha)
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
-    phases = _Phases(settings, context, proposer, measuring, Asking(journal, proposer, clock))
-    phases.measure_baselines()
-    stop_reasons = {"global": phases.explore()}
+    asking = Asking(journal, proposer, clock)
+    _measure_baselines(settings, measuring)
+    exploring = Exploring(settings, context, proposer, measuring, asking)
+    stop_reasons = {"global": exploring.run()}
     if settings.promotion == "last":
-        phases.promote_last()
-    utility = phases.freeze_utility()
-    stop_reasons["local"] = phases.refine(utility)
+        exploring.promote_last()
+    utility = _frozen_utility(settings, state)
+    stop_reasons["local"] = Refining(settings, proposer, measuring, asking).run(utility)
     result = conclude(
         settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=tests
     )
@@ -160,177 +157,25 @@ def _pose(settings: SearchSettings, journal: Journal, reporter: Reporter, clock:
     return Problem(evaluator.shapes, memory, budget, Importance(tuple(scores["bits"]), tuple(scores["rank"])))
 
 
-@dataclass(frozen=True)
-class _Phases:
-    """The phases of one search, over its state."""
+def _measure_baselines(settings: SearchSettings, measuring: Measuring) -> None:
+    """Uniform configurations that fit, on every rung: the promise never to be worse, and the first pairs."""
+    candidates = [Candidate(c, "uniform", phase="baseline") for c in measuring.plan.baselines]
+    for steps in settings.ladder.steps:
+        going_on = candidates[: room(settings, measuring.state, steps)]
+        measuring.measure([Request(candidate, steps) for candidate in going_on], Stage("baseline"))
 
-    settings: SearchSettings
-    context: EvaluationContext
-    proposer: Proposer
-    measuring: Measuring
-    asking: Asking
 
-    @property
-    def _state(self) -> SearchState:
-        return self.measuring.state
-
-    def measure_baselines(self) -> None:
-        """Uniform configurations that fit, on every rung: the promise never to be worse, and the first pairs."""
-        candidates = [Candidate(c, "uniform", phase="baseline") for c in self.measuring.plan.baselines]
-        for steps in self.settings.ladder.steps:
-            going_on = candidates[: room(self.settings, self._state, steps)]
-            self.measuring.measure([Request(candidate, steps) for candidate in going_on], Stage("baseline"))
-
-    # Phase I
-
-    def explore(self) -> str:
-        """Generation after generation; says why that ended."""
-        settings, searcher = self.settings, self.settings.searcher
-        rng = np.random.default_rng([settings.seed, 1])
-        searcher.attach(self.context)
-        searcher.begin(self.proposer, settings.ladder)
-        for number in range(1, settings.generations + 1):
-            began, stage = time.monotonic(), Stage("global", number)
-            requests = self.asking.asked(f"generation/{number}", searcher, rng, partial(self._ask_searcher, stage))
-            if not requests:
-                return "nothing new could be proposed"
-            measured, trust = self._race([r.candidate for r in requests], settings.race(len(requests)), stage)
-            searcher.tell(measured)
-            self._summarise(number, trust, time.monotonic() - began)
-            if settings.promotion == "each":  # else any of them may still go on
-                self._prune()
-            if reason := enough(settings, self._state):
-                return reason
-        return (
-            f"the cap of {settings.generations} generations" if settings.generations else "no generation was asked for"
+def _frozen_utility(settings: SearchSettings, state: SearchState) -> Utility:
+    """The utility that phase II and the answer go by, its ranges those of what was measured at T_S by now."""
+    highest = settings.ladder.highest
+    measured = state.fitting(highest)
+    if not measured:
+        reasons = Counter(e.reason for e in state.history if not e.ok).most_common(1)
+        why = f"; most often: {reasons[0][0]}" if reasons else ""
+        raise SearchError(
+            f"no configuration could be measured at {highest} steps{why}. "
+            "See evaluations.csv for every reason; a smaller learning rate or batch size is the usual cure."
         )
-
-    def _ask_searcher(self, stage: Stage, rng: np.random.Generator) -> tuple[Request, ...]:
-        candidates = self.settings.searcher.ask(self._state.history, rng)
-        if not candidates:
-            return ()
-        (first, _), *_ = self.settings.race(len(candidates))
-        return tuple(Request(_placed(candidate, stage), first) for candidate in candidates)
-
-    def promote_last(self) -> None:
-        """The one race after phase I: the best of all generations go up the ladder."""
-        lowest = self.settings.ladder.lowest
-        records = self._state.records
-        ran = [r.candidate for r in records if r.candidate.phase == "global" and r.evaluation.steps == lowest]
-        _, *higher = self.settings.last_race
-        self._race(ran, ((lowest, len(ran)), *higher), Stage("global"))
-
-    def _race(
-        self, candidates: Sequence[Candidate], schedule: Schedule, stage: Stage
-    ) -> tuple[list[Evaluation], Trust]:
-        """All that was measured of the candidates: each rung continues the most promising of the rung below."""
-        running, measured, below, trust = list(candidates), list[Evaluation](), 0, Trust()
-        for steps, size in schedule:
-            left = room(self.settings, self._state, steps)
-            if below:
-                decision = self._promotion(running, below, size if left is None else min(size, left), stage)
-                running, trust = going(decision, running), trust.after(decision)
-            else:
-                running = running[:left]
-            measured += self.measuring.measure([Request(candidate, steps) for candidate in running], stage)
-            below = steps
-        return measured, trust
-
-    def _promotion(self, candidates: Sequence[Candidate], low: int, size: int, stage: Stage) -> Promotion:
-        state, problem, clock = self._state, self.proposer.problem, self.measuring.clock
-
-        def decide() -> Promotion:
-            with clock.timed("strategy"):
-                return promote(self.settings, problem, state.history, candidates, low, size)
-
-        decision: Promotion = self.measuring.journal.decided(f"promotion/{stage.number}/{low}", decide)
-        return decision
-
-    def _summarise(self, number: int, trust: Trust, seconds: float) -> None:
-        state = self._state
-        front = state.front(self.settings.judged_at)
-        volume = front.hypervolume(self._reference_corner(), self.proposer.problem.budget.limit_bytes)
-        before = state.generations[-1].hypervolume if state.generations else 0.0
-        growth = (volume - before) / (before + 1e-12) if state.generations else math.inf
-        summary = GenerationSummary(number, front, volume, growth, state.best, trust.quality, trust.used, seconds)
-        state.generations.append(summary)
-        self.measuring.reporter.generation(summary)
-
-    def _reference_corner(self) -> tuple[float, float]:
-        """Corner of the hypervolume, fixed after generation 1: a tenth beyond the worst score and the budget."""
-
-        def fix() -> list[float]:
-            scores = [e.score for e in self._state.fitting(self.settings.judged_at)]
-            if not scores:
-                return [math.inf, 1.1]
-            return [-(min(scores) - 0.1 * ((max(scores) - min(scores)) or 1.0)), 1.1]
-
-        corner = self.measuring.journal.decided("hypervolume reference", fix)
-        return corner[0], corner[1]
-
-    # Phase II
-
-    def freeze_utility(self) -> Utility:
-        """The utility that phase II and the answer go by, its ranges those of what was measured at T_S by now."""
-        measured = self._state.fitting(self.settings.ladder.highest)
-        if not measured:
-            raise SearchError(_nothing_measured(self.settings, self._state))
-        utility = Utility.over(measured, alpha=self.settings.alpha, scope=self.settings.scope)
-        self._state.freeze(utility)
-        return utility
-
-    def refine(self, utility: Utility) -> str:
-        """Step after step of the refiner; says why that ended."""
-        settings, refiner, state = self.settings, self.settings.refiner, self._state
-        rng = np.random.default_rng([settings.seed, 2])
-        refiner.begin(self.proposer, settings.ladder, utility, state.history)
-        reason = self._refine(rng)
-        self._prune()
-        return reason
-
-    def _refine(self, rng: np.random.Generator) -> str:
-        refiner, state = self.settings.refiner, self._state
-        while not refiner.finished:
-            if reason := cap_reached(self.settings, state):
-                return reason
-            began, before = time.monotonic(), state.best
-            stage = Stage("local", len(state.refinements) + 1)
-            requests = self.asking.asked(f"refinement/{stage.number}", refiner, rng, partial(self._ask_refiner, stage))
-            if not requests:
-                return refiner.stop_reason or "nothing new could be proposed"
-            refiner.tell(self.measuring.measure(requests, stage))
-            improved = state.best is not before
-            seconds = time.monotonic() - began
-            summary = RefinementSummary(stage.number, state.best, improved, refiner.diagnostics, seconds)
-            state.refinements.append(summary)
-            self.measuring.reporter.refinement(summary)
-        return refiner.stop_reason
-
-    def _ask_refiner(self, stage: Stage, rng: np.random.Generator) -> tuple[Request, ...]:
-        requests = self.settings.refiner.ask(self._state.history, rng)
-        return tuple(replace(request, candidate=_placed(request.candidate, stage)) for request in requests)
-
-    def _prune(self) -> None:
-        """Delete checkpoints that nothing will continue or report."""
-        state, highest = self._state, self.settings.ladder.highest
-        kept = {e.configuration for e in state.front(highest).evaluations} | set(self.measuring.plan.baselines)
-        kept |= {state.best.configuration} if state.best else set()
-        for evaluation in state.history:
-            key = (evaluation.configuration, evaluation.steps)
-            needed = evaluation.steps == highest and evaluation.configuration in kept
-            if evaluation.checkpoint and not needed and key not in state.discarded:
-                self.settings.evaluator.discard(evaluation)
-                state.discarded.add(key)
-
-
-def _placed(candidate: Candidate, stage: Stage) -> Candidate:
-    return replace(candidate, generation=stage.number, phase=stage.phase)
-
-
-def _nothing_measured(settings: SearchSettings, state: SearchState) -> str:
-    reasons = Counter(e.reason for e in state.history if not e.ok).most_common(1)
-    why = f"; most often: {reasons[0][0]}" if reasons else ""
-    return (
-        f"no configuration could be measured at {settings.ladder.highest} steps{why}. "
-        "See evaluations.csv for every reason; a smaller learning rate or batch size is the usual cure."
-    )
+    utility = Utility.over(measured, alpha=settings.alpha, scope=settings.scope)
+    state.freeze(utility)
+    return utility

@@ -20,7 +20,7 @@ from qratk.core.result import SearchResult
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import Evaluator
-from qratk.executors.base import Executor, executors
+from qratk.executors.base import Blueprint, Executor, executors
 from qratk.mutations.base import MutationOperator
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
@@ -149,6 +149,7 @@ class SearchSettings(ABC):
         module: FineTuneModule | None = None,
         datamodule: TaskData | None = None,
         trainer: Callable[..., Trainer] | None = None,
+        blueprint: Blueprint | None = None,
     ) -> SearchResult:
         """What the search found."""
 

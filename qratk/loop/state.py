@@ -6,12 +6,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qratk.core import answer
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Evaluation, FidelityLadder, History
+from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan
@@ -26,6 +26,10 @@ class Stage:
 
     phase: Phase
     number: int = 0
+
+    def placed(self, candidate: Candidate) -> Candidate:
+        """The candidate, of this stage."""
+        return replace(candidate, generation=self.number, phase=self.phase)
 
 
 class Clock:

@@ -1,0 +1,124 @@
+"""Phase I: generation after generation of the global searcher, each a race up the rungs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import numpy as np
+
+from qratk.core.evaluation import Candidate, Evaluation, Request
+from qratk.core.result import GenerationSummary
+from qratk.evaluators.base import EvaluationContext
+from qratk.loop.asking import Asking
+from qratk.loop.measuring import Measuring
+from qratk.loop.promotion import Promotion, Trust, going, promote
+from qratk.loop.settings import Schedule, SearchSettings
+from qratk.loop.state import SearchState, Stage
+from qratk.loop.stopping import enough, room
+from qratk.mutations.proposer import Proposer
+
+
+@final
+@dataclass(frozen=True)
+class Exploring:
+    """Has the searcher propose and the candidates race, until it is over."""
+
+    settings: SearchSettings
+    context: EvaluationContext
+    proposer: Proposer
+    measuring: Measuring
+    asking: Asking
+
+    @property
+    def _state(self) -> SearchState:
+        return self.measuring.state
+
+    def run(self) -> str:
+        """Generation after generation; says why that ended."""
+        settings, searcher = self.settings, self.settings.searcher
+        rng = np.random.default_rng([settings.seed, 1])
+        searcher.attach(self.context)
+        searcher.begin(self.proposer, settings.ladder)
+        for number in range(1, settings.generations + 1):
+            began, stage = time.monotonic(), Stage("global", number)
+            requests = self.asking.asked(f"generation/{number}", searcher, rng, partial(self._ask_searcher, stage))
+            if not requests:
+                return "nothing new could be proposed"
+            measured, trust = self._race([r.candidate for r in requests], settings.race(len(requests)), stage)
+            searcher.tell(measured)
+            self._summarise(number, trust, time.monotonic() - began)
+            if settings.promotion == "each":  # else any of them may still go on
+                self.measuring.prune()
+            if reason := enough(settings, self._state):
+                return reason
+        return (
+            f"the cap of {settings.generations} generations" if settings.generations else "no generation was asked for"
+        )
+
+    def _ask_searcher(self, stage: Stage, rng: np.random.Generator) -> tuple[Request, ...]:
+        candidates = self.settings.searcher.ask(self._state.history, rng)
+        if not candidates:
+            return ()
+        (first, _), *_ = self.settings.race(len(candidates))
+        return tuple(Request(stage.placed(candidate), first) for candidate in candidates)
+
+    def promote_last(self) -> None:
+        """The one race after phase I: the best of all generations go up the ladder."""
+        lowest = self.settings.ladder.lowest
+        records = self._state.records
+        ran = [r.candidate for r in records if r.candidate.phase == "global" and r.evaluation.steps == lowest]
+        _, *higher = self.settings.last_race
+        self._race(ran, ((lowest, len(ran)), *higher), Stage("global"))
+
+    def _race(
+        self, candidates: Sequence[Candidate], schedule: Schedule, stage: Stage
+    ) -> tuple[list[Evaluation], Trust]:
+        """All that was measured of the candidates: each rung continues the most promising of the rung below."""
+        running, measured, below, trust = list(candidates), list[Evaluation](), 0, Trust()
+        for steps, size in schedule:
+            left = room(self.settings, self._state, steps)
+            if below:
+                decision = self._promotion(running, below, size if left is None else min(size, left), stage)
+                running, trust = going(decision, running), trust.after(decision)
+            else:
+                running = running[:left]
+            measured += self.measuring.measure([Request(candidate, steps) for candidate in running], stage)
+            below = steps
+        return measured, trust
+
+    def _promotion(self, candidates: Sequence[Candidate], low: int, size: int, stage: Stage) -> Promotion:
+        state, problem, clock = self._state, self.proposer.problem, self.measuring.clock
+
+        def decide() -> Promotion:
+            with clock.timed("strategy"):
+                return promote(self.settings, problem, state.history, candidates, low, size)
+
+        decision: Promotion = self.measuring.journal.decided(f"promotion/{stage.number}/{low}", decide)
+        return decision
+
+    def _summarise(self, number: int, trust: Trust, seconds: float) -> None:
+        state = self._state
+        front = state.front(self.settings.judged_at)
+        volume = front.hypervolume(self._reference_corner(), self.proposer.problem.budget.limit_bytes)
+        before = state.generations[-1].hypervolume if state.generations else 0.0
+        growth = (volume - before) / (before + 1e-12) if state.generations else math.inf
+        summary = GenerationSummary(number, front, volume, growth, state.best, trust.quality, trust.used, seconds)
+        state.generations.append(summary)
+        self.measuring.reporter.generation(summary)
+
+    def _reference_corner(self) -> tuple[float, float]:
+        """Corner of the hypervolume, fixed after generation 1: a tenth beyond the worst score and the budget."""
+
+        def fix() -> list[float]:
+            scores = [e.score for e in self._state.fitting(self.settings.judged_at)]
+            if not scores:
+                return [math.inf, 1.1]
+            return [-(min(scores) - 0.1 * ((max(scores) - min(scores)) or 1.0)), 1.1]
+
+        corner = self.measuring.journal.decided("hypervolume reference", fix)
+        return corner[0], corner[1]
