@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -92,9 +93,18 @@ def _answered(worker: _Worker, task: Task) -> Done | Raised:
     try:
         return worker.answer(task)
     except Exception as error:
-        return Raised(error, traceback.format_exc())
+        return Raised(_sendable(error), traceback.format_exc())
     except SystemExit as stop:
         return Raised(SearchError(f"a part of the search ended a worker ({stop!r})"), traceback.format_exc())
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error; a `SearchError` of the same words where it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # it holds what cannot be sent, or is not made again from what it holds
+        return SearchError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class _Worker:

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +160,39 @@ class Broken(ToyEvaluator):
         raise SearchError("it is broken")
 
 
+class UnmailableError(Exception):
+    """Is not made again from its arguments, or holds what cannot be sent."""
+
+    def __init__(self, disk: str, *, held: Callable[[], None] | None) -> None:
+        super().__init__(f"the disk {disk} is full")
+        self.held = held
+
+
+class Unheard(ToyEvaluator):
+    """Fails by an error that does not survive the way to another process.
+
+    Args:
+        held: whether the error holds what cannot be sent; else it is not made again where it arrives.
+    """
+
+    def __init__(self, *, held: bool) -> None:
+        super().__init__(num_layers=4)
+        self.held = held
+
+    def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+        raise UnmailableError("sda", held=(lambda: None) if self.held else None)
+
+
 def test_what_a_worker_raises_is_raised_with_its_trace(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match="it is broken") as raised:
         search(tmp_path, Broken(num_layers=4), {"processes": {"workers": 1}})
+    assert any("in evaluate" in note for note in raised.value.__notes__)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_error_that_cannot_be_sent_is_told_in_its_own_words(tmp_path: Path, held: bool) -> None:
+    with pytest.raises(SearchError, match="UnmailableError: the disk sda is full") as raised:
+        search(tmp_path / "run", Unheard(held=held), Processes(workers=1))
     assert any("in evaluate" in note for note in raised.value.__notes__)
 
 
