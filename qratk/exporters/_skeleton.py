@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
 
 
 def empty_like(backbone: Backbone) -> PreTrainedModel:
-    """A model of the backbone's class and configuration: parameters on the meta device, buffers real."""
-    return empty_model(type(backbone.base), backbone.config)
+    """A model of the backbone's class and configuration: parameters on the meta device, buffers real.
+
+    It generates as the original does: where an answer ends, a chat model says there alone.
+    """
+    model = empty_model(type(backbone.base), backbone.config)
+    generation = getattr(backbone.base, "generation_config", None)
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    return model
 
 
 def empty_model(cls: Any, config: Any) -> PreTrainedModel:

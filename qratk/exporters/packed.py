@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "qratk-quantized", 1
 DESCRIPTION, LAYERS, FIXED = "quantized.json", "quantized.safetensors", "fixed.safetensors"
+_GENERATION = "generation_config.json"
 
 
 @exporters.register("packed")
@@ -55,7 +56,8 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
 
     `quantized.safetensors` holds the layers, `<projection>/<part>`: its tensors take exactly the predicted storage
     bytes less the adapters. `fixed.safetensors` holds embeddings, head and norms. `quantized.json` says bits and
-    quantizer of each projection; `config.json` and the tokenizer are Hugging Face's. Adapters are saved apart.
+    quantizer of each projection; `config.json`, `generation_config.json` and the tokenizer are Hugging Face's.
+    Adapters are saved apart.
     """
     from safetensors.torch import save_file
 
@@ -71,6 +73,9 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
     save_file(tensors, directory / LAYERS)
     save_file({n: t.cpu().contiguous() for n, t in backbone.fixed_tensors().items()}, directory / FIXED)
     backbone.config.save_pretrained(directory)
+    generation = getattr(backbone.base, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(directory / _GENERATION)
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(directory)
     text = json.dumps(_description(backbone, configuration, choices), indent=2)
@@ -85,7 +90,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     Raises `ConfigurationError` when the directory is not of this format, or damaged.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from qratk.adapters.options import AdapterOptions
     from qratk.backbone.backbone import Backbone
@@ -95,6 +100,8 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
     description = read_description(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     model = empty_model(AutoModelForCausalLM, config)
+    if (directory / _GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     fill(model, load_file(directory / FIXED))
     backbone = Backbone.from_model(
         model,

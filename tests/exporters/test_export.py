@@ -8,9 +8,9 @@ import torch
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.space import SearchSpace
-from qratk.exporters.dense import merged_model
+from qratk.exporters.dense import DenseExporter, merged_model
 from qratk.exporters.native import native_model
-from qratk.exporters.packed import load_quantized, save_quantized, stored_bytes
+from qratk.exporters.packed import PackedExporter, load_quantized, save_quantized, stored_bytes
 from qratk.peaks.foretold import memory_model
 from qratk.quantizers.base import quantizers
 
@@ -177,6 +177,23 @@ def test_merged_dense_model_agrees_to_rounding(family, tiny_backbone, tiny_batch
     with torch.no_grad():
         merged = merged_model(backbone)(**tiny_batch).logits
     torch.testing.assert_close(merged, stored_logits(backbone, tiny_batch), rtol=1e-4, atol=1e-4)
+
+
+def test_every_export_ends_an_answer_where_the_original_does(tiny_backbone, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    backbone = tiny_backbone(bits=(4,))
+    configuration = Configuration.uniform(4, 0, 3)
+    backbone.activate(configuration, seed=0)
+    backbone.base.generation_config.eos_token_id = [5, 7]  # of a chat model: its config.json names one of them
+    DenseExporter().export(backbone, tmp_path / "dense")
+    PackedExporter().export(backbone, tmp_path / "packed")
+    exported = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense"),
+        load_quantized(tmp_path / "packed").base,
+        native_model(backbone, configuration),
+    )
+    assert [model.generation_config.eos_token_id for model in exported] == [[5, 7]] * 3
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path):
