@@ -71,6 +71,7 @@ def read_journal(path: Path) -> Contents:
     waiting = path.with_name(path.name + "-wal").exists()
     mode = "mode=ro" if waiting else "mode=ro&immutable=1"
     with _explained(path), closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as database:
+        database.execute("BEGIN")  # all tables as of one moment: a search beside it may record between two reads
         return _contents(database)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from qratk.core import Candidate, Configuration, Evaluation, Footprint, RunDirectoryError
 from qratk.run import files
+from qratk.run import journal as journal_module
 from qratk.run.journal import Journal, read_journal
 from qratk.settings.identity import comparable
 
@@ -153,6 +154,27 @@ def test_what_a_running_search_has_recorded_can_be_read_beside_it(tmp_path: Path
     assert found.records == (written,)
     assert found.decisions == {"a": "[1]"}
     assert found.meta["content.model"] == '"abc"'
+
+
+def test_a_journal_that_grows_while_it_is_read_is_read_as_it_was_at_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(tmp_path) as journal:
+        written = journal.append(candidate(), evaluation())
+        rows = journal_module._rows
+
+        def rows_and_then_one_more(
+            database: sqlite3.Connection, table: str, *, key: object = None
+        ) -> list[tuple[object, ...]]:
+            found = rows(database, table, key=key)
+            if key is None and table == "evaluations":
+                monkeypatch.setattr(journal_module, "_rows", rows)
+                journal.append(candidate(), evaluation(steps=20))
+            return found
+
+        monkeypatch.setattr(journal_module, "_rows", rows_and_then_one_more)
+        assert read_journal(journal.path).records == (written,)
+        assert len(journal) == 2
 
 
 def test_a_score_of_minus_zero_is_no_damage(tmp_path: Path) -> None:
