@@ -13,6 +13,7 @@ from qratk.cli.search import fit_config, save_config
 from qratk.cli.trainer import SearchTrainer, check_options
 from qratk.core.errors import CommandLineError, ConfigurationError
 from qratk.core.result import SearchResult
+from qratk.core.secrets import without_secrets
 from qratk.data.base import TaskData
 from qratk.reporters.base import Destination, Reporter
 from qratk.reporters.multi import Reporters
@@ -65,7 +66,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Call:
-    """All settings of a call, what builds the same in another process, and the trainer; None where no file tells it."""
+    """All settings of a call, without secrets, what builds the same elsewhere (None where no file can), the trainer."""
 
     config: dict[str, Any]
     blueprint: SettingsBlueprint | None
@@ -76,7 +77,7 @@ def _called(description: Description, options: Mapping[str, Any]) -> _Call:
     if description.unwritable:
         check_options(options)
         trainer = SearchTrainer(**{"use_distributed_sampler": False, **options})
-        return _Call(dict(description.document), None, trainer)
+        return _Call(without_secrets(description.document), None, trainer)
     try:
         built = built_from(description.document)
     except CommandLineError as error:

@@ -74,6 +74,14 @@ def test_what_no_file_can_hold_is_searched_all_the_same() -> None:
     assert outcomes(called(evaluator=ToyEvaluator(4, seed=1))) == outcomes(first)
 
 
+def test_secrets_of_a_call_are_in_no_file_of_the_run(tmp_path: Path) -> None:
+    module = FineTuneModule("https://me:8675309@host/x")
+    evaluator, like = ToyEvaluator(4, seed=1), (4, 8)
+    qratk.search(module, EmbeddedData(), run_dir="run", reporters=["files"], evaluator=evaluator, like=like)
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and b"8675309" in path.read_bytes()]
+    assert holding == []
+
+
 @pytest.mark.slow
 def test_processes_build_what_the_call_was_given() -> None:
     alone = called()
