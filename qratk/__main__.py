@@ -97,7 +97,7 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         from qratk.core.secrets import text_without_secrets
 
         if debug:
-            traceback.print_exc()
+            print(text_without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         print(f"qratk: error: {text_without_secrets(told(error))}", file=sys.stderr)
         return 1
 

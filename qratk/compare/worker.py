@@ -73,7 +73,7 @@ def run_task(task: Task, search: Search) -> Answer:
         except KeyboardInterrupt:
             return Answer("interrupted", interrupted=True)
         except Exception as error:
-            traceback.print_exc()
+            print(text_without_secrets(traceback.format_exc()), end="", file=sys.stderr)
             return Answer(f"{type(error).__name__}: {error}")
         finally:
             _release_memory()

@@ -54,11 +54,13 @@ def test_any_exception_is_one_message(monkeypatch, capsys, error, text):
     assert "Traceback" not in printed
 
 
-def test_debug_shows_the_traceback_of_a_fault(monkeypatch, capsys):
-    monkeypatch.setattr(Command, "load", lambda self: raising(RuntimeError("x")))
+def test_debug_shows_the_traceback_of_a_fault_without_secrets(monkeypatch, capsys):
+    monkeypatch.setattr(Command, "load", lambda self: raising(RuntimeError("https://me:8675309@host/x")))
     monkeypatch.setenv("QRATK_DEBUG", "1")
     assert main(["search"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "8675309" not in printed
 
 
 def test_users_mistake_within_a_wrapper_is_told_in_its_own_words():

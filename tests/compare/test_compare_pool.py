@@ -90,3 +90,13 @@ def test_any_error_of_a_search_is_a_reason(tmp_path, error, reason):
         raise error
 
     assert run_task(Task((), tmp_path / "log.txt"), fail).reason == reason
+
+
+def test_traceback_of_a_search_that_raises_is_told_without_secrets(tmp_path, capsys):
+    def fail(arguments, *, reporters):
+        raise ConnectionError("cannot reach https://me:8675309@host/x")
+
+    run_task(Task((), tmp_path / "log.txt"), fail)
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "ConnectionError: cannot reach https://host/x" in told
