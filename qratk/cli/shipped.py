@@ -77,8 +77,15 @@ def files_of(arguments: Sequence[str]) -> list[Path]:
     pairs = zip(["", *arguments], arguments, strict=False)
     given = [value for option, value in pairs if option == "--config"]
     given += [text.removeprefix("--config=") for text in arguments if text.startswith("--config=")]
-    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
+    return [Path(value) for value in given if _is_file(value)]
+
+
+def _is_file(given: str) -> bool:
+    try:
+        return Path(given).is_file()
+    except OSError:  # settings in place of a file, which are too long for a name
+        return False
 
 
 def _is_name(given: str) -> bool:
-    return bool(_NAME.fullmatch(given)) and not given.endswith(_SUFFIXES) and not Path(given).is_file()
+    return bool(_NAME.fullmatch(given)) and not given.endswith(_SUFFIXES) and not _is_file(given)

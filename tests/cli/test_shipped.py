@@ -58,6 +58,12 @@ def test_names_after_config_alone_are_replaced():
     assert shipped.with_paths(given) == expected
 
 
+@pytest.mark.parametrize("text", ["{search: {name: " + "a" * 300 + "}}", "a" * 300])
+def test_settings_on_one_line_in_place_of_a_file_are_no_file_however_long(text):
+    assert shipped.files_of(["--config", text]) == []
+    assert shipped.files_of([f"--config={text}"]) == []
+
+
 def test_files_of_an_installed_package_go_before_those_of_the_repository(tmp_path, monkeypatch):
     (tmp_path / "qratk" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()
