@@ -224,6 +224,24 @@ def test_fit_runs_on_two_processes_with_accumulation_and_clipping(config, tmp_pa
     assert "validation/score" in done.stdout
 
 
+@pytest.mark.slow
+def test_predictions_of_two_processes_are_those_of_one(config, tmp_path):
+    written = []
+    for devices in ("1", "2"):
+        folder = tmp_path / devices
+        command = [
+            *(sys.executable, "-W", "ignore", "-m", "qratk", "predict", "--config", config),
+            *("--model.configuration=4:2", f"--trainer.devices={devices}", "--trainer.strategy=ddp"),
+            *("--trainer.default_root_dir", str(folder)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        (path,) = folder.rglob("predictions.jsonl")
+        written.append(path.read_text())
+    assert len(written[0].splitlines()) == 32
+    assert written[0] == written[1]
+
+
 def test_checkpoints_are_loaded_without_running_code(capsys, config):
     assert printed(capsys, "validate", "--config", config)["weights_only"] is True
 
