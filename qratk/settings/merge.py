@@ -12,6 +12,8 @@ def laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
     merged = copy.deepcopy(dict(base))
     for key, value in over.items():
         old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):  # a component by its name alone
+            old = {"class_path": old}
         if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_class(old, value):
             merged[key] = laid_over(old, value)
         else:

@@ -27,3 +27,8 @@ def test_what_is_laid_over_changes_neither_of_the_two():
     merged["a"]["b"].append(3)
     merged["a"]["c"].append(3)
     assert (base, over) == before
+
+
+def test_options_are_laid_over_a_component_that_was_given_by_its_name_alone():
+    merged = laid_over({"searcher": "random", "repair": "greedy"}, {"searcher": {"offspring": 3}, "repair": "reject"})
+    assert merged == {"searcher": {"class_path": "random", "offspring": 3}, "repair": "reject"}
