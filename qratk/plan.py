@@ -125,7 +125,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)
-    steps = total_steps(evaluations, references=len(loop.references))
+    steps = total_steps(evaluations, references=len(loop.reference_choices))
     work = workload(datamodule, length, tokenizer=backbone.tokenizer is not None)
     speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))

@@ -285,6 +285,14 @@ def test_references_are_measured_but_enter_no_history(tmp_path: Path) -> None:
     assert reference.configuration not in {e.configuration for e in result.history}
 
 
+def test_a_reference_that_is_given_twice_is_planned_measured_and_told_once(tmp_path: Path) -> None:
+    result, _ = search(tmp_path / "twice", loop(ToyEvaluator(num_layers=4), references=[[16, 16], [16, 16]]))
+    once, _ = search(tmp_path / "once", loop(ToyEvaluator(num_layers=4), references=[[16, 16]]))
+    assert result.references == once.references
+    assert [r.index for r in result.records] == list(range(len(once.records)))
+    assert result.plan.evaluations == once.plan.evaluations
+
+
 def test_checkpoints_are_discarded_except_those_of_the_front_the_baselines_and_the_best(tmp_path: Path) -> None:
     evaluator = ToyEvaluator(num_layers=4)
     result, _ = search(tmp_path, loop(evaluator))

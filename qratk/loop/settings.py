@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qratk.core.checks import Checks
-from qratk.core.configuration import Configuration, LayerChoice
+from qratk.core.configuration import LayerChoice
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import FidelityLadder
 from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
@@ -166,8 +166,9 @@ class SearchSettings(ABC):
 
     @property
     def reference_choices(self) -> tuple[LayerChoice, ...]:
-        """Bits and rank of each reference."""
-        return tuple(Configuration.of([int(bits)], [int(rank)]).layers[0] for bits, rank in self.references)
+        """Bits and rank of each reference, each once."""
+        pairs = dict.fromkeys((int(bits), int(rank)) for bits, rank in self.references)
+        return tuple(LayerChoice(bits, rank) for bits, rank in pairs)
 
     @property
     def last_race(self) -> Schedule:
@@ -193,7 +194,7 @@ class SearchSettings(ABC):
             counts.update(phase)
         if self.max_evaluations is not None:
             counts[highest] = min(counts[highest], self.max_evaluations)
-        counts[highest] += len(self.references)
+        counts[highest] += len(self.reference_choices)
         return dict(sorted(counts.items()))
 
     def pose(
