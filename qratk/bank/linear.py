@@ -398,7 +398,8 @@ class BankLinear(nn.Linear):
             self._bias = move(self._bias)
         self._variants = {bits: variant.moved(move) for bits, variant in self._variants.items()}
         self._ranked = {key: variant.moved(move) for key, variant in self._ranked.items()}
-        self._dense_cache.drop(self._token)
+        if moved:  # every Trainer puts a model where it lies already
+            self._dense_cache.drop(self._token)
         return self
 
     def extra_repr(self) -> str:

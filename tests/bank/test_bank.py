@@ -81,6 +81,14 @@ def test_a_switch_and_back_finds_the_kept_weight_again(mode):
     assert bank.dense_weight(2, torch.float32) is kept
 
 
+def test_dense_weights_are_kept_where_they_lie_and_made_anew_elsewhere():
+    bank = make_bank(dense_cache="on")
+    bank.activate(8)
+    kept = bank.dense_weight(8, torch.float32)
+    assert bank.to("cpu").dense_weight(8, torch.float32) is kept
+    assert bank.to("meta").dense_weight(8, torch.float32).device.type == "meta"
+
+
 def test_dense_weights_of_several_bit_widths_are_those_of_the_quantizers():
     bank = make_bank(dense_cache="off")
     for bits in QUANTIZERS:
