@@ -11,7 +11,7 @@ from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
 from qratk.training.continuation import Continuation
 from qratk.training.rungs import Rungs
-from qratk.training.trainers import QuietTrainers, quiet_lightning
+from qratk.training.trainers import QuietTrainers, in_place
 
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
@@ -49,14 +49,14 @@ class Alone:
 
     def scored(self) -> Trained:
         """Score of the module as it is."""
-        with quiet_lightning():
+        with in_place(self.module):
             metrics = self.trainers.scoring().validate(self.module, datamodule=self.data, verbose=False)[0]
         return Trained(float(metrics["validation/score"]), self.module.last_outcomes)
 
     def tested(self, configuration: Configuration, steps: int) -> dict[str, float]:
         """Metrics on test data after `steps` optimiser steps."""
         self.train(configuration, steps)
-        with quiet_lightning():
+        with in_place(self.module):
             metrics = self.trainers.scoring().test(self.module, datamodule=self.data, verbose=False)[0]
         return {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
 
@@ -72,7 +72,7 @@ class Alone:
         trainer = self.trainers.training(steps - done)
         module.continuation = Continuation(state)
         self.data.start_batch = done * trainer.accumulate_grad_batches
-        with quiet_lightning():
+        with in_place(module):
             trainer.fit(module, datamodule=self.data)
         self.rungs.save(configuration, steps, module.training_state())
         module.continuation = Continuation()
@@ -90,8 +90,8 @@ class SideBySide:
         done, states = self._rungs.common(configurations, steps)
         cohort = Cohort.of(self._module.backbone, configurations, seed=self._module.options.seed)
         self._try_sharing(configurations[0])
-        with cohort.installed(), quiet_lightning():
-            together = CohortModule(self._module, cohort, states)
+        together = CohortModule(self._module, cohort, states)
+        with cohort.installed(), in_place(together):
             train = done < steps and bool(cohort.parameters())
             if train:
                 self._train(together, done, steps)

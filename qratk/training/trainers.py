@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
 
 if TYPE_CHECKING:
-    from lightning import Trainer
+    from lightning import LightningModule, Trainer
 
 _QUIET: Final[dict[str, Any]] = {
     "logger": False,
@@ -66,3 +67,14 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def in_place(module: LightningModule) -> Iterator[None]:
+    """Context in which Trainers leave a module on its device when they end, and say nothing.
+
+    Lightning moves it to the CPU. The bank would go there and back for every candidate, and whoever looks next without
+    a Trainer, for random states, cohorts or divergences, would find the model where the batches are not.
+    """
+    with quiet_lightning(), patch.object(module, "cpu", lambda: module):
+        yield

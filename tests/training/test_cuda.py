@@ -221,3 +221,12 @@ def test_candidates_of_a_search_side_by_side_score_as_alone(files: Files, tmp_pa
     one = evaluated(opened(tmp_path / "one", files, ONE, **options), 4, MIXED, OTHER)
     two = evaluated(opened(tmp_path / "two", files, ONE, cohort=2, **options), 4, MIXED, OTHER)
     assert [e.score for e in two] == pytest.approx([e.score for e in one], rel=1e-4)
+
+
+def test_candidates_side_by_side_follow_one_alone(files: Files, tmp_path: Path) -> None:
+    together = opened(tmp_path / "together", files, ONE, cohort=2, compute_dtype="float32")
+    before = evaluated(together, 2, "2:2 2:2 2:2")
+    after = evaluated(together, 4, MIXED, OTHER)
+    alone = evaluated(opened(tmp_path / "alone", files, ONE, compute_dtype="float32"), 4, MIXED, OTHER)
+    assert [e.status for e in before] == ["ok"]
+    assert [e.score for e in after] == pytest.approx([e.score for e in alone], rel=1e-4)
