@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import AttributeDict, collect_init_args
 from torch.utils.data import DataLoader
 
@@ -78,6 +78,7 @@ class TaskData(LightningDataModule, Task):
         require_at_least("max_length", 2 if max_length is None else max_length, 2)
         self.asked_length = max_length
         self._attached: Attached | None = None
+        self._module: LightningModule | None = None  # that has what is attached, where it was read from a module
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
 
     @property
@@ -106,16 +107,21 @@ class TaskData(LightningDataModule, Task):
     def attach(self, tokenizer: Any, *, context_length: int | None = None) -> None:
         """Take the model's tokenizer and the tokens it can see; what was encoded with others is forgotten."""
         attached = Attached(tokenizer, context_length)
+        self._module = None
         if self._attached is None or not attached.same(self._attached):
-            self._attached = attached
-            self._encoded.clear()
-            self._batches.forget()
+            self._take(attached)
+
+    def _take(self, attached: Attached | None) -> None:
+        self._attached = attached
+        self._encoded.clear()
+        self._batches.forget()
 
     @property
     def attached(self) -> Attached:
         """What was attached, or what the module in the Trainer has. Raises DataError when there is no tokenizer."""
         if self._attached is None or self._attached.tokenizer is None:
             self._attached = of_trainer(self.trainer, wanted_by=type(self).__name__)
+            self._module = None if self.trainer is None else self.trainer.lightning_module
         return self._attached
 
     @property
@@ -134,7 +140,12 @@ class TaskData(LightningDataModule, Task):
         return self.attached.row_length(self.asked_length)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and encode what a stage of the Trainer needs, so that errors come before the first step."""
+        """Read and encode what a stage of the Trainer needs, so that errors come before the first step.
+
+        What was encoded for the module of another Trainer is forgotten.
+        """
+        if self._module is not None and self.trainer is not None and self.trainer.lightning_module is not self._module:
+            self._take(None)
         needed = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}.get(stage or "", ())
         for split in filter(self.has, needed):
             self.rows(split)

@@ -259,6 +259,16 @@ def test_the_tokenizer_of_the_module_is_used_in_a_trainer(write: Write, tokenize
     assert module.seen == [batch["input_ids"].tolist() for batch in itertools.islice(plain.train_dataloader(), 30)]
 
 
+def test_another_module_in_a_trainer_gets_rows_of_its_own_tokenizer(
+    write: Write, tokenizer: Any, bare_tokenizer: Any
+) -> None:
+    data, plain = make(write, None, validation_items=6), make(write, bare_tokenizer, validation_items=6)
+    fit(Dummy.module(tokenizer), data, max_steps=1, num_sanity_val_steps=0)
+    module = Dummy.module(bare_tokenizer)
+    fit(module, data, max_steps=1, num_sanity_val_steps=0)
+    assert module.seen == [next(iter(plain.train_dataloader()))["input_ids"].tolist()]
+
+
 def test_epochs_of_a_trainer_continue_the_sequence(write: Write, tokenizer: Any) -> None:
     data = make(write, tokenizer, validation_items=6, batch_size=4)  # 26 rows (one twice in train): 7 batches
     module = Dummy.module(tokenizer)
