@@ -196,6 +196,24 @@ def test_the_hypervolume_never_shrinks(tmp_path: Path) -> None:
     assert all(b >= a for a, b in itertools.pairwise(volumes))
 
 
+def test_the_hypervolume_counts_from_the_first_generation_that_measures_anything(tmp_path: Path) -> None:
+    class Late(ToyEvaluator):
+        def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
+            lost = {r.configuration for r in group if r.candidate.generation == 1}
+            return [
+                dataclasses.replace(e, score=-math.inf, status="failed", reason="late")
+                if e.configuration in lost
+                else e
+                for e in super().evaluate(group)
+            ]
+
+    result, _ = search(tmp_path, loop(Late(num_layers=4), uniform_baselines=False))
+    first, second, third = (generation.hypervolume for generation in result.generations)
+    assert first == 0.0
+    assert 0.0 < second <= third < math.inf
+    assert not any(math.isnan(generation.relative_progress) for generation in result.generations)
+
+
 def test_the_global_phase_stops_when_the_hypervolume_stalls(tmp_path: Path) -> None:
     result, _ = search(tmp_path, loop(generations=50, hypervolume_tolerance=1e9, hypervolume_patience=2))
     # The first generation has no predecessor, so that progress counts from the second.

@@ -104,7 +104,8 @@ class Exploring:
     def _summarise(self, number: int, trust: Trust, seconds: float) -> None:
         state = self._state
         front = state.front(self.settings.judged_at)
-        volume = front.hypervolume(self._reference_corner(), self.proposer.problem.budget.limit_bytes)
+        limit = self.proposer.problem.budget.limit_bytes
+        volume = front.hypervolume(self._reference_corner(), limit) if len(front) else 0.0
         before = state.generations[-1].hypervolume if state.generations else 0.0
         growth = (volume - before) / (before + 1e-12) if state.generations else math.inf
         summary = GenerationSummary(number, front, volume, growth, state.best, trust.quality, trust.used, seconds)
@@ -112,12 +113,10 @@ class Exploring:
         self.measuring.reporter.generation(summary)
 
     def _reference_corner(self) -> tuple[float, float]:
-        """Corner of the hypervolume, fixed after generation 1: a tenth beyond the worst score and the budget."""
+        """Corner of the hypervolume, fixed once anything is measured: a tenth beyond the worst score and the budget."""
 
         def fix() -> list[float]:
             scores = [e.score for e in self._state.fitting(self.settings.judged_at)]
-            if not scores:
-                return [math.inf, 1.1]
             return [-(min(scores) - 0.1 * ((max(scores) - min(scores)) or 1.0)), 1.1]
 
         corner = self.measuring.journal.decided("hypervolume reference", fix)
