@@ -28,16 +28,20 @@ RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
 def autoqra(**settings: Any) -> SearchLoop:
     """Search loop with the published recipe, except for what is given.
 
-    A component is given as a name, as a mapping {name: options}, or as an object; `mutations` and
-    `reporters` as lists of these. All
-    other settings are those of `SearchLoop`. Raises `UnknownComponentError` or `ConfigurationError`.
+    A component is given as a name, as a mapping {name: options}, or as an object; `mutations` and `reporters` as lists
+    of these. All other settings are those of `SearchLoop`. Raises `UnknownComponentError` or `ConfigurationError`.
 
         autoqra(like=[4, 8], searcher={"nsga2": {"population": 20}}, refiner="none")
     """
     built: dict[str, Any] = {}
     for slot, kind in SLOTS.items():
         given = settings.pop(slot, RECIPE[slot])
-        built[slot] = [_built(kind, item) for item in given] if isinstance(RECIPE[slot], tuple) else _built(kind, given)
+        if not isinstance(RECIPE[slot], tuple):
+            built[slot] = _built(kind, given)
+        elif isinstance(given, list | tuple):
+            built[slot] = [_built(kind, item) for item in given]
+        else:
+            raise ConfigurationError(f"{slot} must be a list, as in {list(RECIPE[slot][:1])}; got {given!r}")
     return SearchLoop(**built, **settings)
 
 

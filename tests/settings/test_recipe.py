@@ -36,3 +36,12 @@ def test_mistakes_are_named() -> None:
         autoqra(searcher={"nsga2": {"populatoin": 3}})
     with pytest.raises(ConfigurationError, match="name: options"):
         autoqra(searcher={"nsga2": {}, "random": {}})
+
+
+@pytest.mark.parametrize(
+    ("slot", "given"),
+    [("mutations", {"sensitivity": {"gamma": 3.0}}), ("mutations", "sensitivity"), ("reporters", {"files": {}})],
+)
+def test_a_single_component_where_a_list_is_wanted_is_refused(slot: str, given: object) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{slot} must be a list, as in"):
+        autoqra(like=[4, 8], **{slot: given})
