@@ -88,7 +88,7 @@ def _equal_bytes(view: View, seed: int) -> list[Evaluation]:
     for outcome in view.pool:
         if outcome.seed == seed:
             for e in outcome.high:
-                if _NEAR * outcome.limit <= e.footprint.storage_bytes <= outcome.limit:
+                if _NEAR * outcome.limit <= e.footprint.bytes(outcome.result.problem.scope) <= outcome.limit:
                     found.setdefault(e.configuration, e)
     return list(found.values())
 

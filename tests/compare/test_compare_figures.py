@@ -8,10 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from example_comparison import search
 
 from qratk.compare.drawing import NoDataError, View, _apart, is_random, side_by_side
 from qratk.compare.figures import DRAWINGS, draw_all
 from qratk.compare.problem_figures import repair, spread
+from qratk.compare.read import Cells, read_cell
 from qratk.compare.search_figures import (
     AblationRow,
     Curve,
@@ -71,6 +73,14 @@ def test_spread_holds_what_takes_nearly_all_of_the_budget(view):
     assert {row.seed for row in picture.rows} == set(limits)
     assert all(0.95 * limits[row.seed] <= row.storage_bytes <= limits[row.seed] for row in picture.rows)
     assert len({(row.seed, row.configuration) for row in picture.rows}) == len(picture.rows)
+
+
+def test_spread_counts_bytes_as_the_budget_does(tmp_path):
+    search(tmp_path / "0", {"scope": "training"}, 0)
+    cell = read_cell(tmp_path / "0", "full", "own", 0)
+    picture = spread(View(Cells("full", {"full": False}, ("own",), (cell,)), "full"))
+    near = {e.configuration for e in cell.high if 0.95 * cell.limit <= e.footprint.training_bytes <= cell.limit}
+    assert len(picture.rows) == len(near)
 
 
 def test_curve_is_the_best_so_far(view):
