@@ -11,6 +11,7 @@ import yaml
 from qratk.__main__ import main
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     # Lightning and torch disagree about the name of a leaf; neither is ours.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated.*"),

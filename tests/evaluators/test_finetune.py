@@ -217,16 +217,19 @@ def test_a_layer_that_its_quantiser_cannot_take_is_announced_once(
     assert "more projections" in said[0]
 
 
-@pytest.mark.parametrize("cohort", [1, 2])
+@pytest.mark.parametrize(
+    ("cohort", "kills"),
+    [(2, (6,)), *(pytest.param(cohort, (3, 9), marks=pytest.mark.slow) for cohort in (1, 2))],
+)
 def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scores_to_the_bit(
-    tmp_path: Path, model_dir: Path, data_files: dict[str, str], cohort: int
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], cohort: int, kills: tuple[int, ...]
 ) -> None:
     whole = start(tmp_path / "whole", model_dir, data_files, cohort)
     output = whole.communicate(timeout=600)[0]
     assert whole.returncode == 0, output
     expected = measured(tmp_path / "whole")
     killed = 0
-    for lines in (3, 9):  # evaluations after which the process is killed, in the middle of the next
+    for lines in kills:  # evaluations after which the process is killed, in the middle of the next
         process = start(tmp_path / "cut", model_dir, data_files, cohort)
         assert process.stdout is not None
         seen = 0
@@ -238,7 +241,7 @@ def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scor
                 break
         process.communicate(timeout=60)
         killed += process.returncode == -signal.SIGKILL
-    assert killed == 2
+    assert killed == len(kills)
     last = start(tmp_path / "cut", model_dir, data_files, cohort)
     output = last.communicate(timeout=600)[0]
     assert last.returncode == 0, output

@@ -74,7 +74,7 @@ def test_a_fit_and_a_search_continued_in_another_process_have_the_same_score(
     assert found.outcomes == module.last_outcomes
 
 
-@pytest.mark.parametrize("variant", ["loftq twice", "qa_lora"])
+@pytest.mark.parametrize("variant", [pytest.param("loftq twice", marks=pytest.mark.slow), "qa_lora"])
 def test_candidates_side_by_side_have_the_scores_of_one_after_another(
     variant: str, tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:

@@ -28,7 +28,7 @@ def climbed(evaluator: FineTuneEvaluator) -> list[Evaluation]:
     return [evaluation for steps in LADDER.steps for evaluation in in_groups(evaluator, requests(steps))]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_scores_and_checkpoints_are_those_of_one_after_another(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], dropout: float
 ) -> None:

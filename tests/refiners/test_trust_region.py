@@ -95,6 +95,7 @@ def evaluations_to_optimum(bench: Bench, requests: list[Request]) -> int:
     return next((n for n, score in enumerate(measured, 1) if score >= target), 100)
 
 
+@pytest.mark.slow
 def test_optimum_of_a_small_space_is_found_more_often_than_by_random_search() -> None:
     found, found_by_chance = 0, 0
     for seed in range(10):

@@ -84,7 +84,7 @@ def best_of(searcher: GlobalSearcher, seed: int, *, layers: int = 8, generations
     return max(evaluator.landscape.true_score(e.configuration, 900) for e in history)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+@pytest.mark.parametrize("sampler", [pytest.param("tpe", marks=pytest.mark.slow), "cmaes"])
 def test_guided_sampler_beats_the_random_one_on_average_over_ten_landscapes(sampler: str) -> None:
     gains = [
         best_of(OptunaSearch(sampler, offspring=10), seed) - best_of(OptunaSearch("random", offspring=10), seed)
