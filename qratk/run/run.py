@@ -92,7 +92,7 @@ class Run:
 
     @property
     def baselines(self) -> tuple[Evaluation, ...]:
-        """The uniform configurations measured so far at the highest rung, failed ones too."""
+        """The uniform configurations at the highest rung that was reached so far, failed ones too."""
         if self.finished:
             return self._recorded(self.result.baselines)
         highest = max((r.evaluation.steps for r in self.records), default=0)
