@@ -59,7 +59,7 @@ TIMED: tuple[tuple[str, str, str], ...] = (
     ("strategy", "qratk.loop.search", "promote"),
     ("strategy", "qratk.loop.answer", "top3_hit_rates"),
     ("Gaussian process", "botorch", "fit_gpytorch_mll"),
-    ("Gaussian process", "qratk.refiners.trust_region", "TrustRegion.ask"),
+    ("Gaussian process", "qratk.refiners._trust_regions", "TrustRegions.ask"),
     ("reports: files", "qratk.reporters.files", "RunFiles.*"),
     ("reports: pictures", "qratk.reporters.pictures", "Pictures.*"),
     ("reports: TensorBoard", "qratk.reporters.tensorboard", "TensorBoardReporter.*"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, final
 
+from qratk.refiners._trust_regions import TrustRegions
 from qratk.refiners.base import refiners
-from qratk.refiners.trust_region import TrustRegion
 
 
+@final
 @refiners.register("cocabo")
-class CoCaBO(TrustRegion):
+class CoCaBO(TrustRegions):
     """`trust_region` whose process takes bits as categories and ranks as ordinal.
 
     The kernel is (1 - mix) (k_bits + k_ranks) + mix k_bits k_ranks, with the share of layers whose bits agree and a

@@ -24,6 +24,7 @@ from qratk.core import (
 )
 from qratk.refiners._model_guided import gaussian_process
 from qratk.refiners.base import refiners
+from qratk.refiners.cocabo import CoCaBO
 from qratk.refiners.none import NoRefiner
 from qratk.refiners.trust_region import TrustRegion
 from qratk.testing import RefinerContract, ToyEvaluator
@@ -53,7 +54,7 @@ class TestCoCaBOContract(RefinerContract):
     steps = 1
 
     @pytest.fixture
-    def make(self) -> Callable[[], TrustRegion]:
+    def make(self) -> Callable[[], CoCaBO]:
         return lambda: refiners.create("cocabo", pool_size=40, max_evaluations=2)
 
 
