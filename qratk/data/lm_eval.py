@@ -16,7 +16,7 @@ from qratk.core.errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qratk.data.multiple_choice import Choices, MultipleChoiceData
+    from qratk.data.choices import ChoiceData, Choices
     from qratk.data.splits import Split
 
 
@@ -179,7 +179,7 @@ def _figures(values: Mapping[str, Any]) -> dict[str, float]:
 def write_task(
     directory: str | Path,
     name: str,
-    data: MultipleChoiceData,
+    data: ChoiceData,
     *,
     split: Split = "test",
     metrics: Sequence[str] = ("acc", "acc_norm"),
@@ -214,7 +214,7 @@ def write_task(
     return path
 
 
-def _document(choices: Choices, data: MultipleChoiceData) -> dict[str, Any]:
+def _document(choices: Choices, data: ChoiceData) -> dict[str, Any]:
     context, continuation = choices.pairs[0]
     text = {"rest": continuation.removeprefix(data.target_delimiter)} if data.substitutes else {"prompt": context}
     return {**text, "choices": list(choices.texts), "label": choices.label}

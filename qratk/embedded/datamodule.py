@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 import weakref
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, final
 
-from qratk.data.multiple_choice import MultipleChoiceData
+from qratk.data.choices import ChoiceData
 from qratk.data.scoring import ChoiceScore
 from qratk.embedded.data import write_dataset
 
 
-class EmbeddedData(MultipleChoiceData):
+@final
+class EmbeddedData(ChoiceData):
     """The embedded multiple-choice task, made on the spot; nothing is kept.
 
     The right one of 4 choices follows from what the row says and a fact known from pre-training.

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qratk.core.checks import Checks
-from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation, Request
-from qratk.core.memory import LayerShape, MemoryModel
-from qratk.core.space import SearchSpace
-from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
-from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
-from qratk.run import files
-
-if TYPE_CHECKING:
-    from qratk.estimators.base import ImportanceEstimator
-
-Array = NDArray[np.float64]
-
-_MOST: Final = 100_000  # layers or items: more would fill the memory without a word
+from qratk.evaluators.base import evaluators
+from qratk.evaluators.on_landscape import LandscapeEvaluator
 
 
+@final
 @evaluators.register("simulated")
-class SimulatedEvaluator(Evaluator):
+class SimulatedEvaluator(LandscapeEvaluator):
     """Scores configurations on a `Landscape` (the formula is in `qratk.evaluators.landscape`).
 
     A whole search takes seconds and needs neither model nor data, through the same loop and the same YAML. Scores on
@@ -44,70 +29,6 @@ class SimulatedEvaluator(Evaluator):
         seconds_per_step: what an optimiser step is said to take.
     """
 
-    def __init__(
-        self,
-        num_layers: int = 24,
-        seed: int | None = None,
-        *,
-        landscape: LandscapeOptions | None = None,
-        importance_noise: float | tuple[float, float] = 0.3,
-        estimator_noise: Mapping[str, float] | None = None,
-        items: int = 32,
-        failures: float = 0.0,
-        seconds_per_step: float = 0.001,
-    ) -> None:
-        checks = Checks()
-        for option, given in (("num_layers", num_layers), ("items", items)):
-            checks.require(1 <= given <= _MOST, option, given, f"must be between 1 and {_MOST:,}")
-        checks.require(0 <= failures <= 1, "failures", failures, "must lie in [0, 1]")
-        checks.finish()
-        self.num_layers = num_layers
-        self.seed = seed
-        self.options = LandscapeOptions.of(landscape)
-        self.importance_noise = importance_noise
-        self.estimator_noise = dict(estimator_noise or {})
-        self.items = items
-        self.failures = failures
-        self.seconds_per_step = seconds_per_step
-        self._settle(seed or 0, 900)
-
-    def _settle(self, seed: int, total_steps: int) -> None:
-        self.landscape = Landscape(self.num_layers, seed, total_steps, self.options)
-        self._shapes = simulated_shapes(self.num_layers, seed)
-        self._difficulty = np.random.default_rng([seed, 3]).normal(size=self.items)  # of the items
-
-    def open(self, context: EvaluationContext) -> None:
-        """Take T_S from the ladder, and the seed of the search unless one was given."""
-        self._settle(context.seed if self.seed is None else self.seed, context.ladder.highest)
-
-    @property
-    def shapes(self) -> tuple[LayerShape, ...]:
-        """The simulated layers."""
-        return self._shapes
-
-    def memory_model(self, space: SearchSpace) -> MemoryModel:
-        """Synthetic exact bytes; see `simulated_memory`."""
-        return simulated_memory(self._shapes, space)
-
-    def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> Array:
-        """The landscape's truth of what the estimator measures, blurred; ones where it measures nothing.
-
-        The estimator itself is not called: it needs a model.
-        """
-        if estimator.measures == "nothing":
-            return np.ones(self.num_layers)
-        noise = self.estimator_noise.get(estimator.component_name or "", self.drawn_noise)
-        if estimator.measures == "learnable":
-            return blurred(self.landscape.learnable, noise, self.landscape.seed, "rank")
-        return blurred(self.landscape.sensitivity, noise, self.landscape.seed, "bits")
-
-    @property
-    def drawn_noise(self) -> float:
-        """`importance_noise` of this landscape."""
-        if isinstance(self.importance_noise, int | float):
-            return float(self.importance_noise)
-        return float(np.random.default_rng([self.landscape.seed, 7]).uniform(*self.importance_noise))
-
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations in the order of the requests, which may have any steps."""
         return [self.measure(request.configuration, request.steps) for request in group]
@@ -117,47 +38,5 @@ class SimulatedEvaluator(Evaluator):
         if requests:
             yield requests
 
-    def measure(self, configuration: Configuration, steps: int) -> Evaluation:
-        """One evaluation: `items` outcomes whose mean is the score, or a failure."""
-        footprint = self.footprint(configuration)
-        if self.landscape.hash(configuration, 0) < self.failures * 2**64:
-            return Evaluation(
-                configuration, steps, float("-inf"), footprint, status="failed", reason="loss is not finite (simulated)"
-            )
-        outcomes = self._outcomes(configuration, steps)
-        return Evaluation(
-            configuration,
-            steps,
-            float(outcomes.mean()),
-            footprint,
-            tuple(outcomes.tolist()),
-            steps * self.seconds_per_step,
-            checkpoint=f"{files.CHECKPOINTS}/{configuration.digest}-{steps}",
-        )
-
-    def _outcomes(self, configuration: Configuration, steps: int) -> Array:
-        """Score plus the items' own difficulty, the same for all configurations, plus a little of each, mean 0."""
-        own = 0.1 * np.random.default_rng([self.landscape.hash(configuration, steps), 4]).normal(size=self.items)
-        spread = self._difficulty + own
-        outcomes: Array = self.landscape.score(configuration, steps) + spread - spread.mean()
-        return outcomes
-
-    def test(self, evaluation: Evaluation) -> dict[str, float]:
-        """The score without noise."""
-        return {"score": self.landscape.true_score(evaluation.configuration, evaluation.steps)}
-
     def discard(self, evaluation: Evaluation) -> None:
         """Nothing is stored."""
-
-    @property
-    def item_weights(self) -> tuple[float, ...] | None:
-        """None: all items weigh the same."""
-        return None
-
-    def fingerprint(self) -> dict[str, str]:
-        """The options that decide the scores."""
-        options = (
-            self.num_layers, self.landscape.seed, self.options, self.importance_noise,
-            sorted(self.estimator_noise.items()), self.items, self.failures,
-        )  # fmt: skip
-        return {"landscape": hashlib.sha256(repr(options).encode()).hexdigest()[:16]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import final
 
 import pytest
 
@@ -11,20 +12,25 @@ from qratk.core.errors import SearchError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, Request
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator
+from qratk.evaluators.on_landscape import LandscapeEvaluator
 from qratk.executors.base import Executor, Group
 from qratk.testing.toy import ToyEvaluator, toy_problem
 
 LADDER = FidelityLadder((100, 300, 900))
 
 
-class Raising(ToyEvaluator):
+@final
+class Raising(LandscapeEvaluator):
     """Raises at the smallest configuration."""
 
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations of a group without the smallest configuration."""
         if any(set(request.configuration.bits) == {2} for request in group):
             raise SearchError("the smallest cannot be measured")
-        return super().evaluate(group)
+        return [self.measure(request.configuration, request.steps) for request in group]
+
+    def discard(self, evaluation: Evaluation) -> None:
+        """Nothing is stored."""
 
 
 class ExecutorContract:

@@ -15,9 +15,8 @@ from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Budget, MemoryModel, resolve_budget
 from qratk.core.problem import Importance, Problem
 from qratk.core.space import SearchSpace
-from qratk.evaluators.base import Evaluator
 from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
-from qratk.evaluators.simulated import SimulatedEvaluator
+from qratk.evaluators.on_landscape import LandscapeEvaluator
 
 Array = NDArray[np.float64]
 LARGEST_BRUTE_FORCE = 5_000_000
@@ -54,8 +53,11 @@ def toy_problem(
     return Problem(shapes, memory, budget, Importance(*(tuple(score.tolist()) for score in scores)))
 
 
-class ToyEvaluator(SimulatedEvaluator):
+class ToyEvaluator(LandscapeEvaluator):
     """The simulated evaluator on few layers; it remembers what was asked, and knows the optimum.
+
+    Each request stands alone, as with a slow evaluator, so that tests can interrupt a search anywhere. The class is
+    open: a test overrides `evaluate` for an evaluator that is slow, breaks down or looks on.
 
     Args:
         num_layers: L.
@@ -77,11 +79,7 @@ class ToyEvaluator(SimulatedEvaluator):
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations in the order of the requests."""
         self.calls += group
-        return super().evaluate(group)
-
-    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Each alone, as a slow evaluator has them, so that tests can interrupt a search anywhere."""
-        return Evaluator.groups(self, requests)
+        return [self.measure(request.configuration, request.steps) for request in group]
 
     def discard(self, evaluation: Evaluation) -> None:
         """Nothing is stored; which evaluations were discarded is kept for tests."""

@@ -11,15 +11,15 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 
-from qratk.embedded.datamodule import EmbeddedData
+from qratk.data.choices import ChoiceData
 from qratk.training.module import FineTuneModule
 
 
-class GuardedData(EmbeddedData):
+class GuardedData(ChoiceData):
     """Rows behind a password."""
 
     def __init__(self, password: int, headers: dict[str, str], note: str) -> None:
-        super().__init__()
+        super().__init__("rows.jsonl")
         self.save_hyperparameters()
 
 
