@@ -27,9 +27,10 @@ from qratk.backbone.layers import (
 )
 from qratk.backbone.loading import check_finite, check_tokens, load_model, load_tokenizer, resolve_dtype
 from qratk.backbone.logits import without_adapters
-from qratk.bank.build import Packer, sha256_of, tensor_digest, weights_digest
+from qratk.bank.build import Packer
 from qratk.bank.calibration import Calibration
 from qratk.bank.dense import DenseCache, dense_cache_mode
+from qratk.bank.digests import sha256_of, tensor_digest, weights_digest
 from qratk.bank.linear import BankLinear, Variant
 from qratk.bank.store import BankStore, bank_directory, log
 from qratk.bank.table import Fallback, QuantizerTable, describe, local_name, told

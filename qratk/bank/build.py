@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from qratk.bank.calibration import Calibration
+from qratk.bank.digests import sha256_of
 from qratk.bank.linear import BankLinear, Packed, PackedVariant, ReferenceVariant
 from qratk.bank.store import BankStore, Part, Plan, return_freed_memory
 from qratk.bank.table import Chosen, QuantizerTable, local_name
@@ -170,20 +170,3 @@ def _is_reference(chosen: Chosen, bank: BankLinear) -> bool:
     empty = bank.reference[:0]
     packed = chosen.quantizer.quantize(empty, chosen.bits)[NoQuantizer.CODES]
     return packed.dtype == empty.dtype and bank.reference.is_contiguous()
-
-
-def sha256_of(lines: Iterable[str]) -> str:
-    """SHA-256 of lines of text, hexadecimal."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes, hexadecimal."""
-    hasher = hashlib.sha256(f"{tensor.dtype}:{tuple(tensor.shape)}".encode())
-    hasher.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
-
-
-def weights_digest(names: Iterable[str], digests: Mapping[str, str]) -> str:
-    """What names the store of a model: a digest of its projections' names and weights."""
-    return sha256_of(f"{name}:{digests[f'{name}.weight']}" for name in names)

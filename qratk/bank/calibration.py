@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qratk.bank.passes import undisturbed
 from qratk.core.errors import DataError, UnsupportedModelError
 from qratk.core.memory import parse_bytes
 from qratk.core.work import counted
@@ -203,16 +204,3 @@ def _without_head(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with the random state and every module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module in training:
-            module.training = True

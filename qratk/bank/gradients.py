@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from qratk.bank.calibration import undisturbed
+from qratk.bank.passes import undisturbed
 from qratk.core.errors import DataError, UnsupportedModelError
 from qratk.core.work import counted
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qratk.bank.calibration import undisturbed
 from qratk.bank.gradients import sequence_loss
 from qratk.bank.linear import BankLinear
+from qratk.bank.passes import undisturbed
 from qratk.core.errors import DataError
 
 Dense = Callable[[torch.dtype], Tensor]

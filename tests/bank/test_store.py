@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qratk.bank import store
+from qratk.bank.digests import checksum
 from qratk.bank.store import BankStore, Part, Plan, bank_directory
 from qratk.bank.table import Chosen
 from qratk.core.configuration import Configuration
@@ -174,7 +175,7 @@ def of_another_layer(path: Path) -> None:
 def with_other_tensors(path: Path) -> None:
     metadata = read_metadata(path)
     tensors = {name: tensor[:1].clone() for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={**metadata, "checksum": store.checksum(tensors)})
+    save_file(tensors, path, metadata={**metadata, "checksum": checksum(tensors)})
 
 
 def read_metadata(path: Path) -> dict[str, str]:

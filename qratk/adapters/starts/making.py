@@ -101,7 +101,8 @@ class FirstValues:
                 self._take(each, bits, rank, made[each.name])
 
     def _part(self, layer: str, name: str, bits: int, rank: int, weightings: Mapping[str, Weighting]) -> Part:
-        from qratk.bank.store import Part, checksum
+        from qratk.bank.digests import checksum
+        from qratk.bank.store import Part
 
         bank = self._banks[name]
         own: Chosen = self._table.choose(layer, local_name(layer, name), bank.shape, bits)
