@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qratk.adapters.options import AdapterOptions
 from qratk.registry import Registry
@@ -29,6 +29,9 @@ class AdapterMethod(ABC):
 
     What is said here needs no model and no torch: bytes before weights are loaded, and what the method cannot do.
     """
+
+    component_name: ClassVar[str | None] = None
+    """The registered name, set by the registry."""
 
     @abstractmethod
     def check(self, options: AdapterOptions) -> None:

@@ -56,11 +56,11 @@ class Chosen:
         return self.quantizer.packed_bytes(shape, self.bits)
 
 
-def options(quantizer: Quantizer) -> dict[str, object]:
-    """Constructor options of a quantizer as plain data; of one that is no dataclass, its public attributes."""
-    if is_dataclass(quantizer):
-        return {field.name: getattr(quantizer, field.name) for field in fields(quantizer) if field.init}
-    return {name: value for name, value in vars(quantizer).items() if not name.startswith("_")}
+def options(component: object) -> dict[str, object]:
+    """Constructor options of a quantizer (or so) as plain data; of one that is no dataclass, its public attributes."""
+    if is_dataclass(component):
+        return {field.name: getattr(component, field.name) for field in fields(component) if field.init}
+    return {name: value for name, value in vars(component).items() if not name.startswith("_")}
 
 
 def describe(quantizer: Quantizer) -> str:

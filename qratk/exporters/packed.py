@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qratk.adapters.base import AdapterMethod, adapters
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.intact import require_intact, write_sums
@@ -39,7 +40,8 @@ class PackedExporter(Exporter):
         return "qratk itself (`load_quantized`)"
 
     def check(self, backbone: Backbone) -> None:
-        """Raise `QuantizationError` when a quantizer is not registered, so that a file cannot name it."""
+        """Raise `QuantizationError` when a quantizer or the adapter method is not registered: a file cannot name it."""
+        _specification(backbone.adapters.method)
         for quantizer in backbone.table.quantizers.values():
             _specification(quantizer)
 
@@ -56,8 +58,8 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
 
     `quantized.safetensors` holds the layers, `<projection>/<part>`: its tensors take exactly the predicted storage
     bytes less the adapters. `fixed.safetensors` holds embeddings, head and norms. `quantized.json` says bits and
-    quantizer of each projection; `config.json`, `generation_config.json` and the tokenizer are Hugging Face's.
-    Adapters are saved apart.
+    quantizer of each projection, and the adapter method; `config.json`, `generation_config.json` and the tokenizer are
+    Hugging Face's. Adapters are saved apart.
     """
     from safetensors.torch import save_file
 
@@ -87,6 +89,7 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
 def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) -> Backbone:
     """Backbone with that one configuration active (rank 0: load adapters or `activate` for others); same logits.
 
+    Its adapters are of the method that was saved; of plain LoRA where a file of before does not say.
     Raises `ConfigurationError` when the directory is not of this format, or damaged.
     """
     from safetensors.torch import load_file
@@ -110,6 +113,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
         granularity=description["granularity"],
         target_modules=description["target_modules"],
         adapter=AdapterOptions(**description["adapter"]),
+        method=_method(description.get("method")),
         compute_dtype=description["compute_dtype"],
     )
     backbone.install(_variants(description["projections"], load_file(directory / LAYERS)), digest=description["digest"])
@@ -172,6 +176,7 @@ def _description(
         "compute_dtype": str(backbone.compute_dtype).removeprefix("torch."),
         # What adapters began with was made of weights that are not here: fresh ones begin as by default.
         "adapter": asdict(replace(backbone.adapters.options, init="default", init_iterations=1)),
+        "method": _specification(backbone.adapters.method),
         "digest": backbone.digest(),
         "quantizers": {b: _specification(quantizer) for b, quantizer in backbone.table.quantizers.items()},
         "projections": {name: _projection(bank, *choices[name]) for name, bank in backbone.banks.items()},
@@ -188,17 +193,21 @@ def _projection(bank: BankLinear, bits: int, rank: int) -> dict[str, Any]:
     }
 
 
-def _specification(quantizer: Quantizer) -> dict[str, Any]:
+def _specification(component: Quantizer | AdapterMethod) -> dict[str, Any]:
     from qratk.bank.table import options
 
-    name = quantizer.component_name
+    name = component.component_name
     if name is None:
-        raise QuantizationError(f"{type(quantizer).__name__} is not registered, so a file cannot name it; register it")
-    return {"name": name, "options": options(quantizer)}
+        raise QuantizationError(f"{type(component).__name__} is not registered, so a file cannot name it; register it")
+    return {"name": name, "options": options(component)}
 
 
 def _quantizer(specification: Mapping[str, Any]) -> Quantizer:
     return quantizers.create(specification["name"], **specification["options"])
+
+
+def _method(specification: Mapping[str, Any] | None) -> AdapterMethod | None:
+    return None if specification is None else adapters.create(specification["name"], **specification["options"])
 
 
 def _variants(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from qratk.adapters.base import adapters
+from qratk.adapters.lora import Lora
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.space import SearchSpace
@@ -160,6 +164,27 @@ def test_reloaded_quantised_model_gives_the_same_logits_to_the_bit(family, tiny_
     again.load_adapter_state(backbone.adapter_state())
     assert torch.equal(stored_logits(again, tiny_batch), stored_logits(backbone, tiny_batch))
     assert again.digest() == backbone.digest()
+
+
+@pytest.mark.parametrize("name", ["dora", "adalora"])
+def test_reloaded_model_has_the_adapter_method_that_was_saved(name, tiny_backbone, tiny_batch, tmp_path):
+    options = {"init_rank_factor": 2.0} if name == "adalora" else {}
+    backbone = mixed_backbone(tiny_backbone, "llama", method=adapters.create(name, **options))
+    save_quantized(backbone, MIXED, tmp_path)
+    again = load_quantized(tmp_path)
+    assert again.adapters.method == backbone.adapters.method
+    again.activate(MIXED, seed=0)
+    again.load_adapter_state(backbone.adapter_state())
+    assert torch.equal(stored_logits(again, tiny_batch), stored_logits(backbone, tiny_batch))
+
+
+def test_folder_that_names_no_adapter_method_is_of_plain_lora(tiny_backbone, tmp_path):
+    save_quantized(mixed_backbone(tiny_backbone, "llama"), MIXED, tmp_path)
+    description = json.loads((tmp_path / "quantized.json").read_text())
+    del description["method"]
+    (tmp_path / "quantized.json").write_text(json.dumps(description))
+    (tmp_path / "SHA256SUMS").unlink()
+    assert load_quantized(tmp_path).adapters.method == Lora()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
