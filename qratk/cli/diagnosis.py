@@ -14,14 +14,17 @@ from jsonargparse import Namespace
 
 from qratk.cli.messages import shortened
 from qratk.cli.parser import COMMANDS, CommandParser
+from qratk.components import REGISTRIES
 from qratk.core.errors import QratkError
 from qratk.settings import names
 from qratk.settings.reading import SettingsLoader, read_settings
+from qratk.settings.recipe import RECIPE
 
 Keys = tuple[Any, ...]
 """Where a setting stands: the keys that lead to it."""
 
 _SPECIFICATION: Final = ("class_path", "init_args")
+_NULLS: Final = (None, "null", "~")
 _PAIR: Final = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
@@ -87,10 +90,12 @@ class Diagnosis:
         self.config: Namespace | None = None
         found: list[Mistake] = []
         for source in sources:
+            wrong = list(_null_components(source))
             if source.argument is not None:
-                found += self._of_argument(source, source.argument)
+                found += wrong or self._of_argument(source, source.argument)
                 continue
-            wrong = list(self._mistakes(source, [(key,) for key in source.document]))
+            left = Source(source.without(wrong), source.places)
+            wrong += self._mistakes(left, [(key,) for key in left.document])
             self._parse(source.without(wrong), keep=True)
             found += wrong
         self.mistakes = tuple(found)
@@ -190,6 +195,20 @@ def listed(mistakes: Sequence[Mistake], sources: Sequence[Source]) -> str:
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{len(lines)} settings are wrong:", *(f"  {line}" for line in lines)])
+
+
+def _null_components(source: Source) -> Iterator[Mistake]:
+    """Mistakes of components of the search that are null, which a parser takes for not given, or calls no subclass."""
+    section = source.document.get(names.SECTION)
+    if not isinstance(section, Mapping):
+        return
+    for slot in (slot for slot in names.SLOTS if slot in section):
+        default = RECIPE[slot]
+        if section[slot] in _NULLS and isinstance(default, str):
+            cure = f"leave it out for {default!r}"
+            if "none" in REGISTRIES[names.SLOTS[slot]].names():
+                cure = "'none' switches it off"
+            yield Mistake((names.SECTION, slot), f"must be the name of a component, got null; {cure}")
 
 
 def _without_frames(keys: Keys) -> Keys:

@@ -41,6 +41,8 @@ def shortened(message: str, keys: Sequence[object], settings: Sequence[str] = ()
     lines = [line.strip().removeprefix("- ") for line in explained(message, settings).splitlines()]
     if _UNKNOWN.search(message) and "class_path '" not in message:
         return "unknown setting" + nearest(".".join(map(str, keys)), settings)
+    if match := _NO_SETTINGS.search(message):
+        return f"must hold settings by name, or name a file that does, got {match[1]}"
     if match := _OPTION.search(message):
         text = f"option {match[2]!r} is not accepted"
         return text + (names.option_hint(match[1], match[2]) or _class_hint(match[1], match[2]))
@@ -62,6 +64,7 @@ def _class_hint(class_path: str, given: str) -> str:
 
 _UNKNOWN: Final = re.compile(r"does not accept option|unrecognized arguments|Option '[^']*' is not accepted")
 _OPTION: Final = re.compile(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted")
+_NO_SETTINGS: Final = re.compile(r"Unable to load config ('.*')")
 _FRAME: Final = re.compile(
     r"Parser key \"|Problem with given class_path|Does not validate against any|Errors:$|Given value:|Group '"
 )

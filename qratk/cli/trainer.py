@@ -63,6 +63,10 @@ class SearchTrainer(Trainer):
         )
 
 
+_LIMITS: Final = (
+    "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
+    "val_check_interval",
+)  # fmt: skip
 _AVERAGING: Final = (WeightAveraging, StochasticWeightAveraging)
 
 
@@ -71,6 +75,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     checks = Checks()
     checks.at_least(0, gradient_clip_val=options.get("gradient_clip_val"))
     checks.at_least(1, accumulate_grad_batches=options.get("accumulate_grad_batches"))
+    for name in _LIMITS:
+        value = options.get(name)
+        checks.require(_is_limit(value), name, value, "must be a share from 0 to 1, or a whole number of batches")
     accelerator = options.get("accelerator", "auto")
     known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     if isinstance(accelerator, str):
@@ -85,6 +92,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     folder = options.get("default_root_dir")
     checks.require(_can_be_made(folder), "default_root_dir", folder, "must be a folder that can be made")
     checks.finish()
+
+
+def _is_limit(value: Any) -> bool:
+    """Whether it is a share or a number of batches, or nothing that counts them: null, or an interval of time."""
+    return not isinstance(value, int | float) or 0 <= value <= 1 or (value > 1 and value % 1 == 0)
 
 
 def _device_count(devices: Any) -> int | None:

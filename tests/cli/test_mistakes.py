@@ -102,6 +102,8 @@ def test_values_that_cannot_be_are_told_together_before_anything_is_loaded(capsy
         ("--trainer.accelerator=nope", "--trainer.accelerator: must be one of auto, gpu"),
         ("--trainer.accumulate_grad_batches=-1", "--trainer.accumulate_grad_batches: must be at least 1, got -1"),
         ("--trainer.default_root_dir=/dev/null/x", "--trainer.default_root_dir: must be a folder that can be made"),
+        ("--trainer.limit_train_batches=-1", "--trainer.limit_train_batches: must be a share from 0 to 1, or a whole"),
+        ("--trainer.val_check_interval=1.5", "--trainer.val_check_interval: must be a share from 0 to 1, or a whole"),
         ("--trainer.devices=99999", "--trainer.devices: must be at most"),
         ("--model.bank_dir=", "--model.bank_dir: must be a folder, 'auto' or null, got ''"),
         ("--data.batch_size=1000000", "--data.batch_size: must be at most 65,536"),
@@ -115,6 +117,26 @@ def test_value_that_cannot_be_is_told_with_its_place(capsys, tmp_path, argument,
     status, lines = refused(capsys, "fit", "--config", "my.yaml", argument)
     assert status == 1
     assert lines[0].startswith(f"qratk: error: {text}")
+
+
+def test_section_that_is_a_list_is_told_by_its_name(capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(GOOD))
+    status, lines = refused(capsys, "fit", "--config", "my.yaml", "--trainer=[3]")
+    assert status == 2
+    assert lines[0] == "qratk: error: --trainer: must hold settings by name, or name a file that does, got '[3]'"
+
+
+def test_component_that_is_null_is_told_with_what_switches_it_off(capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({**GOOD, "search": {**GOOD["search"], "surrogate": None}}))
+    nulls = ["--search.refiner=null", "--search.searcher=null"]
+    status, lines = refused(capsys, "search", "--config", "my.yaml", *nulls)
+    assert status == 2
+    assert [line.strip() for line in lines[:4]] == [
+        "qratk: error: 3 settings are wrong:",
+        "my.yaml:21: search.surrogate: must be the name of a component, got null; 'none' switches it off",
+        "--search.refiner: must be the name of a component, got null; 'none' switches it off",
+        "--search.searcher: must be the name of a component, got null; leave it out for 'nsga2'",
+    ]
 
 
 @pytest.mark.parametrize(
