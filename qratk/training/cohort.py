@@ -48,12 +48,12 @@ class CohortMatmul(torch.autograd.Function):
         out = layer.frozen_product(x)
         dropped = pooled(x if mask is None else x * mask, layer.group)
         low = torch.bmm(dropped.to(a.dtype), a.transpose(1, 2))  # (K, N, R)
-        scaled = low if layer.scaling_tensor is None else low * layer.scaling_tensor
-        if out.dtype == a.dtype:
+        if out.dtype == a.dtype == torch.float32:
+            scaled = low if layer.scaling_tensor is None else low * layer.scaling_tensor
             out.baddbmm_(scaled, b.transpose(1, 2), alpha=layer.scaling)
-        else:
-            update = torch.bmm(scaled, b.transpose(1, 2))
-            out = update.mul_(layer.scaling).add_(out).to(out.dtype)
+        else:  # rounded where a candidate alone is
+            factor = layer.scaling if layer.scaling_tensor is None else layer.scaling_tensor
+            out = torch.bmm(low, b.transpose(1, 2)).mul_(factor).add_(out).to(out.dtype)
         ctx.layer = layer
         ctx.save_for_backward(x, a, b, low, *(() if mask is None else (mask,)))
         return out
@@ -169,17 +169,19 @@ class CohortLinear(nn.Module):
         return self.bank.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Product (K*B, ..., d_out) of x (K*B, ..., d_in), in the dtype of x or of autocast."""
+        """Product (K*B, ..., d_out) of x (K*B, ..., d_in), in the dtype of x or of autocast, which adapters follow."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        mixed = torch.is_autocast_enabled(device)
+        if mixed:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             stacked = x.reshape(len(self.ranks), -1, x.shape[-1])
-            if self.lora_a is None:
+            if self.lora_a is None or self.lora_b is None:
                 out: Tensor = FrozenMatmul.apply(stacked, self)  # type: ignore[no-untyped-call]
             else:
                 function: Any = CohortMatmul
-                out = function.apply(stacked, self.lora_a, self.lora_b, self._dropped(x), self)
+                a, b = (p.to(x.dtype) if mixed else p for p in (self.lora_a, self.lora_b))
+                out = function.apply(stacked, a, b, self._dropped(x), self)
         return out.reshape(*x.shape[:-1], -1)
 
     def _dropped(self, x: Tensor) -> Tensor | None:

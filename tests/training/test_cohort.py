@@ -107,6 +107,31 @@ def test_the_dense_cache_changes_no_digit_of_a_cohort(mode: str, tiny_backbone: 
     assert torch.equal(together(backbone, members)[0], together(reference, members)[0])
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_follow_autocast_as_those_of_a_candidate_alone(
+    rslora: bool, tiny_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = tiny_backbone("llama", bits=(2, 4, 8), adapter=AdapterOptions(rslora=rslora))
+    batch, (first, second) = batches()[0], MIX[:2]
+    cohort = Cohort.of(backbone, (first, second), seed=7)
+    generator = torch.Generator().manual_seed(5)
+    states = [
+        {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in cohort.state(k).items()} for k in range(2)
+    ]
+    for member, state in enumerate(states):
+        cohort.load_state(member, state)
+    with cohort.installed() as model, torch.autocast("cpu", torch.bfloat16):
+        found = loss_of(model, batch, 2)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in cohort.parameters())
+    for member, configuration in enumerate((first, second)):
+        backbone.activate(configuration, seed=7)
+        backbone.load_adapter_state(states[member])
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = loss_of(backbone.model, batch, 1)[0]
+        torch.testing.assert_close(found[member], expected, rtol=1e-4, atol=0)
+
+
 def test_rank_stabilised_scaling_is_each_candidates_own(tiny_backbone: Callable[..., Backbone]) -> None:
     options = AdapterOptions(rslora=True, alpha=6.0)
     check(tiny_backbone("llama", bits=(2, 4, 8), adapter=options), MIX)
