@@ -71,9 +71,11 @@ class TextData(TaskData):
             return
         stream: list[int] = []
         labelled: list[bool] = []
+        end = self.tokenizer.eos_token_id
+        ends_and_begins = self.end_token and end is not None and end == prefix_token_id(self.tokenizer)
         for index in permutation(len(documents), seed=self.seed, purpose="packing"):
             tokens = documents[index]
-            if stream and stream[-1] == tokens[0]:  # one token both ends and begins: once is enough
+            if stream and ends_and_begins:  # one token does both: once is enough
                 tokens = tokens[1:]
                 labelled += [True] * len(tokens)
             else:

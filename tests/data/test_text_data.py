@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,19 @@ def test_score_is_minus_nats_per_token_of_a_plain_loop(
     assert float(scorer.compute()["score"]) == pytest.approx(total / sum(counts), rel=1e-5)
     assert scorer.outcomes().tolist() == pytest.approx(means, rel=1e-5)
     assert list(data.item_weights("test")) == counts
+
+
+def test_packed_documents_keep_a_token_that_one_ends_with_and_the_next_begins_with(
+    write: Write, bare_tokenizer: Any
+) -> None:
+    tokenizer = copy.deepcopy(bare_tokenizer)
+    tokenizer.eos_token = None
+    data = TextData(write("train.jsonl", [{"text": f"a{c}a"} for c in "123456"]), max_length=64, validation_items=1)
+    data.attach(tokenizer)
+    (block,) = data.training_rows()
+    alone = [tokenizer.encode(item.content) for item in data.items("train")]
+    assert len({ids[0] for ids in alone} | {ids[-1] for ids in alone}) == 1  # each might be taken for the other
+    assert sorted(block.tokens.tolist()) == sorted(token for ids in alone for token in ids)
 
 
 @pytest.mark.parametrize("same", [True, False])
