@@ -212,6 +212,7 @@ def test_a_cohort_of_none_is_refused() -> None:
         FineTuneEvaluator(cohort=0)
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_same_decisions_side_by_side(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
