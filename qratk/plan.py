@@ -125,7 +125,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)
-    steps = total_steps(evaluations, references=len(loop.reference_choices))
+    steps = total_steps(evaluations, references=0 if loop.shared else len(loop.reference_choices))
     work = workload(datamodule, length, tokenizer=backbone.tokenizer is not None)
     speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
@@ -175,7 +175,7 @@ def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
         parts = dict(memory.training.uniform.get((configuration.bits[0], configuration.ranks[0]), {}))
         if parts:  # traced without what is packed
             parts["weights"] = footprint.weights + footprint.metadata
-        return PlanRow(name, str(configuration), footprint, average, fits, parts)
+        return PlanRow(name, str(configuration.with_shared(())), footprint, average, fits, parts)
 
     space = memory.space
     uniforms = [row("uniform", configuration) for configuration in space.uniforms()]

@@ -179,6 +179,12 @@ class AdaLoraAdapters(Adapters):
         """Directions that a projection has left; 0 when there is no adapter."""
         return int(self._kept[name].sum()) if name in self._kept else 0
 
+    def configure(self, options: AdapterOptions) -> None:
+        """Other scaling, dropout and start from the next `reset` on."""
+        self.method.check(options)
+        self.options = options
+        self.layers.configure(options)
+
     def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
         """Give a projection fresh directions: P and Q drawn, seeded and nested in rank, Lambda zero; no factors."""
         import torch

@@ -107,6 +107,13 @@ class Adapters(ABC):
     # A switch
 
     @abstractmethod
+    def configure(self, options: AdapterOptions) -> None:
+        """Scale, drop and begin as other options say, from the next `reset` of each projection on.
+
+        Stored type and pooled inputs are those that the adapters were made with.
+        """
+
+    @abstractmethod
     def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
         """Give a projection a fresh adapter of this rank, seeded by (seed, name) and nested in rank, or from factors.
 

@@ -120,6 +120,11 @@ class DoraAdapters(Adapters):
         """The model that they are in."""
         return self.pairs.peft_model
 
+    def configure(self, options: AdapterOptions) -> None:
+        """Other scaling, dropout and start from the next `reset` on."""
+        self.options = options
+        self.pairs.configure(options)
+
     def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
         """A pair as of LoRA; the magnitude is what leaves the weight as it is with that pair."""
         self.pairs.reset(name, rank, seed=seed, factors=factors)

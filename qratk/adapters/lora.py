@@ -85,6 +85,11 @@ class LoraAdapters(Adapters):
         """The model that they are in."""
         return self.layers.model
 
+    def configure(self, options: AdapterOptions) -> None:
+        """Other scaling, dropout and start from the next `reset` on."""
+        self.options = options
+        self.layers.configure(options)
+
     def reset(self, name: str, rank: int, *, seed: int, factors: Factors | None = None) -> None:
         """Give a projection a fresh adapter of this rank: A seeded, B zero, or both from factors."""
         from qratk.adapters.matrices.drawing import initial_weights

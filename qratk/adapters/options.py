@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal
 
 from qratk.adapters.starts.base import Start, starts
 from qratk.core.errors import ConfigurationError
+from qratk.core.shared import Shared
 
 if TYPE_CHECKING:
     import torch
 
 PLAIN = "default"
 """The start of an adapter that changes nothing at first: A random, B zero."""
+_OPTIONS: Final = {"alpha_over_rank": "alpha_over_rank", "rslora": "rslora", "lora_dropout": "dropout", "init": "init"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class AdapterOptions:
             raise ConfigurationError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.dtype not in ("bfloat16", "float16"):
             raise ConfigurationError(f"adapters are stored in 'bfloat16' or 'float16', got {self.dtype!r}")
+
+    def with_shared(self, shared: Shared) -> AdapterOptions:
+        """The options with what shared settings of a configuration say of adapters in the place of their own."""
+        own = {_OPTIONS[name]: value for name, value in shared if name in _OPTIONS}
+        return replace(self, **own) if own else self  # type: ignore[arg-type]  # checked where settings are taken in
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +95,12 @@ class Backbone:
         self._fixed_names = _distinct(model)
         self.coverage: Coverage = coverage(model)
         self.dense_cache("off")
-        self.adapters: Adapters = (method or Lora()).wrap(model, self._banks, adapter or AdapterOptions())
+        self._adapter_options = adapter or AdapterOptions()
+        self.adapters: Adapters = (method or Lora()).wrap(model, self._banks, self._adapter_options)
         self.model: PeftModel = self.adapters.peft_model
         layers = [(layer.name, layer.modules) for layer in self.layers]
         self._packer = Packer(layers, self.table, bare=lambda: without_adapters(self.model))
-        self._first_values = FirstValues(layers, self.adapters.options, self.table)
+        self._first_values: dict[str, FirstValues] = {}
         self._start()
 
     @classmethod
@@ -203,7 +205,7 @@ class Backbone:
     def _compute_digest(self) -> str:
         settings = {bits: describe(quantizer) for bits, quantizer in self.table.quantizers.items()}
         text = repr((settings, self.granularity, self.target_modules, str(self.compute_dtype)))
-        begin = self.adapters.options
+        begin = self._adapter_options
         if begin.start is not None or begin.input_group > 1:
             text += repr((begin.init, begin.init_iterations, begin.input_group))
         if self._packer.calibration is not None:
@@ -258,25 +260,41 @@ class Backbone:
 
     # The first values of adapters
 
-    def needs_initial(self, choices: Iterable[tuple[int, int]]) -> bool:
+    def adapter_options(self, configuration: Configuration) -> AdapterOptions:
+        """How the adapters of a configuration are scaled, dropped and begun: its shared settings may say so."""
+        return self._adapter_options.with_shared(configuration.shared)
+
+    def needs_initial(self, choices: Iterable[tuple[int, int]], *, init: str | None = None) -> bool:
         """Whether `build_initial` would have something to do for these bits and ranks."""
-        return self._first_values.needs(choices)
+        return self._starting(init).needs(choices)
 
     def build_initial(
-        self, choices: Iterable[tuple[int, int]], *, weightings: Mapping[str, Weighting] | None = None
+        self,
+        choices: Iterable[tuple[int, int]],
+        *,
+        weightings: Mapping[str, Weighting] | None = None,
+        init: str | None = None,
     ) -> None:
-        """Make first values of adapters for these (bits, rank), as `AdapterOptions.init` says; or map what a store has.
+        """Make first values of adapters for these (bits, rank); or map what a store has.
 
-        The bank must be built at these bits, and the full-precision reference be there.
+        The start is `init`, or that of the adapters' options. The bank must be built at these bits, and the
+        full-precision reference be there.
         """
-        self._first_values.build(choices, weightings, self._store)
+        self._starting(init).build(choices, weightings, self._store)
 
-    def initial_factors(self, name: str, bits: int, rank: int) -> Factors | None:
+    def initial_factors(self, name: str, bits: int, rank: int, *, init: str | None = None) -> Factors | None:
         """First values of a projection's adapter, before scaling; None where it begins as by default.
 
         Raises `QuantizationError` where `build_initial` was not asked for them.
         """
-        return self._first_values.factors(name, bits, rank)
+        return self._starting(init).factors(name, bits, rank)
+
+    def _starting(self, init: str | None) -> FirstValues:
+        options = self._adapter_options if init is None else replace(self._adapter_options, init=init)
+        if options.init not in self._first_values:
+            layers = [(layer.name, layer.modules) for layer in self.layers]
+            self._first_values[options.init] = FirstValues(layers, options, self.table)
+        return self._first_values[options.init]
 
     def release_reference(self) -> None:
         """Drop the full-precision weights, and 16 bits too unless the bank was built with them.
@@ -324,18 +342,20 @@ class Backbone:
         base.config.use_cache = False
 
     def activate(self, configuration: Configuration, *, seed: int) -> None:
-        """Switch in place: the bits of each layer, and fresh adapters seeded by (seed, module name).
+        """Switch in place: the bits of each layer, and fresh adapters seeded by (seed, module name), scaled as it says.
 
         Raises `ConfigurationError` when it is of another number of layers, `QuantizationError` when a bit-width is not
         in the bank. Adapter parameters are new objects afterwards: make a new optimiser.
         """
         self.prepare([configuration])
         choices = list(zip(self.layers, configuration.layers, strict=True))
+        options = self.adapter_options(configuration)
         factors: dict[str, Factors | None] = {}
         for layer, choice in choices:  # all or nothing: look before the first switch
             for name, bank in layer.modules:
                 bank.require(choice.bits)
-                factors[name] = self.initial_factors(name, choice.bits, choice.rank)
+                factors[name] = self.initial_factors(name, choice.bits, choice.rank, init=options.init)
+        self.adapters.configure(options)
         for layer, choice in choices:
             for name, bank in layer.modules:
                 bank.activate(choice.bits, choice.rank)

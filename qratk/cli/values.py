@@ -68,7 +68,7 @@ def _mistakes(error: QratkError, keys: tuple[str, ...]) -> Iterable[Mistake]:
         problems = (Problem(match[1], match[2]),)
     if not problems:
         return [Mistake(keys, str(error))]
-    return [Mistake((*keys, *inner, problem.option), problem.text) for problem in problems]
+    return [Mistake((*keys, *inner, *problem.option.split(".")), problem.text) for problem in problems]
 
 
 def _only(key: str, value: Any) -> Namespace:

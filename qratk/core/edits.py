@@ -18,12 +18,14 @@ class Ledger:
     """A configuration as rung indices (L, 2), with its bytes kept current while single steps are taken.
 
     Columns are knobs in the order of `KNOBS`: bits, rank. A step down leads to the nearest lower rung; the packing of
-    a quantiser may make a lower rung larger (3 bits in words of 32, on odd shapes), so savings may be negative.
+    a quantiser may make a lower rung larger (3 bits in words of 32, on odd shapes), so savings may be negative. The
+    shared settings of the configuration stay as they are.
     """
 
     def __init__(self, problem: Problem, configuration: Configuration) -> None:
         self.problem = problem
         self.indices = problem.space.indices(configuration)
+        self.shared = configuration.shared
         self._tables = tuple(problem.table(knob) for knob in KNOBS)  # each (L, rungs)
         self._parameters = np.asarray(problem.memory.parameters, dtype=np.int64)
         self._bits = np.asarray(problem.space.bits, dtype=np.int64)
@@ -102,7 +104,7 @@ class Ledger:
 
     def configuration(self) -> Configuration:
         """The configuration as it now stands."""
-        return self.problem.space.from_indices(self.indices)
+        return self.problem.space.from_indices(self.indices, self.shared)
 
 
 def weights_of_layers(problem: Problem, epsilon: float) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qratk.core.configuration import Configuration
@@ -21,18 +22,19 @@ class Footprints:
         self._models: dict[SearchSpace, MemoryModel] = {}
 
     def model(self, space: SearchSpace) -> MemoryModel:
-        """Exact bytes over a space; the peaks are for the data's batch size and length."""
+        """Exact bytes over a space; the peaks are for the data's batch size and length. Settings change no bytes."""
         from qratk.peaks.foretold import memory_model
 
-        if space not in self._models:
-            self._models[space] = memory_model(
+        bare = replace(space, shared=())
+        if bare not in self._models:
+            self._models[bare] = memory_model(
                 self._module.backbone,
-                space,
+                bare,
                 batch_size=self._data.batch_size,
                 sequence_length=self._data.max_length,
                 gradient_checkpointing=self._module.options.gradient_checkpointing,
             )
-        return self._models[space]
+        return replace(self._models[bare], space=space) if space.shared else self._models[bare]
 
     def of(self, configuration: Configuration, space: SearchSpace) -> Footprint:
         """Bytes of a configuration; references may lie off the ladders of a space, which is widened then."""

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration
+from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, FidelityLadder, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
+from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.registry import Registry
 
@@ -73,9 +75,20 @@ class Evaluator(ABC):
     def shapes(self) -> tuple[LayerShape, ...]:
         """The layers, in model order."""
 
+    def check_shared(self, ladder: SharedLadder) -> None:
+        """Raise `ConfigurationError` for a setting, or a value of one, that configurations cannot be scored with.
+
+        Called without a model, before anything else. By default bits and ranks are all that an evaluator knows.
+        """
+        name = getattr(self, "component_name", type(self).__name__)
+        raise ConfigurationError(
+            f"cannot be a shared setting with the evaluator {name!r}, which scores bits and ranks alone; leave it out, "
+            "or use the evaluator 'finetune'"
+        )
+
     @abstractmethod
     def memory_model(self, space: SearchSpace) -> MemoryModel:
-        """Exact bytes over a space of these layers."""
+        """Exact bytes over a space of these layers; called before anything is measured."""
 
     def footprint(self, configuration: Configuration) -> Footprint:
         """Exact bytes of a configuration, on or off the ladders of the search."""

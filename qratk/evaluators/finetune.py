@@ -13,6 +13,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
+from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators._outcomes import Measured, OutOfMemory, caught, free_memory
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
@@ -103,8 +104,18 @@ class FineTuneEvaluator(Evaluator):
         """The backbone's layers."""
         return self.parts.module.backbone.shapes
 
+    def check_shared(self, ladder: SharedLadder) -> None:
+        """Options of the module that change neither bytes nor packed weights: `qratk.training.options.SHAREABLE`."""
+        from qratk.training.options import check_shared
+
+        check_shared(ladder)
+
     def memory_model(self, space: SearchSpace) -> MemoryModel:
-        """Exact bytes; the peaks are for the datamodule's batch size and length."""
+        """Exact bytes; the peaks are for the datamodule's batch size and length.
+
+        Raises `ConfigurationError` for shared settings that the module cannot have.
+        """
+        self.parts.module.require_shared(space.shared)
         self._space = space
         return self.parts.footprints.model(space)
 

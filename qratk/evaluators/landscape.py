@@ -15,14 +15,18 @@ adapter can make up for, p and v how many ranks and how long that takes. k: erro
 sum; n: those of neighbours compound or cancel. x: what short runs like for no good reason, in a random direction u of
 log2 bits and log2 ranks. The noise is drawn from a hash of (seed, configuration, steps) and shrinks with the square
 root of the steps.
+
+A configuration with shared settings has their worth on top: a learning rate v loses c (log10 v - log10 v*)^2, v* being
+the best rate and c its curvature; each value of any other setting is worth a draw from a normal distribution.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +37,7 @@ from qratk.core.configuration import KNOBS, Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Budget, LayerBytes, LayerShape, MemoryModel, PeakBytes
 from qratk.core.problem import Problem
+from qratk.core.shared import Shared
 from qratk.core.space import SearchSpace
 from qratk.programs.integer import best_choice
 
@@ -60,6 +65,9 @@ class LandscapeOptions:
         slowness_spread: standard deviation of the logarithm of v.
         crossing: x.
         noise: standard deviation of a score at T_S.
+        best_rate: learning rate v*, for configurations that have one of their own.
+        rate_curvature: c.
+        settings_spread: standard deviation of what values of other shared settings are worth.
     """
 
     sensitivity_spread: float | tuple[float, float] = 1.5
@@ -75,15 +83,18 @@ class LandscapeOptions:
     slowness_spread: float | tuple[float, float] = 0.0
     crossing: float | tuple[float, float] = 0.0
     noise: float | tuple[float, float] = 0.01
+    best_rate: float | tuple[float, float] = field(default=3e-3, repr=False)
+    rate_curvature: float | tuple[float, float] = field(default=0.15, repr=False)
+    settings_spread: float | tuple[float, float] = field(default=0.05, repr=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            low, high = _pair(field.name, getattr(self, field.name))
-            positive = field.name in ("error_per_bit", "half_rank", "slowness")
+        for name in (own.name for own in fields(self)):
+            low, high = _pair(name, getattr(self, name))
+            positive = name in ("error_per_bit", "half_rank", "slowness", "best_rate")
             if low > high or low < 0 or (positive and low == 0):
                 raise ConfigurationError(
-                    f"landscape: {field.name} must be {'positive' if positive else 'at least 0'}, as a number or as an "
-                    f"ascending pair [low, high]; got {getattr(self, field.name)}"
+                    f"landscape: {name} must be {'positive' if positive else 'at least 0'}, as a number or as an "
+                    f"ascending pair [low, high]; got {getattr(self, name)}"
                 )
 
     @classmethod
@@ -91,12 +102,18 @@ class LandscapeOptions:
         """Options from themselves, from a mapping of some of them, or the defaults; raises `ConfigurationError`."""
         if given is None or isinstance(given, LandscapeOptions):
             return given or cls()
-        unknown = sorted(given.keys() - {field.name for field in fields(cls)})
+        unknown = sorted(given.keys() - {own.name for own in fields(cls)})
         if unknown:
             raise ConfigurationError(
                 f"landscape: unknown parameters {unknown}; known are {', '.join(f.name for f in fields(cls))}"
             )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+    @property
+    def of_settings(self) -> dict[str, Range]:
+        """The parameters that shared settings have a worth by, those that are not the defaults."""
+        own = {each.name: each for each in fields(self) if not each.repr}
+        return {name: getattr(self, name) for name, each in own.items() if getattr(self, name) != each.default}
 
     def drawn(self, name: str, rng: np.random.Generator) -> float:
         """A parameter's value for one landscape."""
@@ -203,7 +220,25 @@ class Landscape:
 
     def true_score(self, configuration: Configuration, steps: int) -> float:
         """Score without noise."""
-        return float(self.truth(np.array([configuration.bits]), np.array([configuration.ranks]), steps)[0])
+        alone = float(self.truth(np.array([configuration.bits]), np.array([configuration.ranks]), steps)[0])
+        return alone + self.worth(configuration.shared)
+
+    def worth(self, shared: Shared) -> float:
+        """What shared settings add to the score, at any number of steps; 0 without any."""
+        total = 0.0
+        for name, value in shared:
+            if name == "learning_rate":
+                away = math.log10(max(float(value), 1e-300) / self.parameters["best_rate"])
+                total -= self.parameters["rate_curvature"] * away**2
+            else:
+                digest = hashlib.sha256(f"{self.seed}|{name}|{value}".encode()).digest()
+                drawn = np.random.default_rng(int.from_bytes(digest[:8], "big")).standard_normal()
+                total += self.parameters["settings_spread"] * float(drawn)
+        return total
+
+    def best_shared(self, space: SearchSpace) -> Shared:
+        """The settings of a space that are worth most."""
+        return max(space.all_shared, key=self.worth)
 
     def score(self, configuration: Configuration, steps: int) -> float:
         """Score with the noise that belongs to (configuration, steps)."""
@@ -267,9 +302,11 @@ def best_known(landscape: Landscape, problem: Problem, *, start: Configuration) 
     of an edit up and one down, until none helps. On small spaces it is the optimum (tests compare with brute force).
     """
     climber = _Climber(landscape, problem.memory, problem.budget)
-    best, seen, here = start, set[Configuration](), start
+    shared = landscape.best_shared(problem.space)
+    best, seen, here = start, set[Configuration](), start.with_shared(shared)
     for _ in range(20):
-        here = best_choice(problem, landscape.linearised(here, problem.space, landscape.total_steps))
+        values = landscape.linearised(here, problem.space, landscape.total_steps)
+        here = best_choice(problem, values, shared=shared)
         best = max(best, here, key=climber.score)
         if here in seen:
             break
@@ -291,7 +328,7 @@ class _Climber:
 
     def climbed(self, configuration: Configuration, rounds: int = 60) -> Configuration:
         indices = self.memory.space.indices(configuration)
-        best = self.score(configuration)
+        best = self.score(configuration.with_shared(()))
         for _ in range(rounds):
             moves = self._moves(indices)
             fitting = moves[self._fits(moves)]
@@ -301,7 +338,7 @@ class _Climber:
             if not len(scores) or scores.max() <= best + 1e-12:
                 break
             indices, best = fitting[int(scores.argmax())], float(scores.max())
-        return self.memory.space.from_indices(indices)
+        return self.memory.space.from_indices(indices, configuration.shared)
 
     def _moves(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         singles = {}

@@ -13,6 +13,7 @@ from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation
 from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator
 from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
@@ -81,6 +82,12 @@ class LandscapeEvaluator(Evaluator):
         """The simulated layers."""
         return self._shapes
 
+    def check_shared(self, ladder: SharedLadder) -> None:
+        """As for fine-tuning: the landscape has an optimum for the learning rate, and draws a worth for the others."""
+        from qratk.training.options import check_shared
+
+        check_shared(ladder)
+
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Synthetic exact bytes; see `simulated_memory`."""
         return simulated_memory(self._shapes, space)
@@ -140,8 +147,9 @@ class LandscapeEvaluator(Evaluator):
 
     def fingerprint(self) -> dict[str, str]:
         """The options that decide the scores."""
-        options = (
+        options: tuple[object, ...] = (
             self.num_layers, self.landscape.seed, self.options, self.importance_noise,
             sorted(self.estimator_noise.items()), self.items, self.failures,
         )  # fmt: skip
+        options += (self.options.of_settings,) if self.options.of_settings else ()
         return {"landscape": hashlib.sha256(repr(options).encode()).hexdigest()[:16]}

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Candidate, Evaluation, Request
+from qratk.core.evaluation import Evaluation
 from qratk.core.result import SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import counted
 from qratk.executors.base import Executor
 from qratk.loop.measuring import Measuring
+from qratk.loop.racing import race, tuned
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
 from qratk.loop.statistics import paired_comparison, top3_hit_rates
@@ -36,7 +37,14 @@ def conclude(
     highest = plan.ladder.highest
     best = state.best
     assert best is not None, "a search in which nothing was measured has no answer"
-    references = measuring.measure(_references(settings, plan.problem.num_layers), Stage("reference"))
+    references = race(
+        tuned(_references(settings, plan.problem.num_layers), plan.problem.space.all_shared),
+        settings.reference_race,
+        settings,
+        measuring,
+        origin="reference",
+        stage=Stage("reference"),
+    )
     baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
     weights = evaluator.item_weights
     scores = [best, *baselines, *references] if tests else []
@@ -61,10 +69,9 @@ def conclude(
     )
 
 
-def _references(settings: SearchSettings, layers: int) -> list[Request]:
+def _references(settings: SearchSettings, layers: int) -> list[Configuration]:
     """Uniform configurations outside the search."""
-    uniform = [Configuration((choice,) * layers) for choice in settings.reference_choices]
-    return [Request(Candidate(c, "reference", phase="reference"), settings.ladder.highest) for c in uniform]
+    return [Configuration((choice,) * layers) for choice in settings.reference_choices]
 
 
 def _tested(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from qratk.core.errors import SearchError
-from qratk.core.evaluation import Candidate, Request
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchPlan, SearchResult
@@ -22,10 +21,10 @@ from qratk.loop.answer import conclude
 from qratk.loop.asking import Asking
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
+from qratk.loop.racing import race, tuned
 from qratk.loop.refining import Refining
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
-from qratk.loop.stopping import room
 from qratk.mutations.proposer import Proposer
 from qratk.reporters.base import Reporter
 from qratk.run.journal import Comparable, Journal
@@ -116,15 +115,17 @@ def _search(
     problem = _pose(settings, journal, reporter, clock)
     settings.executor.begin(problem.space)
     fitting = [c for c in problem.space.uniforms() if problem.feasible(c)]
-    baselines = tuple(fitting if settings.uniform_baselines else ())
-    planned = settings.planned_evaluations(len(baselines))
+    groups = tuned(fitting if settings.uniform_baselines else (), problem.space.all_shared)
+    baselines = tuple(configuration for group in groups for configuration in group)
+    planned = settings.planned_evaluations(len(groups))
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
     reporter.started(plan)
-    proposer = Proposer(problem, settings.mutations, settings.repair)
+    proposer = Proposer(problem, settings.operators, settings.repair)
     state = SearchState(problem, settings.ladder, baselines, settings.alpha)
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
     asking = Asking(journal, proposer, clock)
-    _measure_baselines(settings, measuring)
+    # The promise never to be worse, and the first pairs.
+    race(groups, settings.settings_race, settings, measuring, origin="uniform", stage=Stage("baseline"))
     exploring = Exploring(settings, context, proposer, measuring, asking)
     stop_reasons = {"global": exploring.run()}
     if settings.promotion == "last":
@@ -155,14 +156,6 @@ def _pose(settings: SearchSettings, journal: Journal, reporter: Reporter, clock:
 
     scores = journal.decided("importance", estimate)
     return Problem(evaluator.shapes, memory, budget, Importance(tuple(scores["bits"]), tuple(scores["rank"])))
-
-
-def _measure_baselines(settings: SearchSettings, measuring: Measuring) -> None:
-    """Uniform configurations that fit, on every rung: the promise never to be worse, and the first pairs."""
-    candidates = [Candidate(c, "uniform", phase="baseline") for c in measuring.plan.baselines]
-    for steps in settings.ladder.steps:
-        going_on = candidates[: room(settings, measuring.state, steps)]
-        measuring.measure([Request(candidate, steps) for candidate in going_on], Stage("baseline"))
 
 
 def _frozen_utility(settings: SearchSettings, state: SearchState) -> Utility:

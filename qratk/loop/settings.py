@@ -17,11 +17,12 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import FidelityLadder
 from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
 from qratk.core.result import SearchResult
+from qratk.core.shared import SharedLadder, shared_ladders
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import Evaluator
 from qratk.executors.base import Blueprint, Executor, executors
-from qratk.mutations.base import MutationOperator
+from qratk.mutations.base import MutationOperator, mutations
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
 from qratk.reporters.base import Reporter
@@ -54,6 +55,9 @@ class SearchSettings(ABC):
         rank_importance: scores layers for their rank, I_r.
         bits: ladder of bit-widths; 16 keeps a layer in 16 bits.
         ranks: ladder of adapter ranks; 0 means no adapter.
+        shared: ladders of options of the model that a configuration has one value of, by name, as in {learning_rate:
+            [1e-3, 3e-3, 1e-2], rslora: [false, true]}: ascending numbers, or names. Every uniform baseline is measured
+            with all of them at the lowest rung, and the best go up.
         limit: budget as a size with a unit, as in "5.5GiB".
         like: budget as what a uniform [bits, rank] takes, on or off the ladders, as in [4, 16].
         scope: which bytes the budget limits: storage (Eq. 21), training or serving peak.
@@ -92,6 +96,7 @@ class SearchSettings(ABC):
     rank_importance: ImportanceEstimator
     bits: Sequence[int] = (2, 4, 8)
     ranks: Sequence[int] = (4, 8, 16)
+    shared: dict[str, list[bool | int | float | str]] = field(default_factory=dict)
     limit: str | None = None
     like: Sequence[int] | None = None
     scope: Scope = "storage"
@@ -133,6 +138,11 @@ class SearchSettings(ABC):
                 parse_bytes(self.limit)
             except ConfigurationError as error:
                 checks.note("limit", str(error))
+        for option, values in (self.shared or {}).items():
+            try:
+                self.evaluator.check_shared(SharedLadder(option, tuple(values)))
+            except ConfigurationError as error:
+                checks.note(f"shared.{option}", _without(option, error))
         named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
         checks.require(named, "name", self.name, "must be the name of a folder, without a path")
         checks.finish()
@@ -152,6 +162,19 @@ class SearchSettings(ABC):
         blueprint: Blueprint | None = None,
     ) -> SearchResult:
         """What the search found."""
+
+    @cached_property
+    def shared_ladders(self) -> tuple[SharedLadder, ...]:
+        """Ladders of the settings that configurations share."""
+        return shared_ladders(self.shared)
+
+    @cached_property
+    def operators(self) -> tuple[MutationOperator, ...]:
+        """The mutations; where settings are shared one that steps these is among them."""
+        given = tuple(self.mutations)
+        if not self.shared_ladders or any(getattr(operator, "component_name", "") == "shared" for operator in given):
+            return given
+        return (*given, mutations.create("shared"))
 
     @cached_property
     def ladder(self) -> FidelityLadder:
@@ -176,6 +199,17 @@ class SearchSettings(ABC):
         sizes = self.ladder.sizes(self.searcher.generation_size, self.high_fidelity_candidates)
         return tuple(zip(self.ladder.steps, sizes, strict=True))
 
+    @property
+    def settings_race(self) -> Schedule:
+        """Rungs, and how many combinations of shared settings of one uniform choice run at each: one at the highest."""
+        combinations = math.prod(len(ladder.values) for ladder in self.shared_ladders)
+        return tuple(zip(self.ladder.steps, self.ladder.sizes(combinations, 1), strict=True))
+
+    @property
+    def reference_race(self) -> Schedule:
+        """The same of one reference, which runs to the highest rung at once where no settings are shared."""
+        return self.settings_race if self.shared_ladders else ((self.ladder.highest, 1),)
+
     def race(self, candidates: int) -> Schedule:
         """Rungs of the generation that was just asked for, and how many of its candidates run at each."""
         if self.promotion == "last":  # whatever the searcher would begin at: all are judged alike
@@ -183,9 +217,9 @@ class SearchSettings(ABC):
         return self.searcher.schedule(self.ladder, candidates, self.high_fidelity_candidates)
 
     def planned_evaluations(self, baselines: int) -> dict[int, int]:
-        """Largest number of evaluations at each rung (steps), given how many uniform configurations fit."""
-        highest = self.ladder.highest
-        counts = Counter(dict.fromkeys(self.ladder.steps, baselines if self.uniform_baselines else 0))
+        """Largest number of evaluations at each rung (steps), given how many uniform choices of bits and rank fit."""
+        highest, tuned = self.ladder.highest, self.settings_race
+        counts = Counter({steps: size * baselines * self.uniform_baselines for steps, size in tuned})
         phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
         if self.promotion == "last":
             (lowest, _), *higher = self.last_race
@@ -194,7 +228,8 @@ class SearchSettings(ABC):
             counts.update(phase)
         if self.max_evaluations is not None:
             counts[highest] = min(counts[highest], self.max_evaluations)
-        counts[highest] += len(self.reference_choices)
+        for steps, size in self.reference_race:
+            counts[steps] += size * len(self.reference_choices)
         return dict(sorted(counts.items()))
 
     def pose(
@@ -209,7 +244,13 @@ class SearchSettings(ABC):
                 )
             one = memory_model(SearchSpace((int(like[0]),), (int(like[1]),), tuple(names)))
             limit, like = str(one.bytes(one.space.smallest, self.scope)), None
-        memory = memory_model(SearchSpace(bits, ranks, tuple(names)))
+        memory = memory_model(SearchSpace(bits, ranks, tuple(names), self.shared_ladders))
         return memory, resolve_budget(
             memory, limit=limit, like=like, scope=self.scope, max_average_bits=self.max_average_bits
         )
+
+
+def _without(option: str, error: ConfigurationError) -> str:
+    """What an error says of an option, without the name that it begins with."""
+    text = error.problems[0].text if error.problems else str(error)
+    return text.removeprefix(f"{option} ").removeprefix(f"{option}: ")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.errors import ConfigurationError
+from qratk.core.shared import Shared
 
 Direction = Literal["directed", "either"]
 
@@ -37,3 +38,8 @@ def draw_column(possible: NDArray[np.bool_], rng: np.random.Generator) -> int | 
     """One of the columns of (L, 2) in which anything is possible, in equal parts; None when there is none."""
     columns = np.flatnonzero(possible.any(axis=0))
     return int(columns[int(rng.integers(len(columns)))]) if len(columns) else None
+
+
+def mixed(ours: Shared, theirs: Shared, share: float, rng: np.random.Generator) -> Shared:
+    """Settings of which each is theirs with probability `share`, else ours; nothing is drawn where there are none."""
+    return tuple(their if rng.random() < share else our for our, their in zip(ours, theirs, strict=True))

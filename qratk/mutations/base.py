@@ -21,6 +21,10 @@ class MutationOperator(ABC):
         All randomness comes from `rng`. May return the configuration itself when no edit is possible.
         """
 
+    def applies(self, problem: Problem) -> bool:
+        """Whether there is anything for it to vary; the proposer leaves it out where not."""
+        return True
+
 
 class CrossoverOperator(MutationOperator):
     """Combines a configuration with a mate; registered among the mutations.

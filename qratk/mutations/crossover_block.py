@@ -6,6 +6,7 @@ import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.problem import Problem
+from qratk.mutations._draws import mixed
 from qratk.mutations.base import CrossoverOperator, mutations
 
 
@@ -20,9 +21,10 @@ class BlockCrossover(CrossoverOperator):
     def cross(
         self, problem: Problem, first: Configuration, second: Configuration, rng: np.random.Generator
     ) -> Configuration:
-        """Child with between 1 and L - 1 layers of the mate; the mate itself where there is one layer."""
+        """Child with 1 to L - 1 layers of the mate, all where there is one, and each setting of either parent."""
         size = problem.num_layers
         start, length = int(rng.integers(size)), int(rng.integers(1, max(2, size)))
         swapped = {(start + i) % size for i in range(length)}
         pairs = enumerate(zip(first.layers, second.layers, strict=True))
-        return Configuration(tuple(theirs if layer in swapped else ours for layer, (ours, theirs) in pairs))
+        layers = tuple(theirs if layer in swapped else ours for layer, (ours, theirs) in pairs)
+        return Configuration(layers, mixed(first.shared, second.shared, 0.5, rng))

@@ -7,6 +7,7 @@ import numpy as np
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.problem import Problem
+from qratk.mutations._draws import mixed
 from qratk.mutations.base import CrossoverOperator, mutations
 
 
@@ -26,7 +27,8 @@ class UniformCrossover(CrossoverOperator):
     def cross(
         self, problem: Problem, first: Configuration, second: Configuration, rng: np.random.Generator
     ) -> Configuration:
-        """Child that mixes its parents layer by layer."""
+        """Child that mixes its parents layer by layer, and setting by setting."""
         from_mate = rng.random(problem.num_layers) < self.share
         pairs = zip(first.layers, second.layers, from_mate.tolist(), strict=True)
-        return Configuration(tuple(theirs if swapped else ours for ours, theirs, swapped in pairs))
+        layers = tuple(theirs if swapped else ours for ours, theirs, swapped in pairs)
+        return Configuration(layers, mixed(first.shared, second.shared, self.share, rng))

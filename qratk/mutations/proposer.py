@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class ProposalCounts:
 class Proposer:
     """Draws operators in equal parts (the paper mixes its two 1:1) and repairs what they return.
 
-    Crossover operators are drawn where mates are given, and left out where there are none.
+    Crossover operators are drawn where mates are given, and left out where there are none; operators that have nothing
+    to vary, such as `shared` without shared settings, are left out always.
 
     Args:
         problem: the problem.
@@ -67,15 +69,20 @@ class Proposer:
         for lowered in (self.counts.repaired_bits, self.counts.repaired_rank):
             lowered.extend([0] * (self.problem.num_layers - len(lowered)))
 
+    @cached_property
+    def operators(self) -> tuple[MutationOperator, ...]:
+        """The operators that have something to vary in the problem."""
+        return tuple(operator for operator in self.mutations if operator.applies(self.problem))
+
     @property
     def crosses(self) -> bool:
         """Whether an operator wants mates; a searcher that has none of them to give need not draw any."""
-        return any(isinstance(operator, CrossoverOperator) for operator in self.mutations)
+        return any(isinstance(operator, CrossoverOperator) for operator in self.operators)
 
     @property
     def single_parent(self) -> tuple[MutationOperator, ...]:
         """The operators that need no mate."""
-        return tuple(operator for operator in self.mutations if not isinstance(operator, CrossoverOperator))
+        return tuple(operator for operator in self.operators if not isinstance(operator, CrossoverOperator))
 
     def repaired(self, configuration: Configuration) -> Configuration | None:
         """Feasible configuration, or None when the repair policy rejects it."""
@@ -114,7 +121,7 @@ class Proposer:
     ) -> tuple[Configuration, str, tuple[str, ...]] | None:
         """Variant, names of the operators, and the digests of all its parents."""
         others = [mate for mate in mates if mate != parent] if self.crosses else []
-        operators = self.mutations if others else self.single_parent
+        operators = self.operators if others else self.single_parent
         if not operators:
             return None
         names, parents, child = list[str](), [parent.digest], parent

@@ -83,6 +83,7 @@ def fit(
     ard: bool,
     extra: int = 0,
     mix: float | None = None,
+    layers: int | None = None,
 ) -> Acquisition:
     """Acquisition fitted to points (n, d) and utilities (n,) by maximum marginal likelihood; raises `FitError`.
 
@@ -90,7 +91,7 @@ def fit(
     + ln(d)/2, sqrt 3): without one, two or three points give a constant posterior and the search stops at once. The
     last `extra` columns are other observations of the same points; they get a kernel of their own, added, since one
     coordinate would hardly count in a distance over 2 L of them. With `mix`, the kernel is that of `MixedKernel`
-    instead: the first half of the embedding, the bits, is then categorical.
+    instead: the first `layers` columns, the bits, are then categorical (half of the embedding by default).
 
     Neither torch's random state nor its default type or thread count are changed for others; the same arguments give
     the same bits.
@@ -105,7 +106,7 @@ def fit(
             train_x,
             train_y,
             likelihood=get_gaussian_likelihood_with_lognormal_prior(),
-            covar_module=_kernel(points.shape[1], extra, ard, mix),
+            covar_module=_kernel(points.shape[1], extra, ard, mix, layers),
             outcome_transform=None,
         )
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
@@ -135,14 +136,14 @@ class MixedKernel(Kernel):  # type: ignore[misc]
         return mixed
 
 
-def _mixed(layers: int, ard: bool, mix: float) -> MixedKernel:
+def _mixed(layers: int, size: int, ard: bool, mix: float) -> MixedKernel:
     overlap = ScaleKernel(OverlapKernel(active_dims=tuple(range(layers))), outputscale_prior=LogNormalPrior(0.0, 1.0))
-    return MixedKernel(_matern(range(layers, 2 * layers), ard), overlap, mix)
+    return MixedKernel(_matern(range(layers, size), ard), overlap, mix)
 
 
-def _kernel(dimensions: int, extra: int, ard: bool, mix: float | None) -> Kernel:
+def _kernel(dimensions: int, extra: int, ard: bool, mix: float | None, layers: int | None) -> Kernel:
     size = dimensions - extra
-    embedding = _matern(range(size), ard) if mix is None else _mixed(size // 2, ard, mix)
+    embedding = _matern(range(size), ard) if mix is None else _mixed(layers or size // 2, size, ard, mix)
     if extra == 0:
         return embedding
     return embedding + _matern(range(dimensions - extra, dimensions), ard)

@@ -94,7 +94,14 @@ class ModelGuided(CappedRefiner):
         process = gaussian_process()
         try:
             acquisition: Acquisition = process.fit(
-                points, utilities, best=self._best, seed=seed, ard=self.ard, extra=extra, mix=self.mix
+                points,
+                utilities,
+                best=self._best,
+                seed=seed,
+                ard=self.ard,
+                extra=extra,
+                mix=self.mix,
+                layers=self._proposer.problem.num_layers,
             )
             scores = acquisition.log_ei(members)
         except process.FitError as error:

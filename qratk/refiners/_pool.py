@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,8 @@ def ball_size(space: SearchSpace, centre: Configuration, radius: int) -> int:
     the number of rungs k steps away.
     """
     counts = [1] + [0] * radius  # counts[d]: configurations at distance d; Python integers never overflow
-    for index, rungs in _coordinates(space, centre):
-        ways = [1] + [int(index - k >= 0) + int(index + k < rungs) for k in range(1, radius + 1)]
+    for coordinate in _coordinates(space, centre):
+        ways = [len(coordinate.at(k)) for k in range(radius + 1)]
         counts = [sum(counts[d - k] * ways[k] for k in range(d + 1)) for d in range(radius + 1)]
     return sum(counts)
 
@@ -28,19 +29,19 @@ def ball_size(space: SearchSpace, centre: Configuration, radius: int) -> int:
 def ball(space: SearchSpace, centre: Configuration, radius: int) -> Iterator[Configuration]:
     """All configurations within `radius` atomic edits of a centre but itself, each once (Eq. 14)."""
     coordinates = _coordinates(space, centre)
+    knobs = 2 * space.num_layers
 
     def walk(start: int, left: int, indices: list[int]) -> Iterator[Configuration]:
         for column in range(start, len(coordinates)):
-            origin, rungs = coordinates[column]
-            for rung in range(max(0, origin - left), min(rungs, origin + left + 1)):
-                if rung == origin:
-                    continue
+            coordinate = coordinates[column]
+            for rung, distance in coordinate.within(left):
                 indices[column] = rung
-                yield space.from_indices(np.asarray(indices).reshape(-1, 2))
-                yield from walk(column + 1, left - abs(rung - origin), indices)
-            indices[column] = origin
+                choices = np.asarray(indices[:knobs]).reshape(-1, 2)
+                yield space.from_indices(choices, space.shared_at(indices[knobs:]))
+                yield from walk(column + 1, left - distance, indices)
+            indices[column] = coordinate.origin
 
-    return walk(0, radius, [index for index, _ in coordinates])
+    return walk(0, radius, [coordinate.origin for coordinate in coordinates])
 
 
 def sampled_ball(
@@ -51,7 +52,7 @@ def sampled_ball(
     A chain of edits goes on until it would leave the ball; each configuration on its way is a member, so that
     numbers of edits from 1 to the radius come up alike.
     """
-    problem, operators = proposer.problem, proposer.mutations
+    problem, operators = proposer.problem, proposer.operators
     seen = {centre}
     parent, edits = centre, 0
     for _ in range(2 * size):
@@ -89,7 +90,7 @@ def pool(
 
 
 def embed(space: SearchSpace, configurations: Sequence[Configuration]) -> NDArray[np.float64]:
-    """Standardised ordinal embedding of each configuration, (N, 2L): `SearchSpace.embed` for many at once."""
+    """Standardised embedding of each configuration, (N, 2L + ...): `SearchSpace.embed` for many at once."""
     halves = []
     for values, ladder in (
         ([c.bits for c in configurations], space.bits),
@@ -98,17 +99,44 @@ def embed(space: SearchSpace, configurations: Sequence[Configuration]) -> NDArra
         rungs = np.arange(len(ladder), dtype=np.float64)
         indices = np.searchsorted(np.asarray(ladder), np.asarray(values).reshape(-1, space.num_layers))
         halves.append((indices - rungs.mean()) / (rungs.std() or 1.0))
+    if space.shared:
+        halves.append(np.array([space.embed_shared(c) for c in configurations]))
     return np.concatenate(halves, axis=1)
 
 
-def _coordinates(space: SearchSpace, centre: Configuration) -> list[tuple[int, int]]:
-    """Index and number of rungs of every knob, layer by layer: bits, rank, bits, rank..."""
+@dataclass(frozen=True)
+class _Coordinate:
+    """A knob of a layer, or a setting: where the centre is among so many values, in an order or in none."""
+
+    origin: int
+    size: int
+    ordinal: bool
+
+    def at(self, distance: int) -> list[int]:
+        """Values at a distance, ascending."""
+        if not self.ordinal and distance:
+            return [value for value in range(self.size) if value != self.origin] if distance == 1 else []
+        return [v for v in dict.fromkeys((self.origin - distance, self.origin + distance)) if 0 <= v < self.size]
+
+    def within(self, distance: int) -> Iterator[tuple[int, int]]:
+        """Other values up to a distance, ascending, with their distances."""
+        found = [(value, step) for step in range(1, distance + 1) for value in self.at(step)]
+        return iter(sorted(found))
+
+
+def _coordinates(space: SearchSpace, centre: Configuration) -> list[_Coordinate]:
+    """Every knob, layer by layer (bits, rank, bits, rank...), then every setting."""
     lengths = (len(space.bits), len(space.ranks))
-    return [(int(index), lengths[column]) for row in space.indices(centre) for column, index in enumerate(row)]
+    knobs = [
+        _Coordinate(int(i), lengths[column], True) for row in space.indices(centre) for column, i in enumerate(row)
+    ]
+    places = zip(space.shared, space.shared_indices(centre), strict=True)
+    return knobs + [_Coordinate(int(place), len(ladder.values), ladder.ordinal) for ladder, place in places]
 
 
 def _distance(space: SearchSpace, a: Configuration, b: Configuration) -> int:
     """Atomic distance, quick where most layers are equal."""
     changed = [(x, y) for x, y in zip(a.layers, b.layers, strict=True) if x != y]
     bits, ranks = space.bits.index, space.ranks.index
-    return sum(abs(bits(x.bits) - bits(y.bits)) + abs(ranks(x.rank) - ranks(y.rank)) for x, y in changed)
+    apart = sum(abs(bits(x.bits) - bits(y.bits)) + abs(ranks(x.rank) - ranks(y.rank)) for x, y in changed)
+    return apart + space.shared_distance(a, b)

@@ -71,16 +71,18 @@ def neighbours(problem: Problem, centre: Configuration, epsilon: float) -> Itera
     """Feasible neighbours of a configuration and their predicted gains, the largest first, without repeats.
 
     A step up gains the importance of its layer and knob plus epsilon, a step down loses it (the numerators of Eq. 8 and
-    9); the kinds of neighbours are those of `HillClimb`.
+    9); the kinds of neighbours are those of `HillClimb`. Importance foretells nothing of shared settings: steps of
+    these come before all others, with a gain of 0, for they concern every layer.
     """
     ledger = Ledger(problem, centre)
     found = [*_swaps(ledger, epsilon), *_exchanges(ledger, epsilon)]
+    yield from ((configuration, 0.0) for configuration in problem.space.shared_steps(centre))
     seen = {centre}
     for gain, _, steps in sorted(found, key=lambda move: (-move[0], move[1], move[2])):
         indices = ledger.indices.copy()
         for knob, direction in steps:
             indices[divmod(knob, 2)] += direction
-        configuration = problem.space.from_indices(indices)
+        configuration = problem.space.from_indices(indices, ledger.shared)
         if configuration not in seen:
             seen.add(configuration)
             yield configuration, gain
@@ -106,7 +108,7 @@ def _exchanges(ledger: Ledger, epsilon: float) -> Iterator[Move]:
     weights = weights_of_layers(ledger.problem, epsilon)
     for first in (1, -1):
         for knob in np.flatnonzero(ledger.possible(first)).tolist():
-            trial = Ledger(ledger.problem, ledger.problem.space.from_indices(ledger.indices))
+            trial = Ledger(ledger.problem, ledger.configuration())
             trial.step(*divmod(knob, 2), first)
             steps = ((knob, first), *_balancing(trial, weights, knob, -first))
             if len(steps) > 2 and trial.fits:

@@ -50,13 +50,16 @@ def lowered(ledger: Ledger, steps: StepsDown, taken: NDArray[np.bool_] | NDArray
     """The ledger's configuration with the given steps taken, by mask or by index."""
     indices = ledger.indices.copy()
     np.subtract.at(indices, (steps.layer[taken], steps.column[taken]), 1)
-    return ledger.problem.space.from_indices(indices)
+    return ledger.problem.space.from_indices(indices, ledger.shared)
 
 
 def smallest_or_raise(problem: Problem, configuration: Configuration) -> Configuration:
-    """The smallest configuration, for ladders on which a lower rung can be larger; raises when it does not fit."""
+    """The smallest configuration at the same settings, for ladders on which a lower rung can be larger.
+
+    Raises `InfeasibleBudgetError` when it does not fit.
+    """
     problem.budget.check(problem.memory)
-    smallest = problem.space.smallest
+    smallest = problem.space.smallest.with_shared(configuration.shared)
     if not problem.feasible(smallest):  # `check` raises first; kept for a budget that overrides it
         raise InfeasibleBudgetError(f"no downgrade of {configuration} fits the budget")
     return smallest

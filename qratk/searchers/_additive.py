@@ -1,11 +1,12 @@
 """A model of the score as a sum over layers, and the configurations that it thinks best under the budget.
 
-    score_T(C) = c_T - A_T sum_l q_l (1 + x_l) e(b_l) + B_T sum_l r_l (1 + y_l) h(r_l)
+    score_T(C) = c_T - A_T sum_l q_l (1 + x_l) e(b_l) + B_T sum_l r_l (1 + y_l) h(r_l) + sum_s z_s(v_s) + z_{s,T}(v_s)
 
 q and r are the importances I_q and I_r, each as shares of their sum; e(b) = 4^(-k (b - b_1)) is the error of rounding
 relative to the lowest rung, h(r) = 1 - exp(-r / p) what an adapter of that rank can do. Given k and p, everything
 enters linearly: A and B differ a little from rung to rung, the corrections x and y are common to all rungs, so that
-short runs teach what matters where. All have Gaussian priors; k, p and the spread of x and y are weighed on a grid by
+short runs teach what matters where. Each value v of a shared setting s has a worth of its own, z, and a smaller one
+at each rung. All have Gaussian priors; k, p and the spread of x and y are weighed on a grid by
 marginal likelihood (Bayesian linear regression).
 
 The best configuration of a draw from the posterior (Thompson sampling) is a multiple-choice knapsack.
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from qratk.core.evaluation import History
 from qratk.core.problem import Problem
+from qratk.core.shared import Shared
 
 Array = NDArray[np.float64]
 
@@ -30,6 +32,7 @@ RANK_SCALES = (4.0, 10.0)
 SPREADS = (0.3, 0.7, 1.5)
 NOISES = (0.1, 0.3, 1.0)  # standard deviations, relative to that of the scores at a rung
 DRIFT = (0.3, 0.5)  # of A and B from rung to rung, relative to their common values
+SETTINGS = (1.0, 0.3)  # of z and of what a rung adds to it, relative to the scores at the lowest rung
 MINIMUM = 8
 
 
@@ -51,7 +54,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian over A and B at the highest rung, A q x (L,) and B r y (L,), for one set of curves and spread.
+    """Gaussian over A and B at the highest rung, A q x (L,), B r y (L,) and z (S'), for one set of curves and spread.
 
     Kept as the regression itself, in coefficients w with a standard normal prior: `design` (n, d), `noise` (n,) their
     standard deviations, `root` (n, n) the Cholesky factor of the covariance of the scores, `target` (n,).
@@ -103,7 +106,11 @@ class AdditiveModel:
         return np.asarray(weights / weights.sum())
 
     def values(self, rng: np.random.Generator | None = None) -> Array:
-        """What each choice of each layer adds to the score at the highest rung, (L, bits, ranks).
+        """What each choice of each layer adds to the score at the highest rung, (L, bits, ranks): that of `drawn`."""
+        return self.drawn(rng)[0]
+
+    def drawn(self, rng: np.random.Generator | None = None) -> tuple[Array, Shared]:
+        """What each choice of each layer adds to the score at the highest rung, (L, bits, ranks), and best settings.
 
         A draw from the posterior, or without `rng` its most likely mean.
         """
@@ -112,14 +119,29 @@ class AdditiveModel:
         posterior = self.posteriors[which]
         drawn, size = posterior.draw(rng), self.problem.num_layers
         slope, rise = np.maximum(posterior.slopes + drawn[:2], 0.1 * posterior.slopes)
-        bits, rank = drawn[2 : 2 + size], drawn[2 + size :]
+        bits, rank, worth = np.split(drawn[2:], [size, 2 * size])
         # More bits and higher ranks never hurt for good: a layer keeps at least a twentieth of its prior weight.
         bits = np.maximum(self.shares[0] * slope + bits, 0.05 * slope * self.shares[0])
         rank = np.maximum(self.shares[1] * rise + rank, 0.05 * rise * self.shares[1])
         space = self.problem.space
         error = posterior.curves.error(self.problem, np.array(space.bits, dtype=float))
         gain = posterior.curves.gain(np.array(space.ranks, dtype=float))
-        return np.asarray(-bits[:, None, None] * error[None, :, None] + rank[:, None, None] * gain[None, None, :])
+        values = -bits[:, None, None] * error[None, :, None] + rank[:, None, None] * gain[None, None, :]
+        return np.asarray(values), self._best_shared(worth)
+
+    def _best_shared(self, worth: Array) -> Shared:
+        """The settings of largest worth, of those of all values one after another, (S',)."""
+        ladders = self.problem.space.shared
+        parts = np.split(worth, np.cumsum([len(ladder.values) for ladder in ladders])[:-1]) if ladders else []
+        return self.problem.space.shared_at([int(part.argmax()) for part in parts])
+
+    def _settings(self) -> Array:
+        """Which value each setting has in each measurement, one-hot, (n, S'): empty without shared settings."""
+        space = self.problem.space
+        configurations = [e.configuration for _, found in self.groups for e in found]
+        places = np.array([space.shared_indices(c) for c in configurations]).reshape(len(configurations), -1)
+        columns = [np.eye(len(ladder.values))[places[:, s]] for s, ladder in enumerate(space.shared)]
+        return np.concatenate([np.zeros((len(configurations), 0)), *columns], axis=1)
 
     # Fitting
 
@@ -135,10 +157,17 @@ class AdditiveModel:
             curves = Curves(decay, rank_scale)
             error, gain = curves.error(self.problem, bits), curves.gain(ranks)
             common = np.stack([np.ones(len(y)), -error @ self.shares[0], gain @ self.shares[1]], axis=1)
-            self._fit_curves(curves, y, rung, common, error, gain)
+            self._fit_curves(curves, y, rung, common, error, gain, self._settings())
 
     def _fit_curves(
-        self, curves: Curves, y: Array, rung: NDArray[np.int64], common: Array, error: Array, gain: Array
+        self,
+        curves: Curves,
+        y: Array,
+        rung: NDArray[np.int64],
+        common: Array,
+        error: Array,
+        gain: Array,
+        settings: Array,
     ) -> None:
         """Add the posteriors of one set of curves: for each spread of the corrections that of the likeliest noise."""
         rungs = int(rung.max()) + 1
@@ -149,11 +178,13 @@ class AdditiveModel:
         constants = np.stack([here.astype(float) for here in at], axis=1)
         here = [np.where(mask[:, None], common[:, 1:], 0.0) for mask in at]
         corrections = [-slopes[0] * self.shares[0] * error, slopes[1] * self.shares[1] * gain]
-        design = np.concatenate([constants, common[:, 1:], *here, *corrections], axis=1)
+        worth = [settings, *(np.where(mask[:, None], settings, 0.0) for mask in at)]
+        design = np.concatenate([constants, common[:, 1:], *here, *corrections, *worth], axis=1)
+        worth_sds = np.repeat(SETTINGS, np.array([1, rungs]) * settings.shape[1])
         left = y - common[:, 1:] @ slopes
         for spread in SPREADS:
             sds = np.concatenate(
-                [np.full(rungs, 3.0), drifts, np.tile(drifts, rungs), np.full(2 * len(error.T), spread)]
+                [np.full(rungs, 3.0), drifts, np.tile(drifts, rungs), np.full(2 * len(error.T), spread), worth_sds]
             )
             found = [self._posterior(curves, design * sds, noise * level, left, rungs, slopes, sds) for level in NOISES]
             self.posteriors.append(max(found, key=lambda posterior: posterior.log_likelihood))
@@ -175,15 +206,17 @@ class AdditiveModel:
         return Posterior(curves, scaled, noise, root, y, select, slopes, log_likelihood)
 
     def _at_highest(self, width: int, rungs: int, slopes: Array) -> Array:
-        """Matrix from all coefficients to what A and B differ from `slopes` at the highest rung, A q x and B r y."""
-        size = self.problem.num_layers
-        select = np.zeros((2 + 2 * size, width))
+        """Matrix from all coefficients to what A and B differ from `slopes` at the highest rung, A q x, B r y and z."""
+        size, values = self.problem.num_layers, sum(len(ladder.values) for ladder in self.problem.space.shared)
+        select = np.zeros((2 + 2 * size + values, width))
         rows = np.arange(2)
         select[rows, rungs + rows] = select[rows, rungs + 2 * rungs + rows] = 1.0
         start = rungs + 2 + 2 * rungs
         rows = np.arange(size)
         select[2 + rows, start + rows] = slopes[0] * self.shares[0]
         select[2 + size + rows, start + size + rows] = slopes[1] * self.shares[1]
+        start, rows = start + 2 * size, np.arange(values)
+        select[2 + 2 * size + rows, start + rows] = select[2 + 2 * size + rows, start + rungs * values + rows] = 1.0
         return select
 
 

@@ -12,7 +12,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, FidelityLadder, History
 from qratk.mutations.proposer import Proposer
 from qratk.searchers._survival import Member
-from qratk.searchers._warm_start import initial_candidates
+from qratk.searchers._warm_start import initial_candidates, leading_shared
 from qratk.searchers.generations import GenerationSearcher
 
 
@@ -47,7 +47,13 @@ class EvolutionSearcher(GenerationSearcher):
         if not self.warm_start:
             return ()
         return initial_candidates(
-            self.proposer, rng, size=size, epsilon=self.epsilon, known=known, solved=self.solved_prototypes
+            self.proposer,
+            rng,
+            size=size,
+            epsilon=self.epsilon,
+            known=known,
+            solved=self.solved_prototypes,
+            shared=leading_shared(self.proposer.problem, history),
         )
 
     def _children(

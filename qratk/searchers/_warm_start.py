@@ -12,8 +12,9 @@ import numpy as np
 from qratk.core.configuration import KNOBS, Configuration, Knob, unique
 from qratk.core.edits import Ledger, weights_of_layers
 from qratk.core.errors import InfeasibleBudgetError
-from qratk.core.evaluation import Candidate
+from qratk.core.evaluation import Candidate, History
 from qratk.core.problem import Problem
+from qratk.core.shared import Shared
 from qratk.mutations.proposer import Proposer
 from qratk.programs.integer import bits_then_ranks
 from qratk.searchers.sampling import sample_feasible
@@ -62,8 +63,22 @@ def _priced(ledger: Ledger, weights: np.ndarray, layer: int, column: int) -> tup
     return -worth, added, layer, column
 
 
+def leading_shared(problem: Problem, history: History) -> Shared | None:
+    """Settings of the best score at the highest rung that anything in the space was measured at; None before that.
+
+    The uniform baselines have raced by then: prototypes begin with settings that were tuned on them.
+    """
+    if not problem.space.shared:
+        return ()
+    able = [e for e in history if e.ok and e.configuration in problem.space and problem.feasible(e.configuration)]
+    best = max(able, key=lambda e: (e.steps, e.score), default=None)
+    return None if best is None else best.configuration.shared
+
+
 def prototypes(problem: Problem, *, epsilon: float) -> tuple[Configuration, ...]:
     """Prototypes filled from every uniform floor that fits, without repeats; the paper's joint fill is the first.
+
+    All have the middle settings.
 
     A bit step takes some 40 times the bytes of a rank step, so that the joint fill raises all ranks before any bits.
     The others raise bits first over a fixed floor of both knobs, and spend on ranks what is left.
@@ -90,7 +105,7 @@ def solved_prototypes(problem: Problem) -> tuple[Configuration, ...]:
 
 
 def uniforms_that_fit(problem: Problem) -> tuple[Configuration, ...]:
-    """Uniform configurations within the budget, the largest first."""
+    """Uniform configurations within the budget, the largest first, at the middle settings."""
     fitting = [uniform for uniform in problem.space.uniforms() if problem.feasible(uniform)]
     return tuple(sorted(fitting, key=lambda uniform: (-problem.bytes(uniform), uniform)))
 
@@ -104,15 +119,20 @@ def initial_candidates(
     known: Collection[Configuration] = (),
     uniforms: bool = True,
     solved: bool = False,
+    shared: Shared | None = None,
 ) -> tuple[Candidate, ...]:
     """At most `size` feasible candidates, none known: prototypes, uniforms, then perturbed variants of prototypes.
 
     Prototypes take at most half of the places and uniforms a quarter, the largest first, so that perturbed variants
     are never crowded out by long ladders. With `solved`, prototypes by integer programs come right after the first.
+    All begin with the settings `shared`, each with a draw of its own where that is None.
     """
-    first, *others = prototypes(proposer.problem, epsilon=epsilon)
-    seeds = unique((first, *(solved_prototypes(proposer.problem) if solved else ()), *others))
-    fitting = uniforms_that_fit(proposer.problem) if uniforms else ()
+    problem = proposer.problem
+    first, *others = prototypes(problem, epsilon=epsilon)
+    seeds = unique((first, *(solved_prototypes(problem) if solved else ()), *others))
+    seeds = tuple(_with_shared(problem, seed, shared, rng) for seed in seeds)
+    fitting = uniforms_that_fit(problem) if uniforms else ()
+    fitting = tuple(_with_shared(problem, uniform, shared, rng) for uniform in fitting)
     chosen: dict[Configuration, Candidate] = {}
     for origin, configurations, places in (
         ("prototype", seeds, math.ceil(size / 2)),
@@ -127,6 +147,12 @@ def initial_candidates(
         if variant is not None and variant.configuration not in known and variant.configuration not in chosen:
             chosen[variant.configuration] = variant
     return tuple(chosen.values())[:size]
+
+
+def _with_shared(
+    problem: Problem, configuration: Configuration, shared: Shared | None, rng: np.random.Generator
+) -> Configuration:
+    return configuration.with_shared(problem.space.random_shared(rng) if shared is None else shared)
 
 
 def random_candidates(

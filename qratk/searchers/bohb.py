@@ -97,11 +97,12 @@ class BOHB(BracketSearcher):
     ) -> Configuration | None:
         """The new feasible configuration of largest density ratio among the draws, None when all are known."""
         space = self.proposer.problem.space
-        drawn = good.sample(self.samples, rng)
-        order = np.argsort(bad.log_density(drawn) - good.log_density(drawn), kind="stable")
-        repaired = (self.proposer.repaired(space.from_indices(drawn[n])) for n in order[:REPAIRED])
+        drawn, shared = good.sample(self.samples, rng)
+        order = np.argsort(bad.log_density(drawn, shared) - good.log_density(drawn, shared), kind="stable")
+        wanted = (space.from_indices(drawn[n], space.shared_at(shared[n])) for n in order[:REPAIRED])
+        repaired = (self.proposer.repaired(configuration) for configuration in wanted)
         fresh = [c for c in repaired if c is not None and c not in known]
         if not fresh:
             return None
-        indices = np.array([space.indices(c) for c in fresh])
-        return fresh[int(np.argmax(good.log_density(indices) - bad.log_density(indices)))]
+        points = np.array([space.indices(c) for c in fresh]), np.array([space.shared_indices(c) for c in fresh])
+        return fresh[int(np.argmax(good.log_density(*points) - bad.log_density(*points)))]

@@ -20,7 +20,8 @@ class FixedConfigurations(SingleGenerationSearcher):
     """Proposes the given configurations, all in one generation; one that does not fit the budget is an error.
 
     Args:
-        configurations: in the text form of a configuration, as in "4:8*12".
+        configurations: in the text form of a configuration, as in "4:8*12". Where the search has shared settings and
+            one says nothing of them, it takes those that did best before, as on the uniform baselines.
         patterns: one configuration as {regular expression of a layer's name: [bits, rank]}; the first match holds.
     """
 
@@ -35,7 +36,7 @@ class FixedConfigurations(SingleGenerationSearcher):
         """Check the configurations; raises `ConfigurationError` for one off the ladders or over the budget."""
         super().begin(proposer, ladder)
         for configuration in self._wanted(proposer.problem):
-            _check(proposer.problem, configuration)
+            _check(proposer.problem, proposer.problem.space.settled(configuration))
 
     def _wanted(self, problem: Problem) -> tuple[Configuration, ...]:
         by_name = (self._matched(problem),) if self.patterns else ()

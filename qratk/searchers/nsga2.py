@@ -66,8 +66,8 @@ class NSGA2(EvolutionSearcher):
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Parents and children compete for the places of the population."""
-        uniforms = set(self.proposer.problem.space.uniforms())
-        self._note_uniforms(e.configuration for e in evaluations if e.configuration in uniforms)
+        space = self.proposer.problem.space
+        self._note_uniforms(e.configuration for e in evaluations if space.is_uniform(e.configuration))
         self._survive(evaluations)
         super().tell(evaluations)
 
@@ -90,8 +90,8 @@ class NSGA2(EvolutionSearcher):
 
     def _take_in_baselines(self, history: History) -> None:
         """Let uniform configurations join that someone else had measured: they were never told."""
-        strangers = set(self.proposer.problem.space.uniforms()) - set(self._uniforms)
-        found = [evaluation for evaluation in history if evaluation.configuration in strangers]
+        space, known = self.proposer.problem.space, set(self._uniforms)
+        found = [e for e in history if e.configuration not in known and space.is_uniform(e.configuration)]
         if found:
             self._note_uniforms(evaluation.configuration for evaluation in found)
             self._survive(found)
@@ -115,7 +115,8 @@ class NSGA2(EvolutionSearcher):
         for _ in range(3 * size):
             if model is None or not model.ready or len(found) == size:
                 break
-            configuration = best_choice(self.proposer.problem, model.values(rng), exact=False)
+            values, shared = model.drawn(rng)
+            configuration = best_choice(self.proposer.problem, values, shared=shared, exact=False)
             if configuration not in known:
                 found.setdefault(configuration, Candidate(configuration, "additive", generation=self.generation))
         return tuple(found.values())

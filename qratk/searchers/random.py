@@ -11,7 +11,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.edits import DEFAULT_EPSILON
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, History
-from qratk.searchers._warm_start import initial_candidates
+from qratk.searchers._warm_start import initial_candidates, leading_shared
 from qratk.searchers.base import searchers
 from qratk.searchers.generations import GenerationSearcher
 
@@ -44,4 +44,7 @@ class RandomSearch(GenerationSearcher):
         """Prototypes and random edits of them, most places to the first, the paper's; none around "space"."""
         if self.around == "space":
             return ()
-        return initial_candidates(self.proposer, rng, size=size, epsilon=self.epsilon, known=known, uniforms=False)
+        shared = leading_shared(self.proposer.problem, history)
+        return initial_candidates(
+            self.proposer, rng, size=size, epsilon=self.epsilon, known=known, uniforms=False, shared=shared
+        )

@@ -39,9 +39,9 @@ def _accepted(problem: Problem, rng: np.random.Generator) -> Configuration | Non
         draws = np.stack([rng.integers(size, size=(block, space.num_layers)) for size in sizes], axis=2)
         fitting = np.flatnonzero(_bytes(problem, draws) <= problem.budget.limit_bytes)
         for row in fitting:
-            configuration = space.from_indices(draws[row])
+            configuration = space.from_indices(draws[row], ())
             if problem.feasible(configuration):  # the cap on the average bits
-                return configuration
+                return configuration.with_shared(space.random_shared(rng))
     return None
 
 

@@ -128,17 +128,18 @@ def rows(problem: Problem, evaluations: Sequence[Evaluation], features: Features
 
     - embedding: psi(C), 2L numbers (Eq. 10);
     - weighted: how much sensitivity meets rounding and how much gradient meets rank, two numbers: the sum over layers
-      of I_q(l) 4^-b_l and of I_r(l) r_l / (r_l + r_max / 2), each importance divided by its sum;
+      of I_q(l) 4^-b_l and of I_r(l) r_l / (r_l + r_max / 2), each importance divided by its sum; and shared settings as
+      in psi;
     - both: these two, then psi.
     """
-    beside = {
+    beside: dict[Features, list[Callable[[Configuration], Array]]] = {
         "embedding": [problem.space.embed],
-        "weighted": [lambda c: _weighted(problem, c)],
+        "weighted": [lambda c: _weighted(problem, c), problem.space.embed_shared],
         "both": [lambda c: _weighted(problem, c), problem.space.embed],
-    }[features]
+    }
     found = [
         np.concatenate(
-            [[e.score, math.log(problem.bytes(e.configuration))], *(part(e.configuration) for part in beside)]
+            [[e.score, math.log(problem.bytes(e.configuration))], *(part(e.configuration) for part in beside[features])]
         )
         for e in evaluations
     ]

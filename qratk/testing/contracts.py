@@ -19,6 +19,7 @@ from qratk.core.errors import InfeasibleBudgetError, RejectedConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Request
 from qratk.core.memory import Budget
 from qratk.core.problem import Problem
+from qratk.core.shared import Setting
 from qratk.core.utility import Utility
 from qratk.mutations.base import CrossoverOperator, MutationOperator, mutations
 from qratk.mutations.proposer import Proposer
@@ -29,6 +30,14 @@ from qratk.surrogates.base import PromotionSurrogate
 from qratk.testing.toy import ToyEvaluator, toy_problem
 
 LADDER = FidelityLadder((100, 300, 900))
+
+RATES: dict[str, Sequence[Setting]] = {"learning_rate": (1e-3, 3e-3, 1e-2)}
+SETTINGS: dict[str, Sequence[Setting]] = {
+    **RATES,
+    "alpha_over_rank": (2,),
+    "rslora": (False, True),
+    "schedule": ("constant", "linear", "cosine"),
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "four layers": {},
@@ -41,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "everything fits": {"like": (8, 16), "seed": 7},
     "capped average bits": {"num_layers": 6, "like": (8, 16), "max_average_bits": 3.5, "seed": 8},
     "capped and budgeted": {"num_layers": 6, "like": (4, 4), "max_average_bits": 3.9, "seed": 9},
+    "a learning rate of its own": {"shared": RATES, "seed": 10},
+    "four shared settings": {"shared": SETTINGS, "num_layers": 6, "like": (4, 8), "seed": 11},
 }
 
 
@@ -53,7 +64,7 @@ def some_configurations(problem: Problem, count: int = 12) -> tuple[Configuratio
 
 def default_proposer(problem: Problem, repair: str = "greedy") -> Proposer:
     """Proposer with the default operators."""
-    operators = [mutations.create("sensitivity"), mutations.create("coupled")]
+    operators = [mutations.create(name) for name in ("sensitivity", "coupled", "shared")]
     return Proposer(problem, operators, repairs.create(repair))
 
 
@@ -114,8 +125,32 @@ class MutationContract(_Contract):
         make().mutate(problem, problem.space.smallest, np.random.default_rng(0))
         np.testing.assert_array_equal(np.random.get_state()[1], before)  # type: ignore[index]
 
+    def test_operator_that_does_not_apply_changes_nothing(
+        self, make: Callable[[], MutationOperator], problem: Problem
+    ) -> None:
+        operator, rng = make(), np.random.default_rng(0)
+        if operator.applies(problem):
+            pytest.skip("it applies")
+        for configuration in some_configurations(problem):
+            assert operator.mutate(problem, configuration, rng) == configuration
+
+    def test_repeated_calls_vary_layers_or_else_settings(self, make: Callable[[], MutationOperator]) -> None:
+        problem, operator, rng = toy_problem(4, 0, shared=SETTINGS), make(), np.random.default_rng(0)
+        start = problem.space.uniform(4, 8)
+        varied = {operator.mutate(problem, start, rng) for _ in range(2000)}
+        settings = {configuration.shared for configuration in varied}
+        if operator.applies(toy_problem(4, 0)):
+            assert settings == {start.shared}
+        else:
+            assert {c.layers for c in varied} == {start.layers}
+            assert {name for shared in settings for name, value in set(shared) - set(start.shared)} == {
+                name for name, values in SETTINGS.items() if len(values) > 1
+            }
+
     def test_repeated_calls_vary_every_layer(self, make: Callable[[], MutationOperator]) -> None:
         problem, operator, rng = toy_problem(4, 0), make(), np.random.default_rng(0)
+        if not operator.applies(problem):
+            pytest.skip("it varies no layer")
         changed: set[int] = set()
         configuration = problem.space.uniform(4, 8)
         for _ in range(2000):
@@ -141,8 +176,9 @@ class CrossoverContract(_Contract):
         for first, second in some_pairs(problem):
             for _ in range(5):
                 child = operator.cross(problem, first, second, rng)
-                choices = zip(child.layers, first.layers, second.layers, strict=True)
-                assert all(own in (ours, theirs) for own, ours, theirs in choices)
+                choices = [*zip(child.layers, first.layers, second.layers, strict=True)]
+                settings = [*zip(child.shared, first.shared, second.shared, strict=True)]
+                assert all(own in (ours, theirs) for own, ours, theirs in (*choices, *settings))
 
     def test_same_generator_state_gives_the_same_child(
         self, make: Callable[[], CrossoverOperator], problem: Problem
@@ -210,6 +246,11 @@ def some_pairs(problem: Problem) -> list[tuple[Configuration, Configuration]]:
 
 class RepairContract(_Contract):
     """What every repair policy promises."""
+
+    def test_shared_settings_stay_as_they_are(self, make: Callable[[], RepairPolicy], problem: Problem) -> None:
+        for configuration in some_configurations(problem, 40):
+            repaired = self._repaired(make(), problem, configuration)
+            assert repaired is None or repaired.shared == configuration.shared
 
     def test_result_is_feasible_and_on_the_ladders(self, make: Callable[[], RepairPolicy], problem: Problem) -> None:
         for configuration in some_configurations(problem, 40):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qratk.core.errors import ConfigurationError, InfeasibleBudgetError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Budget, MemoryModel, resolve_budget
 from qratk.core.problem import Importance, Problem
+from qratk.core.shared import Setting, shared_ladders
 from qratk.core.space import SearchSpace
 from qratk.evaluators.landscape import Landscape, LandscapeOptions, blurred, simulated_memory, simulated_shapes
 from qratk.evaluators.on_landscape import LandscapeEvaluator
@@ -33,6 +34,7 @@ def toy_problem(
     limit: str | int | None = None,
     max_average_bits: float | None = None,
     importance_noise: float = 0.3,
+    shared: Mapping[str, Sequence[Setting]] | None = None,
 ) -> Problem:
     """Problem over the simulated layers, its importance that of the landscape with the same seed, blurred.
 
@@ -40,7 +42,7 @@ def toy_problem(
     ladders. `importance_noise` is the standard deviation of the logarithm by which estimates are off.
     """
     shapes = simulated_shapes(num_layers, seed)
-    space = SearchSpace(tuple(bits), tuple(ranks), tuple(shape.name for shape in shapes))
+    space = SearchSpace(tuple(bits), tuple(ranks), tuple(shape.name for shape in shapes), shared_ladders(shared))
     memory = simulated_memory(shapes, space)
     if like is None and limit is None:
         like = (space.bits[(len(space.bits) - 1) // 2], space.ranks[-1])
@@ -93,6 +95,7 @@ class ToyEvaluator(LandscapeEvaluator):
         like: tuple[int, int] | None = None,
         limit: str | int | None = None,
         max_average_bits: float | None = None,
+        shared: Mapping[str, Sequence[Setting]] | None = None,
     ) -> Problem:
         """The problem that belongs to this evaluator."""
         return toy_problem(
@@ -104,6 +107,7 @@ class ToyEvaluator(LandscapeEvaluator):
             limit=limit,
             max_average_bits=max_average_bits,
             importance_noise=self.drawn_noise,
+            shared=shared,
         )
 
     def optimum(self, space: SearchSpace, budget: Budget, *, steps: int | None = None) -> tuple[Configuration, float]:
@@ -134,7 +138,8 @@ class ToyEvaluator(LandscapeEvaluator):
                 best, winner = key, block[index]
         if best is None or winner is None:
             raise InfeasibleBudgetError(f"no configuration fits {budget.limit_bytes} bytes")
-        return space.from_indices(winner), best[0]
+        shared = self.landscape.best_shared(space)
+        return space.from_indices(winner, shared), best[0] + self.landscape.worth(shared)
 
 
 def _blocks(space: SearchSpace, size: int = 100_000) -> Iterator[NDArray[np.int64]]:

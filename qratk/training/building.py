@@ -65,9 +65,9 @@ def built_adapter(given: Specified, options: Mapping[str, Mapping[str, Any] | No
 
 
 def spread(configuration: Configuration, num_layers: int) -> Configuration:
-    """Configuration of `num_layers` layers; one choice alone counts for all of them."""
+    """Configuration of `num_layers` layers, at the same settings; one choice alone counts for all of them."""
     if len(configuration) == 1:
-        return Configuration(configuration.layers * num_layers)
+        return Configuration(configuration.layers * num_layers, configuration.shared)
     if len(configuration) != num_layers:
         raise ConfigurationError(
             f"the model has {num_layers} layers, but the configuration has {len(configuration)}: {configuration}"

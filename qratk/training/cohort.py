@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Runs = tuple[tuple[VariantKey, tuple[tuple[int, int], ...]], ...]
 """Packed weights in use at a projection, each with the runs [first, last) of candidates that use it."""
-FactorsOf = Callable[[str, int, int], Factors | None]
-"""First values of the adapter of a projection at some bits and rank; None for those by default."""
+FactorsOf = Callable[[str, int, int, str], Factors | None]
+"""First values of the adapter of a projection at some bits and rank, by a start; None for those by default."""
 
 
 class CohortMatmul(torch.autograd.Function):
@@ -113,7 +113,7 @@ class CohortLinear(nn.Module):
         name: of the projection; it seeds the adapters.
         bank: its packed weights.
         bits, ranks: of the K candidates.
-        options: how adapters are scaled, and their dropout.
+        options: how the adapters of each are scaled and begun; their dropout is the same.
         seed: of the adapters, as when a candidate is trained alone.
         factors: first values of the adapter at some bits and rank, where they are not those by default.
     """
@@ -124,33 +124,34 @@ class CohortLinear(nn.Module):
         bank: BankLinear,
         bits: Sequence[int],
         ranks: Sequence[int],
-        options: AdapterOptions,
+        options: Sequence[AdapterOptions],
         *,
         seed: int,
-        factors: FactorsOf = lambda name, bits, rank: None,
+        factors: FactorsOf,
     ) -> None:
         super().__init__()
         self._bank = (bank,)  # not a submodule: the bank belongs to the backbone
-        self.ranks, self.dropout = tuple(ranks), options.dropout
-        self.group = options.input_group
+        self.ranks, self.dropout = tuple(ranks), options[0].dropout
+        self.group = options[0].input_group
         self.runs = _runs([bank.key(b, r) for b, r in zip(bits, ranks, strict=True)])
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
-        scalings = {options.scaling(r) for r in ranks if r}
+        values = [own.scaling(r) if r else 0.0 for own, r in zip(options, ranks, strict=True)]
+        scalings = {value for value, r in zip(values, ranks, strict=True) if r}
         self.scaling = scalings.pop() if len(scalings) == 1 else 1.0
-        self.scaling_tensor: Tensor | None = None  # (K, 1, 1), where ranks differ and scaling depends on them
+        self.scaling_tensor: Tensor | None = None  # (K, 1, 1), where it is not the same for all
         if scalings:
-            values = [options.scaling(r) if r else 0.0 for r in ranks]
             self.scaling_tensor = torch.tensor(values, device=bank.device).reshape(-1, 1, 1)
-        rank = max(ranks)
-        if rank == 0:
+        widest = max(ranks)
+        if widest == 0:
             return
-        a = torch.zeros(len(ranks), rank, bank.in_features // self.group)
-        b = torch.zeros(len(ranks), bank.out_features, rank)
-        for index, (width, own) in enumerate(zip(bits, ranks, strict=True)):
-            if own:
-                first = initial_weights(name, bank.shape, own, options, seed=seed, factors=factors(name, width, own))
-                a[index, :own], b[index, :, :own] = first
+        a = torch.zeros(len(ranks), widest, bank.in_features // self.group)
+        b = torch.zeros(len(ranks), bank.out_features, widest)
+        for index, (width, rank, own) in enumerate(zip(bits, ranks, options, strict=True)):
+            if rank:
+                begin = factors(name, width, rank, own.init)
+                first = initial_weights(name, bank.shape, rank, own, seed=seed, factors=begin)
+                a[index, :rank], b[index, :, :rank] = first
         self.lora_a, self.lora_b = nn.Parameter(a.to(bank.device)), nn.Parameter(b.to(bank.device))
 
     @property
@@ -230,7 +231,8 @@ class Cohort:
     Args:
         model: the PEFT model that holds the projections.
         layers: the searched layers, whose bank must hold all bit-widths in use.
-        options: how adapters are scaled and stored.
+        options: how the adapters of each candidate are scaled, begun and stored; raises `ConfigurationError` where
+            their dropout differs, whose draws are common to all.
         configurations: of the K candidates.
         seed: of the adapters.
         factors: first values of an adapter, where they are not those by default.
@@ -240,16 +242,20 @@ class Cohort:
         self,
         model: PeftModel,
         layers: Sequence[TargetLayer],
-        options: AdapterOptions,
+        options: Sequence[AdapterOptions],
         configurations: Sequence[Configuration],
         *,
         seed: int,
-        factors: FactorsOf = lambda name, bits, rank: None,
+        factors: FactorsOf,
     ) -> None:
         if not configurations:
             raise ConfigurationError("a cohort needs at least one configuration")
+        dropouts = sorted({own.dropout for own in options})
+        if len(dropouts) > 1:
+            raise ConfigurationError(f"candidates side by side need the same lora_dropout, got {dropouts}")
+        self.dropout = dropouts[0]
         self.configurations = tuple(configurations)
-        self._model, self._options = model, options
+        self._model, self._dtype = model, options[0].torch_dtype
         self._linears: dict[str, CohortLinear] = {}
         for index, layer in enumerate(layers):
             choices = [configuration.layers[index] for configuration in configurations]
@@ -269,8 +275,12 @@ class Cohort:
         if refusal := adapters.method.refusal("side by side"):
             raise ConfigurationError(f"{refusal}: candidates are trained one by one")
         backbone.prepare(configurations)
-        factors = backbone.initial_factors
-        return cls(backbone.model, backbone.layers, adapters.options, configurations, seed=seed, factors=factors)
+        options = [backbone.adapter_options(configuration) for configuration in configurations]
+
+        def factors(name: str, bits: int, rank: int, init: str) -> Factors | None:
+            return backbone.initial_factors(name, bits, rank, init=init)
+
+        return cls(backbone.model, backbone.layers, options, configurations, seed=seed, factors=factors)
 
     def __len__(self) -> int:
         return len(self.configurations)
@@ -346,7 +356,7 @@ class Cohort:
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
         """Within it the adapters have the 16-bit values that are stored; the masters return afterwards."""
-        dtype = self._options.torch_dtype
+        dtype = self._dtype
         masters = [(parameter, parameter.data) for _, parameter in self.parameters()]
         for parameter, master in masters:
             parameter.data = master.to(dtype).to(master.dtype)

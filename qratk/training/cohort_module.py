@@ -17,7 +17,8 @@ from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
 from qratk.training.failure import not_finite
 from qratk.training.module import FineTuneModule
-from qratk.training.optimisation import place_steps
+from qratk.training.optimisation import MemberSteps, place_steps
+from qratk.training.options import FineTuneOptions
 from qratk.training.precision import require_precision
 from qratk.training.scoring import Scoring, outcomes_of
 from qratk.training.state import TrainingState, device_random_state, set_random_state
@@ -82,7 +83,7 @@ class CohortModule(LightningModule):
     def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""
         size, cost = len(self.cohort), self.module.pass_cost
-        if cost is not None and not self.module.options.lora_dropout:  # its draws must be those of a candidate alone
+        if cost is not None and not self.cohort.dropout:  # its draws must be those of a candidate alone
             cost /= size
         return training_losses(self.model, batch, size, overhead=cost)
 
@@ -100,12 +101,23 @@ class CohortModule(LightningModule):
         self._weighting.finish(parameter for _, parameter in self.cohort.parameters())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the stacked adapters, continued where the rung ended, and the module's schedule."""
-        optimizer = self.module.make_optimizer([p for _, p in self.cohort.parameters()], self.trainer)
+        """AdamW over the stacked adapters, continued where the rung ended, and each candidate's own schedule."""
+        module, parameters = self.module, [p for _, p in self.cohort.parameters()]
+        options = [module.options.with_shared(configuration.shared) for configuration in self.cohort.configurations]
+        if len({_stepping(own) for own in options}) == 1:
+            optimizer = module.make_optimizer(parameters, self.trainer, options[0])
+            self._continue(optimizer)
+            schedule = module.make_schedule(optimizer, self.trainer, self.first_step, options[0])
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+        total = module.total_steps(self.trainer)
+        steps = MemberSteps(parameters, options, rate_factor=module.rate_factor, start=self.first_step, total=total)
+        optimizer = steps.attached(precision=str(self.trainer.precision))
+        self._continue(optimizer)
+        return {"optimizer": optimizer}
+
+    def _continue(self, optimizer: Optimizer) -> None:
         self.cohort.load_moments(optimizer, [state.optimizer for state in self.states])
         place_steps(optimizer)
-        schedule = self.module.make_schedule(optimizer, self.trainer, self.first_step)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_gradient_clipping(
         self,
@@ -152,3 +164,8 @@ class CohortModule(LightningModule):
         self.scores = tuple(
             (float(scorer.compute()["score"].float()), outcomes_of(scorer)) for scorer in self._scoring.end()
         )
+
+
+def _stepping(options: FineTuneOptions) -> tuple[float, float, int, str]:
+    """What of the options decides an optimiser's step and may differ between candidates."""
+    return options.learning_rate, options.weight_decay, options.warmup_steps, options.schedule

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Request
+from qratk.core.shared import Setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class CohortLimits:
     def keeps_alone(self, configurations: Sequence[Configuration]) -> bool:
         """Whether these must be trained one after another."""
         bare = any(0 in configuration.ranks for configuration in configurations)
-        return self.scaled_gradients or (self.dropout and bare)
+        dropout = self.dropout or any(c.settings.get("lora_dropout", 0) for c in configurations)
+        return self.scaled_gradients or (dropout and bare)
 
 
 class Grouping:
@@ -65,14 +67,18 @@ class Grouping:
         self._explained = False
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Requests that continue from the same rung, in cohorts of nearly equal size."""
-        for _, together in groupby(requests, key=lambda r: (r.steps, self._begins_at(r.configuration, r.steps))):
+        """Requests that continue from the same rung, with the same dropout, in cohorts of nearly equal size."""
+        for _, together in groupby(requests, key=self._apart):
             rest = list(together)
             while rest:
                 # The same for the rest of a list as for the whole: a resumed search asks for the rest.
                 size = -(-len(rest) // -(-len(rest) // self.largest([r.configuration for r in rest])))
                 yield rest[:size]
                 rest = rest[size:]
+
+    def _apart(self, request: Request) -> tuple[int, int, Setting | None]:
+        configuration, steps = request.configuration, request.steps
+        return steps, self._begins_at(configuration, steps), configuration.settings.get("lora_dropout")
 
     def largest(self, configurations: Sequence[Configuration]) -> int:
         """How many of these to train side by side, at most."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.intact import require_intact_archive
 from qratk.core.secrets import without_secrets
+from qratk.core.shared import SharedLadder
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.building import built_adapter, built_backbone, context_length
 from qratk.training.continuation import Continuation
@@ -52,6 +53,7 @@ class FineTuneModule(ScoredModule):
     Args:
         model: Hugging Face name or local directory of a causal language model; "embedded" is the one shipped here.
         configuration: bits and ranks as text, `4:8` for all layers or `4:8*3 2:16` layer by layer; a search sets it.
+            Options such as the learning rate may follow, as in `4:8 | learning_rate=0.001`, in the place of these here.
         quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
         granularity: what shares one choice: a transformer block, attention and MLP apart, or each projection.
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
@@ -167,6 +169,26 @@ class FineTuneModule(ScoredModule):
         self.backbone.activate(configuration, seed=self.options.seed)
         self.configuration, self._after = configuration, None
 
+    @property
+    def active_options(self) -> FineTuneOptions:
+        """The options, with shared settings of the active configuration in the place of their own."""
+        return self.options.with_shared(() if self.configuration is None else self.configuration.shared)
+
+    def require_shared(self, ladders: Sequence[SharedLadder]) -> None:
+        """Raise `ConfigurationError` for shared settings that this module cannot have, each told by its name."""
+        method = built_adapter(self.options.adapter, {"adalora": self.options.adalora})
+        for ladder in ladders:
+            if ladder.name == "init" and self.options.init_iterations > 1:
+                raise ConfigurationError(
+                    "search.shared.init: weights are packed anew for each start with init_iterations="
+                    f"{self.options.init_iterations}; give init_iterations=1, or one init for all as model.init"
+                )
+            for value in ladder.values:
+                try:
+                    method.check(self.options.with_shared(((ladder.name, value),)).adapters)
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"search.shared.{ladder.name}: {error}") from error
+
     def setup(self, stage: str) -> None:
         """Load the backbone and switch to the configuration of the options, unless a search has set one."""
         if self._trainer is not None:
@@ -255,23 +277,34 @@ class FineTuneModule(ScoredModule):
     def _follow(self, optimizer: AdamW) -> None:
         if str(self.trainer.precision) == "16-mixed":
             self._require("scaled gradients", "leave --trainer.precision out")
-        after = self._after = self.backbone.adapters.after_steps(self._total_steps(self.trainer))
+        after = self._after = self.backbone.adapters.after_steps(self.total_steps(self.trainer))
         if after is not None:
             after.load(self.continuation.allocation)
             # After the optimiser's step, when the gradients are still there; Lightning has not counted the step yet.
             optimizer.register_step_post_hook(lambda *_: after.step(self.first_step + self.global_step + 1))
 
-    def _total_steps(self, trainer: Trainer) -> int:
+    def total_steps(self, trainer: Trainer) -> int:
+        """Optimiser steps of the whole schedule."""
         return self.schedule_steps or int(trainer.estimated_stepping_batches)
 
-    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], trainer: Trainer) -> AdamW:
-        """AdamW over some parameters, with the options given, for the precision of a trainer."""
-        factor = self.backbone.adapters.method.learning_rate_factor
-        return adamw(self.options, parameters, rate_factor=factor, precision=str(trainer.precision))
+    def make_optimizer(
+        self, parameters: Iterable[torch.nn.Parameter], trainer: Trainer, options: FineTuneOptions | None = None
+    ) -> AdamW:
+        """AdamW over some parameters, with the active options or others, for the precision of a trainer."""
+        chosen = self.active_options if options is None else options
+        return adamw(chosen, parameters, rate_factor=self.rate_factor, precision=str(trainer.precision))
 
-    def make_schedule(self, optimizer: Optimizer, trainer: Trainer, start: int) -> LRSchedulerConfigType:
+    def make_schedule(
+        self, optimizer: Optimizer, trainer: Trainer, start: int, options: FineTuneOptions | None = None
+    ) -> LRSchedulerConfigType:
         """Learning rate schedule, as Lightning takes it, of a training that begins after `start` steps."""
-        return step_schedule(self.options, optimizer, start=start, total=self._total_steps(trainer))
+        chosen = self.active_options if options is None else options
+        return step_schedule(chosen, optimizer, start=start, total=self.total_steps(trainer))
+
+    @property
+    def rate_factor(self) -> float:
+        """The adapter method's, times the learning rate."""
+        return self.backbone.adapters.method.learning_rate_factor
 
     def training_state(self) -> TrainingState:
         """What continuing needs, copied to the CPU; to be called right after `Trainer.fit`."""

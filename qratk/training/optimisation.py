@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -25,6 +27,65 @@ def adamw(options: FineTuneOptions, parameters: Iterable[nn.Parameter], *, rate_
         weight_decay=options.weight_decay,
         fused=not precision.endswith("mixed"),
     )
+
+
+class MemberSteps:
+    """A learning rate, decay and schedule for each member of stacked parameters, (K, ...) each.
+
+    The optimiser steps at rate 1 without decay; what it did to a member is then scaled by that member's rate, which
+    AdamW's steps are proportional to. To be `attached` to the optimiser.
+
+    Args:
+        parameters: the stacked parameters.
+        options: those of each member.
+        rate_factor: the adapter method's, times the learning rates.
+        start: steps that were done before.
+        total: steps of the whole schedule.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        options: Sequence[FineTuneOptions],
+        *,
+        rate_factor: float,
+        start: int,
+        total: int,
+    ) -> None:
+        self._parameters, self._options = parameters, options
+        self._rate_factor, self._total, self._done = rate_factor, total, start
+        self._before: list[Tensor] = []
+
+    def attached(self, *, precision: str) -> AdamW:
+        """AdamW over the parameters, each member stepped as it would be by itself."""
+        one = replace(self._options[0], learning_rate=1.0, weight_decay=0.0)
+        optimizer = adamw(one, self._parameters, rate_factor=1.0, precision=precision)
+        optimizer.register_step_pre_hook(lambda *_: self._note())
+        optimizer.register_step_post_hook(lambda *_: self._scale())
+        return optimizer
+
+    def rates(self) -> list[float]:
+        """The learning rate of each member at the step that is due."""
+        return [
+            self._rate_factor
+            * own.learning_rate
+            * learning_rate_factor(self._done, self._total, own.warmup_steps, own.schedule)
+            for own in self._options
+        ]
+
+    def _note(self) -> None:
+        self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def _scale(self) -> None:
+        rates = self.rates()
+        kept = [1.0 - rate * own.weight_decay for rate, own in zip(rates, self._options, strict=True)]
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            shape = (-1, *(1,) * (parameter.dim() - 1))
+            step = parameter.detach() - before
+            scaled = step * step.new_tensor(rates).reshape(shape)
+            parameter.copy_(before * before.new_tensor(kept).reshape(shape) + scaled)
+        self._before, self._done = [], self._done + 1
 
 
 def step_schedule(options: FineTuneOptions, optimizer: Optimizer, *, start: int, total: int) -> LRSchedulerConfigType:

@@ -44,26 +44,29 @@ def build_initial(
 ) -> None:
     """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
 
-    `data` returns those that Fisher information is measured on, at 16 bits and without adapters, where it is needed.
+    The start is that of the options. `data` returns those that Fisher information is measured on, at 16 bits and
+    without adapters, where it is needed.
     """
-    if not backbone.needs_initial(choices):
+    if not backbone.needs_initial(choices, init=options.init):
         return
-    start, weightings = backbone.adapters.options.start, None
+    start, weightings = options.adapters.start, None
     if start is not None and start.weighted:
         backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
         batches = data().calibration_batches(options.init_batches, options.init_batch_size)
         weightings = start.weightings(backbone.model, backbone.banks, batches)
-    backbone.build_initial(choices, weightings=weightings)
+    backbone.build_initial(choices, weightings=weightings, init=options.init)
 
 
 def asked_configuration(options: FineTuneOptions) -> Configuration:
-    """The configuration that the options ask for; raises `ConfigurationError` where they ask for none."""
+    """The configuration that the options ask for; raises `ConfigurationError` where they ask for none that can be."""
     if not options.configuration:
         raise ConfigurationError(
             "no configuration to train: give --model.configuration, as in '4:8' (4 bits, rank 8 everywhere), "
             "or the best.yaml of a search as --config"
         )
-    return Configuration.from_text(options.configuration)
+    configuration = Configuration.from_text(options.configuration)
+    options.with_shared(configuration.shared)  # raises for settings that cannot be
+    return configuration
 
 
 def prepare_fit(
@@ -78,10 +81,10 @@ def prepare_fit(
 
     `device` is where training will go, and None where there is no trainer, and so no data either.
     """
-    configuration = spread(asked, len(backbone.layers))
+    configuration, options = spread(asked, len(backbone.layers)), options.with_shared(asked.shared)
     require_ranks(backbone.shapes, configuration.ranks)
     choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
-    if device is not None and (backbone.needs_initial(choices) or backbone.table.calibrated):
+    if device is not None and (backbone.needs_initial(choices, init=options.init) or backbone.table.calibrated):
         backbone.model.to(device)  # where a search makes them
     if device is not None and backbone.table.calibrated:
         calibrate(backbone, options, data())
@@ -130,7 +133,9 @@ class Preparation:
         backbone.build_bank(bits)
         ranks = sorted({*space.ranks, *self._ranks})
         choices = [(b, r) for b in bits for r in ranks]
-        build_initial(backbone, self._options, choices, lambda: self._data)
+        starts = [ladder.values for ladder in space.shared if ladder.name == "init"] or [(self._options.init,)]
+        for init in starts[0]:
+            build_initial(backbone, self._options.with_shared((("init", init),)), choices, lambda: self._data)
         self._announce()
 
     def finish(self, space: SearchSpace) -> None:

@@ -57,6 +57,14 @@ class PeftLayers:
         _check_wrapped(base, list(banks))
         self._layers: dict[str, Any] = {name: base.get_submodule(name) for name in banks}
 
+    def configure(self, options: AdapterOptions) -> None:
+        """Scale by other options from the next `place` on; dropout changes at once."""
+        if options.dropout != self._options.dropout:
+            for layer in self._layers.values():
+                dropout = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
+                layer.lora_dropout[ADAPTER] = dropout.train(layer.training)
+        self._options = options
+
     def __iter__(self) -> Iterator[str]:
         """Names of all projections, in model order."""
         return iter(self._layers)
