@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from qratk.core.result import RefinementSummary as RefinementSummary
     from qratk.core.result import SearchPlan as SearchPlan
     from qratk.core.result import SearchResult as SearchResult
+    from qratk.core.shared import SharedLadder as SharedLadder
     from qratk.core.space import SearchSpace as SearchSpace
     from qratk.core.utility import Utility as Utility
     from qratk.core.work import Work as Work
@@ -176,6 +177,7 @@ _HOMES = {
         "SearchPlan",
         "SearchResult",
     ),
+    "qratk.core.shared": ("SharedLadder",),
     "qratk.core.space": ("SearchSpace",),
     "qratk.core.utility": ("Utility",),
     "qratk.core.work": ("Work",),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qratk.core.memory import format_bytes
-from qratk.core.text import label
+from qratk.core.text import full_label
 from qratk.run.document import ResultDocument
 from qratk.run.run import Run
 
@@ -31,7 +31,7 @@ def gain_text(result: ResultDocument, bits: int) -> str:
         if set(baseline.configuration.bits) != {bits}:
             continue
         lines.append(
-            f"  over uniform {label(baseline.configuration)}: {comparison.difference:+.4f} "
+            f"  over uniform {full_label(baseline.configuration)}: {comparison.difference:+.4f} "
             f"[{comparison.low:+.4f}, {comparison.high:+.4f}] at {best.bytes / baseline.bytes:.0%} of its bytes"
         )
         ours, theirs = (result.tested(entry.configuration).get("score") for entry in (best, baseline))

@@ -31,6 +31,7 @@ from qratk.core.memory import (
 )
 from qratk.core.pareto import ParetoFront, hypervolume_2d
 from qratk.core.problem import Importance, Problem, min_max
+from qratk.core.shared import Shared, SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.core.utility import Utility
 
@@ -67,6 +68,8 @@ __all__ = [
     "Scope",
     "SearchError",
     "SearchSpace",
+    "Shared",
+    "SharedLadder",
     "SurrogateQuality",
     "UnknownComponentError",
     "UnsupportedModelError",

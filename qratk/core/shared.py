@@ -46,7 +46,12 @@ def _plain(name: str, value: Setting) -> Setting:
 
 def shared_text(shared: Shared) -> str:
     """Settings as `name=value`, with blanks between; `shared_from_text` reads them."""
-    return " ".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in shared)
+    return " ".join(f"{name}={setting_text(value)}" for name, value in shared)
+
+
+def setting_text(value: Setting) -> str:
+    """A value as text: true and false as YAML has them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shared_from_text(text: str) -> Shared:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 from qratk.core.configuration import Configuration
 from qratk.core.secrets import HIDDEN, text_without_secrets
+from qratk.core.shared import shared_text
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+|\s+")
@@ -41,9 +42,14 @@ def duration(seconds: float | None) -> str:
 
 
 def label(configuration: Configuration) -> str:
-    """'4:8' for a uniform configuration, else the first digits of its digest."""
+    """'4:8' for a uniform configuration, whatever its settings, else the first digits of its digest."""
     kinds = set(configuration.layers)
     return str(configuration.layers[0]) if len(kinds) == 1 else configuration.digest[:8]
+
+
+def full_label(configuration: Configuration) -> str:
+    """The label with the shared settings, as in '4:8 | learning_rate=0.001'."""
+    return label(configuration) + (f" | {shared_text(configuration.shared)}" if configuration.shared else "")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

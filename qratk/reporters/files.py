@@ -20,6 +20,8 @@ from qratk.core.plain import plain
 from qratk.core.problem import Problem
 from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.secrets import without_secrets
+from qratk.core.shared import setting_text, shared_text
+from qratk.core.space import SearchSpace
 from qratk.core.text import clean
 from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter, reporters
@@ -68,7 +70,7 @@ class RunFiles(Reporter):
 
     def started(self, plan: SearchPlan) -> None:
         self._tracker = Tracker(plan)
-        self._rows = [_csv_line(COLUMNS)]
+        self._rows = [_csv_line(columns(plan.problem.space))]
         self._pending = plan.resumed > 0
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -173,8 +175,14 @@ def _csv_line(row: tuple[object, ...]) -> str:
     return buffer.getvalue()
 
 
+def columns(space: SearchSpace) -> tuple[str, ...]:
+    """Columns of `evaluations.csv`: `COLUMNS`, and after the ranks one for each shared setting of the space."""
+    after = COLUMNS.index("ranks") + 1
+    return (*COLUMNS[:after], *(ladder.name for ladder in space.shared), *COLUMNS[after:])
+
+
 def evaluation_row(problem: Problem, record: Record) -> tuple[object, ...]:
-    """One row of `evaluations.csv`, as `COLUMNS`; bits and ranks with blanks between; the score empty if it failed."""
+    """One row of `evaluations.csv`, as `columns`; bits and ranks with blanks between; the score empty if it failed."""
     candidate, evaluation = record.candidate, record.evaluation
     configuration = evaluation.configuration
     return (
@@ -183,6 +191,7 @@ def evaluation_row(problem: Problem, record: Record) -> tuple[object, ...]:
         candidate.origin,
         " ".join(map(str, configuration.bits)),
         " ".join(map(str, configuration.ranks)),
+        *(setting_text(configuration.settings.get(ladder.name, "")) for ladder in problem.space.shared),
         evaluation.steps,
         evaluation.score if evaluation.ok else "",
         evaluation.footprint.storage_bytes,
@@ -195,20 +204,26 @@ def evaluation_row(problem: Problem, record: Record) -> tuple[object, ...]:
 
 
 def best_text(problem: Problem, best: Evaluation, fit_config: Mapping[str, Any]) -> str:
-    """YAML of `fit_config` with the best's configuration, after comments that say what was measured of it."""
+    """YAML of `fit_config` with the best's configuration, after comments that say what was measured of it.
+
+    Its shared settings are written as what they are: options of the model.
+    """
     config = without_secrets(fit_config)
     model = config["model"] = dict(config.get("model") or {})
     target = model
     if "class_path" in model:  # the other way to write a model in Lightning's YAML
         target = model["init_args"] = dict(model.get("init_args") or {})
-    target["configuration"] = str(best.configuration)
+    target.update(best.configuration.settings)
+    target["configuration"] = str(best.configuration.with_shared(()))
     used = budget_bytes(problem, best)
     limit = problem.budget.limit_bytes
-    lines = (
+    lines: tuple[str, ...] = (
         "# The best measured configuration of a search; `qratk fit --config best.yaml` trains it.",
         f"# score: {best.score!r} after {best.steps} steps",
         f"# bytes: {used} ({format_bytes(used)}, {problem.budget.scope}) of {limit} ({format_bytes(limit)})",
         f"# average bits: {problem.memory.average_bits(best.configuration):.4g}, "
         f"average rank: {problem.memory.average_rank(best.configuration):.4g}",
     )
+    if best.configuration.shared:
+        lines = (*lines, f"# shared settings: {shared_text(best.configuration.shared)}")
     return "\n".join(lines) + "\n" + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000)

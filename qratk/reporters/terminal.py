@@ -25,7 +25,8 @@ from qratk.core.result import (
     SearchPlan,
     SearchResult,
 )
-from qratk.core.text import clean, duration, label
+from qratk.core.shared import Setting, setting_text, shared_text
+from qratk.core.text import clean, duration, full_label
 from qratk.core.work import Work
 from qratk.reporters.base import Destination, Reporter, reporters
 from qratk.reporters.tracker import Tracker, budget_bytes
@@ -287,7 +288,7 @@ class LiveView:
         uniform = tracker.best_baseline
         if uniform is not None:
             gain = "" if best is None else f", best {best.score - uniform.score:+.4f}"
-            yield "best uniform", Text(f"{_score(uniform.score)}  ({label(uniform.configuration)}){gain}")
+            yield "best uniform", Text(f"{_score(uniform.score)}  ({full_label(uniform.configuration)}){gain}")
         if self.summary is not None:
             text = f"{self.summary.hypervolume:.4g}  ({_growth(self.summary)} in generation "
             yield "hypervolume", Text(f"{text}{self.summary.number})")
@@ -309,9 +310,10 @@ def plan_lines(plan: SearchPlan) -> list[str]:
     problem, space, budget = plan.problem, plan.problem.space, plan.problem.budget
     cap = "" if budget.max_average_bits is None else f", at most {budget.max_average_bits:g} bits on average"
     rungs = ", ".join(f"{plan.evaluations.get(steps, 0)} at {steps} steps" for steps in plan.ladder.steps)
+    shared = "".join(f", {ladder.name} {_ladder(ladder.values)}" for ladder in space.shared)
     lines = [
         f"search {clean(plan.name)}",
-        f"{problem.num_layers} layers, bits {_ladder(space.bits)}, ranks {_ladder(space.ranks)}: "
+        f"{problem.num_layers} layers, bits {_ladder(space.bits)}, ranks {_ladder(space.ranks)}{shared}: "
         f"{_count(space.log10_size)} configurations",
         f"budget {format_bytes(budget.limit_bytes)} ({budget.scope}{cap}); evaluations at most: {rungs}",
     ]
@@ -320,8 +322,8 @@ def plan_lines(plan: SearchPlan) -> list[str]:
     return lines
 
 
-def _ladder(values: Sequence[int]) -> str:
-    return "/".join(map(str, values))
+def _ladder(values: Sequence[Setting]) -> str:
+    return "/".join(setting_text(value) for value in values)
 
 
 def _count(log10: float) -> str:
@@ -439,7 +441,7 @@ def _outcome_rows(result: SearchResult) -> Iterator[tuple[str, str, str, str, st
             comparison = compared.get(e.configuration)
             yield (
                 kind,
-                label(e.configuration),
+                full_label(e.configuration),
                 _score(e.score) if e.ok else "failed",
                 _short_size(result.plan.problem, e),
                 averages,
@@ -459,13 +461,15 @@ def _interval(comparison: Comparison) -> str:
 def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, str]]:
     best, problem = result.best, result.plan.problem
     yield "best configuration", str(best.configuration)
+    if best.configuration.shared:
+        yield "shared settings", shared_text(best.configuration.shared)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
     uniform = [c for c in result.comparisons if c.baseline in result.baselines]
     top = max(uniform, key=lambda c: c.baseline.score, default=None)
     if top is not None:
         sure = "" if top.low <= 0 <= top.high else ", which excludes 0"
         yield (
-            f"best minus the best uniform, {label(top.baseline.configuration)}",
+            f"best minus the best uniform, {full_label(top.baseline.configuration)}",
             f"{top.difference:+.4f}, {top.confidence:.0%} interval [{top.low:+.4f}, {top.high:+.4f}]{sure}",
         )
     for name, scores in result.test_scores.items():

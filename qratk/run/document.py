@@ -207,7 +207,10 @@ class ImportanceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemEntry:
-    """What was searched. `parameters` are the layers' weights, (L,), which weigh the average bits; empty if unknown."""
+    """What was searched; `shared` are the ladders of shared settings by name.
+
+    `parameters` are the layers' weights, (L,), which weigh the average bits; empty if unknown.
+    """
 
     layers: tuple[str, ...]
     bits: tuple[int, ...]
@@ -222,6 +225,7 @@ class ProblemEntry:
     reduction_factor: float
     resumed: int
     parameters: tuple[int, ...] = ()
+    shared: Mapping[str, tuple[bool | int | float | str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: SearchPlan) -> ProblemEntry:
@@ -241,6 +245,7 @@ class ProblemEntry:
             reduction_factor=plan.ladder.reduction_factor,
             resumed=plan.resumed,
             parameters=problem.memory.parameters,
+            shared={ladder.name: ladder.values for ladder in problem.space.shared},
         )
 
     @cached_property

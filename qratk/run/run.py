@@ -145,10 +145,11 @@ class Run:
 
 
 def _fitted(path: Path, settings: Settings) -> Configuration:
-    """The configuration in a `best.yaml`."""
+    """The configuration in a `best.yaml`, with the options of the model that the search had as shared settings."""
     model = settings.section("model")
-    text = model.get("configuration", (model.get("init_args") or {}).get("configuration"))
+    model = {**model, **(model.get("init_args") or {})}
+    shared = {name: model[name] for name in settings.section("search").get("shared") or {} if name in model}
     try:
-        return Configuration.from_text(str(text))
+        return Configuration.from_text(str(model.get("configuration"))).with_shared(shared)
     except ConfigurationError as error:
         raise RunDirectoryError(f"{path} is damaged: model.configuration: {error}") from error
