@@ -49,7 +49,9 @@ def _built(
     if settings.get(section) is None:
         return None, ()
     alone = _only(section, settings[section])
-    return _refused(lambda: parser.instantiate_classes(alone), (section, *keys))
+    # Of the search a component alone is built; the model would be too, and has no settings here.
+    groups = section != names.SECTION
+    return _refused(lambda: parser.instantiate_classes(alone, instantiate_groups=groups), (section, *keys))
 
 
 def _refused(build: Any, keys: tuple[str, ...]) -> tuple[Any, tuple[Mistake, ...]]:
