@@ -226,11 +226,35 @@ def test_every_option_that_is_named_as_shareable_is_one(name: str) -> None:
     FineTuneEvaluator().check_shared(SharedLadder(name, example.get(name, (0,) if name != "alpha_over_rank" else (1,))))
 
 
-def test_fixed_configuration_keeps_its_settings_and_others_take_those_that_were_tuned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("baselines", [True, False])
+def test_fixed_configuration_keeps_its_settings_and_one_without_is_tuned_like_a_uniform(
+    tmp_path: Path, baselines: bool
+) -> None:
     texts = ["2:16 4:8*4 | learning_rate=0.001 rslora=true", "2:16 4:4*4"]
-    result = search(tmp_path, searcher={"fixed": {"configurations": texts}}, refiner="none")
-    fixed = [r.evaluation.configuration for r in result.records if r.candidate.phase == "global"]
-    assert fixed[0] == Configuration.from_text(texts[0])
-    assert fixed[1] == Configuration.from_text(texts[1]).with_shared(
-        max(result.baselines, key=lambda e: e.score).configuration.shared
-    )
+    searcher = {"fixed": {"configurations": texts}}
+    result = search(tmp_path, searcher=searcher, refiner="none", uniform_baselines=baselines)
+    own, bare = (Configuration.from_text(text) for text in texts)
+    tuned: dict[int, list[Evaluation]] = {}
+    for evaluation in (r.evaluation for r in result.records if r.candidate.phase == "global"):
+        if evaluation.configuration.layers == bare.layers:
+            tuned.setdefault(evaluation.steps, []).append(evaluation)
+        else:
+            assert evaluation.configuration == own
+    assert [len(tuned[steps]) for steps in (10, 30, 90)] == [6, 2, 1]
+    (last,) = tuned[90]
+    assert last.configuration == max(tuned[30], key=lambda e: e.score).configuration
+    counts = Counter(record.evaluation.steps for record in result.records)
+    assert all(count <= result.plan.evaluations[steps] for steps, count in counts.items())
+    assert result.history.get(own, 90) is not None
+
+
+def test_candidates_of_a_searcher_that_leaves_settings_alone_race_at_their_best_ones(tmp_path: Path) -> None:
+    result = search(tmp_path, searcher="decoupled", uniform_baselines=False, refiner="none")
+    by_layers: dict[Any, list[Evaluation]] = {}
+    for evaluation in (r.evaluation for r in result.records if r.evaluation.steps == 10):
+        by_layers.setdefault(evaluation.configuration.layers, []).append(evaluation)
+    assert all(len(found) == 6 for found in by_layers.values())
+    best = {max(found, key=lambda e: e.score).configuration for found in by_layers.values()}
+    assert {e.configuration for e in result.history if e.steps > 10} <= best
+    counts = Counter(record.evaluation.steps for record in result.records)
+    assert all(count <= result.plan.evaluations[steps] for steps, count in counts.items())

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Evaluation
+from qratk.core.evaluation import Candidate, Evaluation
 from qratk.core.result import SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import counted
 from qratk.executors.base import Executor
 from qratk.loop.measuring import Measuring
-from qratk.loop.racing import race, tuned
+from qratk.loop.racing import group, race
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
 from qratk.loop.statistics import paired_comparison, top3_hit_rates
@@ -37,14 +37,8 @@ def conclude(
     highest = plan.ladder.highest
     best = state.best
     assert best is not None, "a search in which nothing was measured has no answer"
-    references = race(
-        tuned(_references(settings, plan.problem.num_layers), plan.problem.space.all_shared),
-        settings.reference_race,
-        settings,
-        measuring,
-        origin="reference",
-        stage=Stage("reference"),
-    )
+    groups = [group(c, plan.problem.space.all_shared) for c in _references(settings, plan.problem.num_layers)]
+    *_, references = race(groups, settings.reference_race, settings, measuring, Stage("reference"))
     baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
     weights = evaluator.item_weights
     scores = [best, *baselines, *references] if tests else []
@@ -69,9 +63,10 @@ def conclude(
     )
 
 
-def _references(settings: SearchSettings, layers: int) -> list[Configuration]:
+def _references(settings: SearchSettings, layers: int) -> list[Candidate]:
     """Uniform configurations outside the search."""
-    return [Configuration((choice,) * layers) for choice in settings.reference_choices]
+    uniform = [Configuration((choice,) * layers) for choice in settings.reference_choices]
+    return [Candidate(configuration, "reference", phase="reference") for configuration in uniform]
 
 
 def _tested(

@@ -17,6 +17,7 @@ from qratk.evaluators.base import EvaluationContext
 from qratk.loop.asking import Asking
 from qratk.loop.measuring import Measuring
 from qratk.loop.promotion import Promotion, Trust, going, promote
+from qratk.loop.racing import group, leading, race
 from qratk.loop.settings import Schedule, SearchSettings
 from qratk.loop.state import SearchState, Stage
 from qratk.loop.stopping import enough, room
@@ -49,8 +50,10 @@ class Exploring:
             requests = self.asking.asked(f"generation/{number}", searcher, rng, partial(self._ask_searcher, stage))
             if not requests:
                 return "nothing new could be proposed"
-            measured, trust = self._race([r.candidate for r in requests], settings.race(len(requests)), stage)
-            searcher.tell(measured)
+            schedule = settings.race(len(requests))
+            candidates, tuning = self._tuned([r.candidate for r in requests], schedule[0][0], stage)
+            measured, trust = self._race(candidates, schedule, stage)
+            searcher.tell(list({(e.configuration, e.steps): e for e in (*tuning, *measured)}.values()))
             self._summarise(number, trust, time.monotonic() - began)
             if settings.promotion == "each":  # else any of them may still go on
                 self.measuring.prune()
@@ -74,6 +77,22 @@ class Exploring:
         ran = [r.candidate for r in records if r.candidate.phase == "global" and r.evaluation.steps == lowest]
         _, *higher = self.settings.last_race
         self._race(ran, ((lowest, len(ran)), *higher), Stage("global"))
+
+    def _tuned(
+        self, candidates: Sequence[Candidate], first: int, stage: Stage
+    ) -> tuple[Sequence[Candidate], list[Evaluation]]:
+        """The candidates, those without shared settings with the best of all combinations, and what that measured.
+
+        They race up to the rung `first`, where the race of the candidates begins.
+        """
+        space = self.proposer.problem.space
+        if not space.shared or all(candidate.configuration.shared for candidate in candidates):
+            return candidates, []
+        groups = [group(candidate, space.all_shared) for candidate in candidates]
+        schedule = tuple((steps, size) for steps, size in self.settings.settings_race if steps <= first)
+        rungs = race(groups, schedule, self.settings, self.measuring, stage)
+        winners = {c.configuration: c for members in groups for c in leading(members, 1, rungs[-1])}
+        return tuple(winners.values()), [evaluation for rung in rungs for evaluation in rung]
 
     def _race(
         self, candidates: Sequence[Candidate], schedule: Schedule, stage: Stage

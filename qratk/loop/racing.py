@@ -1,8 +1,9 @@
-"""Uniform configurations, each with every combination of shared settings at the lowest rung: the best go up."""
+"""Shared settings tuned for given layers: every combination at the lowest rung, of which the best go up."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, Evaluation, Request
@@ -12,43 +13,39 @@ from qratk.loop.settings import Schedule, SearchSettings
 from qratk.loop.state import Stage
 from qratk.loop.stopping import room
 
+Group = Sequence[Candidate]
+"""The same layers at different settings, of which one is wanted."""
 
-def tuned(choices: Sequence[Configuration], combinations: Sequence[Shared]) -> list[list[Configuration]]:
-    """Each choice with every combination of settings."""
-    return [[choice.with_shared(shared) for shared in combinations] for choice in choices]
+
+def group(candidate: Candidate, combinations: Sequence[Shared]) -> Group:
+    """The candidate with every combination of settings; one that has settings stands alone."""
+    if candidate.configuration.shared:
+        return (candidate,)
+    return [replace(candidate, configuration=candidate.configuration.with_shared(s)) for s in combinations]
 
 
 def race(
-    groups: Sequence[Sequence[Configuration]],
-    schedule: Schedule,
-    settings: SearchSettings,
-    measuring: Measuring,
-    *,
-    origin: str,
-    stage: Stage,
-) -> list[Evaluation]:
-    """What the winners of the groups came to at the highest rung: successive halving within each group.
+    groups: Sequence[Group], schedule: Schedule, settings: SearchSettings, measuring: Measuring, stage: Stage
+) -> list[list[Evaluation]]:
+    """All that was measured of the groups, rung by rung: successive halving within each group.
 
     A rung continues the best scores of the rung below; of equal ones those named first. Where a group has one member,
     it runs at every rung, whatever it came to. A cap on evaluations cuts off what is beyond it.
     """
-    measured: list[Evaluation] = []
-    below: dict[Configuration, Evaluation] = {}
+    measured: list[list[Evaluation]] = []
     for steps, size in schedule:
-        groups = [_leading(group, size, below) for group in groups]
-        going_on = [configuration for group in groups for configuration in group]
+        groups = [leading(members, size, measured[-1] if measured else ()) for members in groups]
+        going_on = [candidate for members in groups for candidate in members]
         if stage.phase != "reference":
             going_on = going_on[: room(settings, measuring.state, steps)]
-        requests = [Request(Candidate(c, origin, phase=stage.phase), steps) for c in going_on]
-        measured = measuring.measure(requests, stage)
-        below = {evaluation.configuration: evaluation for evaluation in measured}
+        measured.append(measuring.measure([Request(candidate, steps) for candidate in going_on], stage))
     return measured
 
 
-def _leading(
-    group: Sequence[Configuration], size: int, below: dict[Configuration, Evaluation]
-) -> Sequence[Configuration]:
-    if size >= len(group):
-        return group
-    able = [c for c in group if c in below and below[c].ok]
-    return sorted(able, key=lambda c: -below[c].score)[:size]
+def leading(members: Group, size: int, below: Sequence[Evaluation]) -> Group:
+    """The best `size` of a group by what was measured of it; the group itself where it is no larger."""
+    if size >= len(members):
+        return members
+    scores: dict[Configuration, float] = {e.configuration: e.score for e in below if e.ok}
+    able = [candidate for candidate in members if candidate.configuration in scores]
+    return sorted(able, key=lambda candidate: -scores[candidate.configuration])[:size]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from qratk.core.errors import SearchError
+from qratk.core.evaluation import Candidate
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchPlan, SearchResult
@@ -21,7 +22,7 @@ from qratk.loop.answer import conclude
 from qratk.loop.asking import Asking
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
-from qratk.loop.racing import race, tuned
+from qratk.loop.racing import group, race
 from qratk.loop.refining import Refining
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
@@ -115,8 +116,9 @@ def _search(
     problem = _pose(settings, journal, reporter, clock)
     settings.executor.begin(problem.space)
     fitting = [c for c in problem.space.uniforms() if problem.feasible(c)]
-    groups = tuned(fitting if settings.uniform_baselines else (), problem.space.all_shared)
-    baselines = tuple(configuration for group in groups for configuration in group)
+    uniform = [Candidate(c.with_shared(()), "uniform", phase="baseline") for c in fitting]
+    groups = [group(c, problem.space.all_shared) for c in uniform if settings.uniform_baselines]
+    baselines = tuple(candidate.configuration for members in groups for candidate in members)
     planned = settings.planned_evaluations(len(groups))
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
     reporter.started(plan)
@@ -125,7 +127,7 @@ def _search(
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
     asking = Asking(journal, proposer, clock)
     # The promise never to be worse, and the first pairs.
-    race(groups, settings.settings_race, settings, measuring, origin="uniform", stage=Stage("baseline"))
+    race(groups, settings.settings_race, settings, measuring, Stage("baseline"))
     exploring = Exploring(settings, context, proposer, measuring, asking)
     stop_reasons = {"global": exploring.run()}
     if settings.promotion == "last":

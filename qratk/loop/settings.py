@@ -221,9 +221,10 @@ class SearchSettings(ABC):
         highest, tuned = self.ladder.highest, self.settings_race
         counts = Counter({steps: size * baselines * self.uniform_baselines for steps, size in tuned})
         phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
+        phases += [self._planned_tuning()]
         if self.promotion == "last":
             (lowest, _), *higher = self.last_race
-            phases = [{lowest: self.generations * self.searcher.generation_size}, dict(higher)]
+            phases = [{lowest: self.generations * self.searcher.generation_size}, dict(higher), self._planned_tuning()]
         for phase in (*phases, self.refiner.planned_evaluations(self.ladder)):
             counts.update(phase)
         if self.max_evaluations is not None:
@@ -231,6 +232,14 @@ class SearchSettings(ABC):
         for steps, size in self.reference_race:
             counts[steps] += size * len(self.reference_choices)
         return dict(sorted(counts.items()))
+
+    def _planned_tuning(self) -> dict[int, int]:
+        """Evaluations that find the settings of candidates without any, besides those that the candidates race by."""
+        if self.searcher.settles or not self.shared_ladders:
+            return {}
+        candidates = self.searcher.generation_size * min(self.generations, 1)
+        (first, _), *_ = self.race(self.searcher.generation_size)
+        return {s: candidates * (size - (s == first)) for s, size in self.settings_race if s <= first}
 
     def pose(
         self, names: Sequence[str], memory_model: Callable[[SearchSpace], MemoryModel]

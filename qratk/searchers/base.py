@@ -36,6 +36,8 @@ class GlobalSearcher(ABC):
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
         """Feasible candidates of the next generation, without repeats and none of them in the history.
 
+        They have the shared settings of the problem's space, or none; see `settles`.
+
         An empty tuple ends the phase: nothing new can be proposed.
         """
 
@@ -55,6 +57,15 @@ class GlobalSearcher(ABC):
         """Largest number of evaluations at each rung (steps) in so many generations, before `begin`."""
         sizes = self.schedule(ladder, self.generation_size, high)
         return {steps: generations * size for steps, size in sizes}
+
+    @property
+    def settles(self) -> bool:
+        """Whether candidates come with the shared settings of the search, where there are any.
+
+        The loop measures a candidate without them with every combination, and goes on with the best: such a searcher
+        needs no say in settings, and is tuned as uniform baselines are.
+        """
+        return True
 
     @property
     @abstractmethod

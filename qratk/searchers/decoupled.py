@@ -52,7 +52,7 @@ class Decoupled(SingleGenerationSearcher):
         chosen: dict[Configuration, Candidate] = {}
         for floor in sorted(floors, reverse=True):
             try:
-                found = bits_then_ranks(problem, floor, shared=self.shared)
+                found = bits_then_ranks(problem, floor, shared=())
             except InfeasibleBudgetError:
                 continue
             if found not in known and len(chosen) < self.offspring:

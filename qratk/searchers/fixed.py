@@ -21,7 +21,7 @@ class FixedConfigurations(SingleGenerationSearcher):
 
     Args:
         configurations: in the text form of a configuration, as in "4:8*12". Where the search has shared settings and
-            one says nothing of them, it takes those that did best before, as on the uniform baselines.
+            one says nothing of them, it is measured with all of them at the lowest rung, and the best go up.
         patterns: one configuration as {regular expression of a layer's name: [bits, rank]}; the first match holds.
     """
 

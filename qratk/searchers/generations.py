@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.problem import Problem
-from qratk.core.shared import Shared
 from qratk.mutations.proposer import Proposer
-from qratk.searchers._warm_start import leading_shared, random_candidates
+from qratk.searchers._warm_start import random_candidates
 from qratk.searchers.base import GlobalSearcher
 
 
@@ -97,9 +95,6 @@ class GenerationSearcher(GlobalSearcher):
 class SingleGenerationSearcher(GlobalSearcher):
     """Proposes once and is finished, whatever is measured. A strategy writes `candidates`."""
 
-    shared: Shared
-    """Shared settings for candidates: the best of those measured before, or the middle ones; empty without ladders."""
-
     def __init__(self) -> None:
         self._problem: Problem | None = None
         self._asked = False
@@ -109,28 +104,24 @@ class SingleGenerationSearcher(GlobalSearcher):
         self._problem, self._asked = proposer.problem, False
 
     def ask(self, history: History, rng: np.random.Generator) -> tuple[Candidate, ...]:
-        """All that this searcher ever proposes, less what was measured before; nothing the second time.
-
-        A candidate without the shared settings of the search gets the leading ones.
-        """
-        problem = self._problem
-        assert problem is not None, "begin comes first"
+        """All that this searcher ever proposes, less what was measured before; nothing the second time."""
+        assert self._problem is not None, "begin comes first"
         if self._asked:
             return ()
         self._asked = True
-        leading = leading_shared(problem, history)
-        self.shared = problem.space.middle if leading is None else leading
-        known = {evaluation.configuration for evaluation in history}
-        chosen: dict[Configuration, Candidate] = {}
-        for candidate in self.candidates(problem, known):
-            configuration = problem.space.settled(candidate.configuration, self.shared)
-            if configuration not in known:
-                chosen.setdefault(configuration, replace(candidate, configuration=configuration))
-        return tuple(chosen.values())
+        return self.candidates(self._problem, {evaluation.configuration for evaluation in history})
 
     @abstractmethod
     def candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
-        """The one generation: at most `generation_size` feasible candidates, without repeats and none known."""
+        """The one generation: at most `generation_size` feasible candidates, without repeats and none known.
+
+        They may be without shared settings, which the loop then tunes.
+        """
+
+    @property
+    def settles(self) -> bool:
+        """False: whoever asks only once cannot learn settings."""
+        return False
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Results change nothing."""

@@ -390,7 +390,7 @@ class SearcherContract(_Contract):
         for candidates in self._search(make(), problem):
             configurations = [candidate.configuration for candidate in candidates]
             for configuration in configurations:
-                problem.space.validate(configuration)
+                problem.space.validate(problem.space.settled(configuration))
                 assert problem.feasible(configuration)
             assert len(set(configurations)) == len(configurations)
             assert not seen & set(configurations)
