@@ -57,6 +57,7 @@ def compare(arguments: Sequence[str]) -> int:
         given.seeds,
         sweeps=[Path(configuration(name)) for name in given.sweep],
         extra=extra,
+        tune=given.tune,
         base=not given.no_base,
     )
     if given.reference is not None and given.reference not in {recipe.name for recipe in grid.recipes}:
@@ -145,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipes", nargs="+", default=[], help="recipes: files, names, or folders, also 'baselines' and 'ablations'")
     add("--sweep", nargs="+", default=[], help="files {setting: [values]}: each value is a recipe; also 'one_factor'")
     add("--budgets", nargs="+", default=[], help="pairs such as '[4, 16]' or sizes such as 300KiB; default: the base's")
+    add(
+        "--tune",
+        metavar="LADDERS",
+        help="settings that every recipe tunes, by the same ladders, as in '{learning_rate: [1e-3, 3e-3, 1e-2]}'",
+    )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")
     add("--jobs", type=int, default=1, help="searches side by side, each in a process (default 1)")

@@ -16,6 +16,7 @@ from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.memory import parse_bytes
 from qratk.core.plain import flatten
 from qratk.core.secrets import without_secrets
+from qratk.core.shared import Setting, SharedLadder
 from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.run.document import read_document, read_json, to_json
@@ -24,6 +25,7 @@ from qratk.settings.merge import laid_over
 from qratk.settings.names import named_document
 from qratk.settings.reading import load, read_settings
 from qratk.settings.sweeps import SweepPoint, read_sweeps
+from qratk.training.options import check_shared
 
 OWN: Final = "own"
 COMPARED: Final = "compare.json"
@@ -32,6 +34,7 @@ FAILURE: Final = "failure.json"
 LOG: Final = "log.txt"
 _BUDGETS: Final = "budgets"
 _SWEEPS: Final = "sweeps"
+_TUNE: Final = "tune.yaml"
 _VERSION: Final = 2  # of compare.json: 1 told points of sweeps by the names of their recipes alone
 
 
@@ -164,6 +167,7 @@ class Grid:
         budgets: budgets of the command; empty where the base's own holds.
         seeds: seeds of the searches.
         extra: arguments of the form --section.setting=value for all cells, over the base and under the recipe.
+        tune: shared settings, by name with their ladders, that every recipe tunes: over the recipe.
     """
 
     folder: Path
@@ -172,6 +176,7 @@ class Grid:
     budgets: tuple[BudgetChoice, ...]
     seeds: tuple[int, ...]
     extra: tuple[str, ...] = ()
+    tune: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -184,6 +189,7 @@ class Grid:
         *,
         sweeps: Sequence[Path] = (),
         extra: Sequence[str] = (),
+        tune: str | None = None,
         base: bool = True,
     ) -> Grid:
         """The grid of a command line; with `base`, the base is the first recipe. Raises `ConfigurationError`."""
@@ -201,7 +207,7 @@ class Grid:
         _unique([recipe.name for recipe in found], "recipe")
         _unique([choice.label for choice in choices], "budget")
         _unique(seeds, "seed")
-        return cls(folder, tuple(configs), tuple(found), choices, tuple(seeds), tuple(extra))
+        return cls(folder, tuple(configs), tuple(found), choices, tuple(seeds), tuple(extra), _ladders(tune))
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -221,10 +227,19 @@ class Grid:
             return None
         return self.folder / _BUDGETS / f"{cell.label}.yaml"
 
+    @property
+    def tune_file(self) -> Path | None:
+        """The overlay over all recipes; None where nothing is tuned."""
+        return self.folder / _TUNE if self.tune else None
+
+    @property
+    def _tuned(self) -> dict[str, Any]:
+        return {"search": {"shared": {name: list(values) for name, values in self.tune.items()}}} if self.tune else {}
+
     def arguments(self, cell: Cell) -> list[str]:
         """Arguments of `qratk search` for a cell."""
         arguments = [text for path in self.configs for text in ("--config", str(path))] + list(self.extra)
-        overlays = [path for path in (self.budget_file(cell), cell.recipe.path) if path is not None]
+        overlays = [p for p in (self.budget_file(cell), cell.recipe.path, self.tune_file) if p is not None]
         arguments += [text for path in overlays for text in ("--config", str(path))]
         seeds = [key for key in ("seed_everything", "model.seed", "data.seed", "search.seed") if self._has(key)]
         return [*arguments, *(f"--{key}={cell.seed}" for key in seeds), "--run_dir", str(cell.folder)]
@@ -240,7 +255,7 @@ class Grid:
         if self.budgets or cell.recipe.has_budget:
             documents.append(budget.document)
         merged: dict[str, Any] = {}
-        for document in (*documents, cell.recipe.document):
+        for document in (*documents, cell.recipe.document, self._tuned):
             merged = laid_over(merged, named_document(document))
         return dict(without_secrets({"seed": cell.seed, "settings": deciding(merged)}))
 
@@ -255,6 +270,8 @@ class Grid:
                 write_atomically(cell.folder / IDENTITY, json.dumps(identity, indent=1))
             self._write_budget(cell)
             self._write_sweep(cell.recipe)
+        if self.tune_file is not None:
+            write_atomically(self.tune_file, yaml.safe_dump(self._tuned, sort_keys=False))
         write_atomically(self.folder / COMPARED, to_json(self._compared()))
 
     def _write_sweep(self, recipe: Recipe) -> None:
@@ -333,6 +350,22 @@ def _unique(names: Sequence[Any], kind: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ConfigurationError(f"two {kind}s are called {twice[0]!r}; give each {kind} once, under a name of its own")
+
+
+def _ladders(text: str | None) -> dict[str, Sequence[Setting]]:
+    """Ladders of "{learning_rate: [1e-3, 3e-3]}"; raises `ConfigurationError` for what no search can vary."""
+    given: Any = {} if text is None else load(text)
+    if not isinstance(given, Mapping) or not all(isinstance(values, list) for values in given.values()):
+        raise ConfigurationError(
+            f"--tune is a mapping of settings to their values, as in '{{learning_rate: [1e-3, 3e-3]}}'; got {text!r}"
+        )
+    ladders = [SharedLadder(str(name), tuple(values)) for name, values in given.items()]
+    for ladder in ladders:
+        try:
+            check_shared(ladder)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--tune: {ladder.name}: {error}") from error
+    return {ladder.name: ladder.values for ladder in ladders}
 
 
 def _document(argument: str) -> dict[str, Any]:

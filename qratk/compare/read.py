@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.compare.grid import FAILURE, OWN, FailureDocument, read_compared
-from qratk.core.configuration import Configuration, Knob
+from qratk.core.configuration import Configuration, Knob, LayerChoice
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import Record
 from qratk.run.document import EvaluationEntry, ResultDocument, Settings, read_document
@@ -116,6 +116,23 @@ class Outcome:
     def cost(self) -> float:
         """Full runs that the search took."""
         return float(self.costs[-1]) if len(self.costs) else 0.0
+
+    @property
+    def tunes(self) -> bool:
+        """Whether shared settings were tried."""
+        return any(len(values) > 1 for values in self.result.problem.shared.values())
+
+    @property
+    def tuning(self) -> float:
+        """Full runs of these that tried settings: what the same layers were trained beyond their longest training."""
+        trained: dict[Configuration, int] = {}
+        for evaluation in (record.evaluation for record in self.searched):
+            own = evaluation.configuration
+            trained[own] = max(trained.get(own, 0), evaluation.steps)
+        by_layers: dict[tuple[LayerChoice, ...], list[int]] = {}
+        for configuration, steps in trained.items():
+            by_layers.setdefault(configuration.layers, []).append(steps)
+        return sum(sum(steps) - max(steps) for steps in by_layers.values()) / self.top
 
     @property
     def seconds(self) -> float:

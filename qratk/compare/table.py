@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from qratk.compare.read import UNFINISHED, Cells, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
+from qratk.core.shared import shared_text
 from qratk.core.text import clean, duration
 from qratk.loop.statistics import hierarchical_interval, mean_interval
 from qratk.run.atomic import write_atomically
@@ -45,7 +47,9 @@ class Difference:
 class RecipeRow:
     """A recipe under a budget; means over its finished seeds, standard deviations where they say so.
 
-    `over` says that its answer takes more bytes than the reference's budget allows.
+    `over` says that its answer takes more bytes than the reference's budget allows. Where settings were tuned,
+    `settings` are those of most answers, `tuning` the full runs, of all, that tried others, and `scorings` how often
+    something was scored.
     """
 
     recipe: str
@@ -65,6 +69,9 @@ class RecipeRow:
     high_fidelity: float = NAN
     cost: float = NAN
     seconds: float = NAN
+    tuning: float = NAN
+    scorings: float = NAN
+    settings: str = ""
     over: bool = False
     best: bool = False
     reference: bool = False
@@ -128,12 +135,22 @@ def _row(
         high_fidelity=_mean([c.high_fidelity for c in cells]),
         cost=_mean([c.cost for c in cells]),
         seconds=_mean([c.seconds for c in cells]),
+        tuning=_mean([c.tuning for c in cells if c.tunes]),
+        scorings=_mean([float(len(c.searched)) for c in cells if c.tunes]),
+        settings=_settings(cells),
         over=any(limits.exceeded(c.best.bytes, c.seed) for c in cells),
         reference=name == reference,
         difference=difference(cells, against) if name != reference else Difference(),
         metrics=metrics,
         reason=reason,
     )
+
+
+def _settings(cells: Sequence[Outcome]) -> str:
+    """The shared settings of most answers, and of how many; empty where none were tuned."""
+    counts = Counter(shared_text(c.best.configuration.shared) for c in cells if c.tunes)
+    text, count = counts.most_common(1)[0] if counts else ("", 0)
+    return text + (f" ({count} of {len(cells)})" if 0 < count < len(cells) else "")
 
 
 def difference(cells: Sequence[Outcome], against: Mapping[int, Outcome]) -> Difference:
@@ -220,6 +237,12 @@ CSV_COLUMNS: Final[Mapping[str, Callable[[RecipeRow], Any]]] = {
     "losses": lambda r: r.difference.losses,
     "reason": lambda r: r.reason,
 }
+TUNED_COLUMNS: Final[Mapping[str, Callable[[RecipeRow], Any]]] = {
+    "settings": lambda r: r.settings,
+    "tuning_runs": lambda r: r.tuning,
+    "scorings": lambda r: r.scorings,
+}
+"""Besides, where settings were tuned."""
 
 
 def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
@@ -234,8 +257,9 @@ def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 def write_tables(cells: Cells, made: Sequence[RecipeRow], folder: Path) -> list[Path]:
     """Write table.csv, cells.csv, table.md and tables.md; their paths."""
+    columns = {**CSV_COLUMNS, **(TUNED_COLUMNS if any(row.settings for row in made) else {})}
     texts = {
-        "table.csv": to_csv(list(CSV_COLUMNS), [[get(row) for get in CSV_COLUMNS.values()] for row in made]),
+        "table.csv": to_csv(list(columns), [[get(row) for get in columns.values()] for row in made]),
         "cells.csv": cells_csv(cells),
         "table.md": table_markdown(cells, made),
         "tables.md": paper_tables(cells, made),
@@ -299,6 +323,9 @@ def text_row(row: RecipeRow) -> dict[str, str]:
         "rank": number(row.average_rank, 1),
         "HF": number(row.high_fidelity, 1),
         "runs": number(row.cost, 1),
+        "tuning": number(row.tuning, 1),
+        "scored": number(row.scorings, 0),
+        "settings": row.settings,
         "time": duration(row.seconds),
         "difference [95 %]": interval(d.mean, d.low, d.high),
         "validation [95 %]": interval(d.validation, d.validation_low, d.validation_high),
@@ -384,6 +411,11 @@ def legend(made: Sequence[RecipeRow]) -> str:
         )
     if 0 < max((row.difference.seeds for row in made), default=0) < 5:
         lines.append("With fewer than 5 seeds an interval over seeds is narrower than it says.")
+    if any(row.settings for row in made):
+        lines.append(
+            "settings: those of most answers. tuning: what trying other settings for the same layers took of the runs. "
+            "scored: evaluations, each a pass over the validation items besides the runs."
+        )
     if any(row.over for row in made):
         lines.append("†: takes more than the reference's budget.")
     return "\n".join(lines) + "\n"

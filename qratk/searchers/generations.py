@@ -12,8 +12,9 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.problem import Problem
+from qratk.core.shared import Shared
 from qratk.mutations.proposer import Proposer
-from qratk.searchers._warm_start import random_candidates
+from qratk.searchers._warm_start import leading_shared, random_candidates
 from qratk.searchers.base import GlobalSearcher
 
 
@@ -57,6 +58,12 @@ class GenerationSearcher(GlobalSearcher):
         self, history: History, rng: np.random.Generator, *, size: int, known: Collection[Configuration]
     ) -> tuple[Candidate, ...]:
         """At most `size` feasible candidates, without repeats and none known; what is missing is drawn at random."""
+
+    def leading(self, history: History) -> Shared:
+        """Shared settings for candidates that say nothing of them: the best of those measured, or the middle ones."""
+        space = self.proposer.problem.space
+        found = leading_shared(self.proposer.problem, history)
+        return space.middle if found is None else found
 
     def next_size(self) -> int:
         """Candidates wanted of the coming generation."""

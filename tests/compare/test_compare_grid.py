@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -198,3 +199,39 @@ def test_file_that_is_no_sweep_is_refused(files, tmp_path, text):
     sweep.write_text(text)
     with pytest.raises(ConfigurationError, match=r"mine\.yaml"):
         Grid.of(tmp_path / "out", [files["base"]], [], [], [0], sweeps=[sweep])
+
+
+def test_what_is_tuned_lies_over_every_recipe_and_is_part_of_what_a_cell_is(files):
+    files["tuned"] = files["base"].parent / "tuned.yaml"
+    files["tuned"].write_text(yaml.safe_dump({"search": {"shared": {"learning_rate": [0.5], "rslora": [True]}}}))
+    made = grid(files, "tuned", tune="{learning_rate: [1e-3, 1e-2]}")
+    made.prepare()
+    assert yaml.safe_load((made.folder / "tune.yaml").read_text()) == {
+        "search": {"shared": {"learning_rate": [0.001, 0.01]}}
+    }
+    base, tuned = made.cells
+    for cell in (base, tuned):
+        arguments = made.arguments(cell)
+        configs = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
+        assert configs[-1] == str(made.folder / "tune.yaml")
+    assert made.identity(base)["settings"]["search"]["shared"] == {"learning_rate": [0.001, 0.01]}
+    assert made.identity(tuned)["settings"]["search"]["shared"] == {"learning_rate": [0.001, 0.01], "rslora": [True]}
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        grid(files, "tuned", tune="{learning_rate: [1e-3]}").prepare()
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        grid(files, "tuned").prepare()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate", "a mapping of settings to their values"),
+        ("{learning_rate: 1e-3}", "a mapping of settings to their values"),
+        ("{learning_rat: [1e-3]}", "learning_rat: is no option .* Did you mean 'learning_rate'"),
+        ("{learning_rate: [1e-2, 1e-3]}", "must be an ascending ladder"),
+        ("{weight_decay: [-1]}", "weight_decay must be at least 0, got -1"),
+    ],
+)
+def test_what_cannot_be_tuned_is_told_before_anything_runs(files, text, said):
+    with pytest.raises(ConfigurationError, match=said):
+        grid(files, tune=text)

@@ -27,7 +27,7 @@ TRIES = 4  # samples for one place of a generation, before a neighbour of the la
 
 
 class OptunaSearch(GenerationSearcher):
-    """Asks an Optuna sampler: one parameter for each knob of each layer, the index on its ladder.
+    """Asks an Optuna sampler: one parameter for each knob of each layer, the index on its ladder, and for each setting.
 
     What a sampler suggests is repaired, and the sampler is told of the repaired configuration. It is told one figure a
     configuration, whatever rung that reached: its place in rung-major order, as a normal score (see `standings`).

@@ -83,6 +83,7 @@ class Board:
         self.notes: dict[str, dict[str, Any]] = {text: dict(held) for text, held in notes.items()}
         self.seed = seed
         self._places: dict[str, tuple[int, int]] = {}
+        self._shared_places: dict[str, int] = {}
         self._distributions = self._all_distributions()
         self._last: dict[str, Any] = {}
         self._quiet = ExitStack()
@@ -145,17 +146,34 @@ class Board:
                     found[name] = (
                         IntDistribution(0, rungs - 1) if ordinal else CategoricalDistribution(tuple(range(rungs)))
                     )
+        for place, ladder in enumerate(self.problem.space.shared):
+            rungs = len(ladder.values)
+            if rungs > 1:
+                self._shared_places[f"shared.{ladder.name}"] = place
+                # CMA-ES knows no categories: to it, names are in the order given.
+                ordinal = ladder.ordinal or self.searcher.sampler == "cmaes"
+                found[f"shared.{ladder.name}"] = (
+                    IntDistribution(0, rungs - 1) if ordinal else CategoricalDistribution(tuple(range(rungs)))
+                )
         return found
 
     def _configuration(self, parameters: Mapping[str, int]) -> Configuration:
         indices = np.zeros((self.problem.num_layers, len(KNOBS)), dtype=np.int64)
+        shared = np.zeros(len(self.problem.space.shared), dtype=np.int64)
         for name, index in parameters.items():
-            indices[self._places[name]] = index
-        return self.problem.space.from_indices(indices)
+            if name in self._shared_places:
+                shared[self._shared_places[name]] = index
+            else:
+                indices[self._places[name]] = index
+        return self.problem.space.from_indices(indices, self.problem.space.shared_at(shared))
 
     def _parameters(self, configuration: Configuration) -> dict[str, int]:
         indices = self.problem.space.indices(configuration)
-        return {name: int(indices[self._places[name]]) for name in self._distributions}
+        shared = self.problem.space.shared_indices(configuration)
+        return {
+            name: int(shared[self._shared_places[name]] if name in self._shared_places else indices[self._places[name]])
+            for name in self._distributions
+        }
 
     def _fill(self) -> None:
         """A finished trial for each configuration measured; CMA-ES is led through its generations one by one."""

@@ -42,7 +42,8 @@ class Relaxation(GenerationSearcher):
 
     The first candidate is the mode of the gates, repaired, and the second the likeliest configuration at the price of
     bytes at which the budget is just used up. The others are samples of the gates, drawn from flatter and flatter ones
-    as the likely configurations run out. What is measured does not change the gates.
+    as the likely configurations run out. What is measured does not change the gates. Shared settings have no gates: all
+    have those that did best so far.
 
     Args:
         offspring: candidates a generation.
@@ -112,6 +113,7 @@ class Relaxation(GenerationSearcher):
         self.penalty = penalty
         self._context: EvaluationContext | None = None
         self._gates: dict[str, Any] | None = None
+        self._shared: tuple[tuple[str, Any], ...] = ()
 
     def attach(self, context: EvaluationContext) -> None:
         """Take the model and the data; raises `ConfigurationError` when the search has none."""
@@ -133,6 +135,7 @@ class Relaxation(GenerationSearcher):
         """Modes of the gates and samples of them, which results do not change; neighbours where none of that is new."""
         if self._gates is None:
             self._gates = self._trained(seed=int(rng.integers(2**31 - 1)))
+        self._shared = self.leading(history)
         found: dict[Configuration, Candidate] = {}
         sources = iter((self._mode, self._priced))
         while len(found) < size:
@@ -177,13 +180,13 @@ class Relaxation(GenerationSearcher):
             candidate = self._repaired(indices, "relaxation:sample", taken)
             if candidate is not None:
                 return candidate
-        last = self.proposer.repaired(self.proposer.problem.space.from_indices(indices))
+        last = self.proposer.repaired(self.proposer.problem.space.from_indices(indices, self._shared))
         if last is None:
             return None
         return self.proposer.propose(last, rng, known=taken, generation=self.generation)
 
     def _repaired(self, indices: NDArray[np.int64], origin: str, taken: set[Configuration]) -> Candidate | None:
-        repaired = self.proposer.repaired(self.proposer.problem.space.from_indices(indices))
+        repaired = self.proposer.repaired(self.proposer.problem.space.from_indices(indices, self._shared))
         if repaired is None or repaired in taken:
             return None
         return Candidate(repaired, origin, generation=self.generation)
