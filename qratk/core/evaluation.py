@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,7 @@ class Evaluation:
     "failed" is the candidate's own fault, as a loss that is not finite; "lost" the machine's, as memory that ran out: a
     resumed search measures that again.
     `outcomes` holds one figure a validation item, in the items' order; their weighted mean is the score.
+    `figures` are all that the scoring said, by name: they are recorded and shown, and decide nothing.
     `checkpoint` names the stored adapter and optimiser state, relative to the run directory.
     """
 
@@ -91,6 +92,7 @@ class Evaluation:
     status: Status = "ok"
     reason: str = ""
     checkpoint: str | None = None
+    figures: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         if self.status == "ok" and not math.isfinite(self.score):

@@ -36,7 +36,7 @@ def request_of(data: Mapping[str, Any]) -> Request:
 
 
 def record_data(record: Record) -> dict[str, Any]:
-    """A record as plain data of one level but for `footprint`, `outcomes` and `parents`; `record_of` reads it."""
+    """A record as plain data, of one level but for footprint, outcomes, figures and parents; `record_of` reads it."""
     evaluation, candidate = record.evaluation, record.candidate
     return {
         "position": record.index,
@@ -50,6 +50,7 @@ def record_data(record: Record) -> dict[str, Any]:
         "checkpoint": evaluation.checkpoint,
         "footprint": asdict(evaluation.footprint),
         "outcomes": list(evaluation.outcomes),
+        "figures": dict(evaluation.figures),
         "phase": candidate.phase,
         "generation": candidate.generation,
         "origin": candidate.origin,

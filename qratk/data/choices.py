@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
+from qratk.data.choice_figures import CHOICE_FIGURES, ChoiceScore
 from qratk.data.encoding import Encoded, PairEncoder, encoded
 from qratk.data.prompt import Prompt
-from qratk.data.scoring import ChoiceScore, ChoiceScorer
+from qratk.data.scoring import ChoiceScorer
 from qratk.data.sources import Row, shown
 from qratk.data.splits import SPLITS, Item, Split
 
@@ -93,8 +94,8 @@ class ChoiceData(TaskData):
         super().__init__(train, **kwargs)
         if blank not in ("auto", "substitute", "none"):
             raise DataError(f"blank must be auto, substitute or none, got {blank!r}")
-        if score not in ("acc", "acc_norm", "log_likelihood", "nats"):
-            raise DataError(f"score must be acc, acc_norm, log_likelihood or nats, got {score!r}")
+        if score not in CHOICE_FIGURES:
+            raise DataError(f"score must be one of {', '.join(CHOICE_FIGURES)}; got {score!r}")
         self.prompt, self.target_delimiter, self.blank, self.score = prompt, target_delimiter, blank, score
 
     def options(self) -> Mapping[str, Any]:
@@ -178,7 +179,7 @@ class ChoiceData(TaskData):
             yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
 
     def scorer(self, split: Split = "validation") -> ChoiceScorer:
-        """Scorer of acc, acc_norm, log_likelihood and nats."""
+        """Scorer of all figures of choices."""
         chosen = [self.choices(item) for item in self.items(split)]
         lengths = [len(text) for c in chosen for text in c.texts]
         owners = [row.item for row in self.scoring_rows(split)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, final
 
+from qratk.data.choice_figures import ChoiceScore
 from qratk.data.choices import DEFAULT_PROMPT, ChoiceData
-from qratk.data.scoring import ChoiceScore
 
 
 @final
@@ -22,8 +22,11 @@ class MultipleChoiceData(ChoiceData):
         blank: `substitute` puts each choice in the place of `_` and scores the rest of the sentence (partial
             evaluation, as lm-eval does for WinoGrande); `auto` does so when every row has such a blank.
         score: What a search maximises: accuracy (`acc`; `acc_norm` divides by the characters of a choice), the mean
-            log-probability of the right choice among the choices (`log_likelihood`, smooth), or its plain mean
-            log-likelihood (`nats`).
+            log-probability of the right choice among the choices (`log_likelihood`, smooth), its mean probability
+            (`prob`), or its plain mean log-likelihood (`nats`). `_per_token` and `_per_char` behind the former two
+            divide log-likelihoods by a choice's tokens or characters before choices are compared; `_fitted` behind
+            `log_likelihood` or one of these compares at the temperature that suits the items best. All of them are
+            recorded of every evaluation.
     """
 
     def __init__(

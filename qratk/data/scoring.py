@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from qratk.core.errors import DataError
+from qratk.data.choice_figures import CHOICE_FIGURES, ChoiceScore, Compared, ComparedChoices
 
 IGNORE = -100
-
-ChoiceScore = Literal["acc", "acc_norm", "log_likelihood", "nats"]
 
 
 class Scorer(Metric):
@@ -125,7 +123,13 @@ class LikelihoodScorer(Scorer):
 
 
 class ChoiceScorer(Scorer):
-    """Accuracy and likelihood of the right choice; the figures are lm-eval's where it has them."""
+    """Accuracy and likelihood of the right choice; the figures are lm-eval's where it has them.
+
+    `acc_norm`, "per_char" and "per_token" divide the log-likelihood of a choice by its characters or tokens. "fitted"
+    ones compare choices at the temperature that is fitted to the very items that are scored, so that of a test is not
+    that of the validation: they tell how well choices are told apart, however sure of itself the model is. It is one
+    number from all items, by which a score gains 1 / items nats in the mean where it has nothing to tell.
+    """
 
     def __init__(
         self, items: Sequence[int], labels: Sequence[int], lengths: Sequence[int], *, score: ChoiceScore
@@ -141,29 +145,24 @@ class ChoiceScorer(Scorer):
         self.lengths = torch.tensor(lengths, dtype=torch.float64)  # (rows,)
         self.labels = torch.tensor(labels, dtype=torch.int64)  # (num_items,)
 
-    def _per_item(self) -> dict[str, Tensor]:
-        log_likelihood, _ = self._row_values()
-        table = self._table(log_likelihood)
-        normed = self._table(log_likelihood / self.lengths)
-        right = self.labels[:, None]
-        return {
-            # argmax gives the first of equals, as numpy's does in lm-eval.
-            "acc": (table.argmax(1) == self.labels).double(),
-            "acc_norm": (normed.argmax(1) == self.labels).double(),
-            "log_likelihood": table.log_softmax(1).gather(1, right).squeeze(1),
-            "nats": table.gather(1, right).squeeze(1),
-        }
+    def _compared(self, items: Tensor) -> ComparedChoices:
+        """Choices of the items that `items`, (num_items,) bool, admits."""
+        log_likelihood, tokens = self._row_values()
+        kinds = (log_likelihood, log_likelihood / tokens, log_likelihood / self.lengths)
+        plain, per_token, per_char = (Compared(self._table(values)[items], self.labels[items]) for values in kinds)
+        return ComparedChoices(plain, per_token, per_char)
 
     def _table(self, values: Tensor) -> Tensor:
         present = self.choice_rows >= 0
         return torch.where(present, values[self.choice_rows.clamp(min=0)], -torch.inf)  # (num_items, most choices)
 
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
-        figures = {name: values[complete].mean() for name, values in self._per_item().items()}
-        return {"score": figures[self.score], **figures}
+        choices = self._compared(complete)
+        figures = {name: figure(choices).mean() for name, figure in CHOICE_FIGURES.items()}
+        return {"score": figures[self.score], **{str(name): value for name, value in figures.items()}}
 
     def _outcomes(self) -> Tensor:
-        return self._per_item()[self.score]
+        return CHOICE_FIGURES[self.score](self._compared(torch.ones_like(self.labels, dtype=torch.bool)))
 
     def _exact(self) -> Tensor:
         return self._table(self.greedy.cpu().double()).gather(1, self.labels[:, None]).squeeze(1) > 0

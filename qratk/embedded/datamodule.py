@@ -7,8 +7,8 @@ import weakref
 from tempfile import mkdtemp
 from typing import Any, final
 
+from qratk.data.choice_figures import ChoiceScore
 from qratk.data.choices import ChoiceData
-from qratk.data.scoring import ChoiceScore
 from qratk.embedded.data import write_dataset
 
 

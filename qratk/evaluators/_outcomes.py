@@ -81,7 +81,14 @@ class Measured:
             return replace(failed, reason=outcome.reason)
         if not np.isfinite(outcome.score):
             return replace(failed, reason=f"the validation score is {outcome.score}")
-        return replace(failed, score=outcome.score, status="ok", outcomes=outcome.outcomes, checkpoint=self.checkpoint)
+        return replace(
+            failed,
+            score=outcome.score,
+            status="ok",
+            outcomes=outcome.outcomes,
+            checkpoint=self.checkpoint,
+            figures=outcome.figures,
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,9 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import yaml
 
@@ -30,10 +30,11 @@ from qratk.run import files
 from qratk.run.atomic import write_atomically
 from qratk.run.document import FrontDocument, ResultDocument, to_json
 
-COLUMNS = (
+COLUMNS: Final = (
     "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
     "average_rank", "seconds", "status", "reason",
 )  # fmt: skip
+"""The first columns of `evaluations.csv`; behind them come the figures that the scoring said, by their names."""
 
 
 @final
@@ -42,16 +43,16 @@ class RunFiles(Reporter):
     """Writes the files of a run directory; a kill at any moment leaves each of them well-formed.
 
     `evaluations.csv` grows by one row an evaluation, written in one call, and is replaced as a whole when a
-    generation ends; all other files are replaced atomically. `front.json` and `best.yaml` are refreshed after every
-    generation and refinement step, so that an interrupted search leaves a usable best. While a resumed search
-    replays its records, the files of the earlier run stay as they are.
+    generation ends, or the first evaluation brings its figures; all other files are replaced atomically. `front.json`
+    and `best.yaml` are refreshed after every generation and refinement step, so that an interrupted search leaves a
+    usable best. While a resumed search replays its records, the files of the earlier run stay as they are.
     """
 
     essential = True
 
     def __init__(self) -> None:
         self._destination = Destination(Path())
-        self._rows: list[str] = []
+        self._figures: tuple[str, ...] = ()
         self._tracker: Tracker | None = None
         self._pending = False
 
@@ -70,7 +71,7 @@ class RunFiles(Reporter):
 
     def started(self, plan: SearchPlan) -> None:
         self._tracker = Tracker(plan)
-        self._rows = [_csv_line(columns(plan.problem.space))]
+        self._figures = ()
         self._pending = plan.resumed > 0
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +90,15 @@ class RunFiles(Reporter):
     def evaluated(self, record: Record, progress: Progress) -> None:
         tracker = self._known()
         tracker.add(record, progress)
-        line = _csv_line(evaluation_row(tracker.plan.problem, record))
-        self._rows.append(line)
+        known, self._figures = self._figures, _joined(self._figures, record.evaluation.figures)
         with self._writing():
-            if not self._pending:
-                _append(self._folder / files.EVALUATIONS, line)
-            elif not tracker.replaying:
-                self._refresh()
+            if self._pending:
+                if not tracker.replaying:
+                    self._refresh()
+            elif self._figures != known:
+                self._write_table()
+            else:
+                _append(self._folder / files.EVALUATIONS, self._line(record))
 
     def generation(self, summary: GenerationSummary) -> None:
         self._known().hear(summary.best)
@@ -134,7 +137,11 @@ class RunFiles(Reporter):
         self._write_best(tracker.best)
 
     def _write_table(self) -> None:
-        write_atomically(self._folder / files.EVALUATIONS, "".join(self._rows))
+        lines = [_csv_line((*columns(self._known().plan.problem.space), *self._figures)), *map(self._line, self._known().records)]
+        write_atomically(self._folder / files.EVALUATIONS, "".join(lines))
+
+    def _line(self, record: Record) -> str:
+        return _csv_line(evaluation_row(self._known().plan.problem, record, self._figures))
 
     def _write_front(self, front: ParetoFront) -> None:
         write_atomically(self._folder / files.FRONT, to_json(FrontDocument.of(self._known().plan, front)))
@@ -169,6 +176,10 @@ def _append(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
+def _joined(known: Sequence[str], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*known, *more)))
+
+
 def _csv_line(row: tuple[object, ...]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(row)
@@ -181,8 +192,11 @@ def columns(space: SearchSpace) -> tuple[str, ...]:
     return (*COLUMNS[:after], *(ladder.name for ladder in space.shared), *COLUMNS[after:])
 
 
-def evaluation_row(problem: Problem, record: Record) -> tuple[object, ...]:
-    """One row of `evaluations.csv`, as `columns`; bits and ranks with blanks between; the score empty if it failed."""
+def evaluation_row(problem: Problem, record: Record, figures: Sequence[str] = ()) -> tuple[object, ...]:
+    """One row of `evaluations.csv`, as `columns`, then the figures of these names, empty where there are none.
+
+    Bits and ranks have blanks between; the score is empty if it failed.
+    """
     candidate, evaluation = record.candidate, record.evaluation
     configuration = evaluation.configuration
     return (
@@ -200,6 +214,7 @@ def evaluation_row(problem: Problem, record: Record) -> tuple[object, ...]:
         round(evaluation.seconds, 3),
         evaluation.status,
         clean(evaluation.reason),
+        *(evaluation.figures.get(name, "") for name in figures),
     )
 
 

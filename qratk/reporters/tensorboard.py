@@ -74,9 +74,11 @@ class TensorBoardReporter(Reporter):
         self._scalars("evaluation", {"seconds": evaluation.seconds, "failed": float(not evaluation.ok)}, record.index)
         if evaluation.ok:
             self._scalars("score", {f"at_{evaluation.steps}_steps": evaluation.score}, record.index)
+            self._scalars(f"figures_at_{evaluation.steps}_steps", evaluation.figures, record.index)
         best = self._tracker.best
         if best is not None:
             self._scalars("best", {"score": best.score, **self._figures(best)}, record.index)
+            self._scalars("best_figures", best.figures, record.index)
 
     def generation(self, summary: GenerationSummary) -> None:
         if self._tracker is None:

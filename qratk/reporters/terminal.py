@@ -464,6 +464,8 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
     if best.configuration.shared:
         yield "shared settings", shared_text(best.configuration.shared)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
+    if best.figures:
+        yield "best figures", ", ".join(f"{clean(name)} {_score(value)}" for name, value in best.figures.items())
     uniform = [c for c in result.comparisons if c.baseline in result.baselines]
     top = max(uniform, key=lambda c: c.baseline.score, default=None)
     if top is not None:

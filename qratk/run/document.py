@@ -36,7 +36,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationEntry:
-    """One evaluation; `bytes` are those of the budget's scope, the score is NaN when it failed."""
+    """One evaluation; `bytes` are those of the budget's scope, the score is NaN when it failed.
+
+    `figures` are all that the scoring said, by name.
+    """
 
     configuration: Configuration
     digest: str
@@ -54,6 +57,7 @@ class EvaluationEntry:
     status: Status
     reason: str
     checkpoint: str | None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.digest != self.configuration.digest:
@@ -80,6 +84,7 @@ class EvaluationEntry:
             status=evaluation.status,
             reason=clean(evaluation.reason),
             checkpoint=evaluation.checkpoint,
+            figures=dict(evaluation.figures),
         )
 
 

@@ -39,21 +39,28 @@ CREATE TABLE IF NOT EXISTS evaluations (
     score REAL NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, seconds REAL NOT NULL, checkpoint TEXT,
     footprint TEXT NOT NULL, outcomes TEXT NOT NULL,
     phase TEXT NOT NULL, generation INTEGER NOT NULL, origin TEXT NOT NULL, parents TEXT NOT NULL,
+    figures TEXT NOT NULL DEFAULT '{}',
     UNIQUE (configuration, steps)
 );
 CREATE TABLE IF NOT EXISTS decisions (position INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, value TEXT NOT NULL);
 """
-_CHECKS = "CREATE TABLE checks (part TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (part, key))"
-_NESTED: Final = ("footprint", "outcomes", "parents")
+_CHECKS = """
+CREATE TABLE IF NOT EXISTS checks (part TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (part, key))
+"""
+_FIGURES = "ALTER TABLE evaluations ADD COLUMN figures TEXT NOT NULL DEFAULT '{}'"
+_NESTED: Final = ("footprint", "outcomes", "parents", "figures")
 _COLUMNS: Final = {
     "meta": ("key", "value"),
     "evaluations": (
         "position", "configuration", "digest", "steps", "score", "status", "reason", "seconds", "checkpoint",
-        "footprint", "outcomes", "phase", "generation", "origin", "parents",
+        "footprint", "outcomes", "phase", "generation", "origin", "parents", "figures",
     ),
     "decisions": ("key", "value"),
 }  # fmt: skip
-"""The tables whose rows have digests, and what of them; the first column is a row's key."""
+"""The tables whose rows have digests, and what of them, in order; the first column is a row's key.
+
+Journals from before figures lack the last column of evaluations.
+"""
 
 
 @dataclass(frozen=True)
@@ -204,14 +211,16 @@ class Journal:
         return saved
 
     def _opened(self) -> Contents:
-        """What the file holds; a new one gets its tables, one from before digests gets those of its rows."""
+        """What the file holds; a new one gets its tables, one from before figures or digests what it lacks."""
         found = _contents(self._database)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        if "checks" not in _tables(self._database):
+        if "checks" not in _tables(self._database) or not _has_figures(self._database):
             with self._transaction():
-                for statement in (*_SCHEMA.split(";"), _CHECKS):
+                for statement in (*_SCHEMA.split(";"), _CHECKS, "DELETE FROM checks"):
                     self._database.execute(statement)
+                if not _has_figures(self._database):
+                    self._database.execute(_FIGURES)
                 for table in _COLUMNS:
                     self._check(table, _rows(self._database, table))
         return found
@@ -321,8 +330,14 @@ def _tables(database: sqlite3.Connection) -> set[str]:
 def _rows(database: sqlite3.Connection, table: str, *, key: object = None) -> list[tuple[Any, ...]]:
     """Rows of a table in order, or the one of a key."""
     columns = _COLUMNS[table]
+    if table == "evaluations" and not _has_figures(database):
+        columns = columns[:-1]
     where, given = ("", ()) if key is None else (f" WHERE {columns[0]} = ?", (key,))
     return database.execute(f"SELECT {', '.join(columns)} FROM {table}{where} ORDER BY rowid", given).fetchall()
+
+
+def _has_figures(database: sqlite3.Connection) -> bool:
+    return any(name == "figures" for _, name, *_ in database.execute("PRAGMA table_info(evaluations)"))
 
 
 def _digest(row: Sequence[Any]) -> str:
@@ -337,5 +352,5 @@ def _row(record: Record) -> tuple[Any, ...]:
 
 
 def _record(row: Sequence[Any]) -> Record:
-    values = zip(_COLUMNS["evaluations"], row, strict=True)
+    values = zip(_COLUMNS["evaluations"], row, strict=False)  # figures came last
     return record_of({key: json.loads(value) if key in _NESTED else value for key, value in values})

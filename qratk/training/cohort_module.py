@@ -20,7 +20,7 @@ from qratk.training.module import FineTuneModule
 from qratk.training.optimisation import MemberSteps, place_steps
 from qratk.training.options import FineTuneOptions
 from qratk.training.precision import require_precision
-from qratk.training.scoring import Scoring, outcomes_of
+from qratk.training.scoring import Scoring, metrics_of, outcomes_of
 from qratk.training.state import TrainingState, device_random_state, set_random_state
 
 
@@ -37,7 +37,7 @@ class CohortModule(LightningModule):
 
     Attributes:
         failures: why a candidate failed, by its index.
-        scores: of the last validation, for each candidate the score and the outcome of each item.
+        scores: of the last validation, for each candidate the metrics by name and the outcome of each item.
     """
 
     def __init__(self, module: FineTuneModule, cohort: Cohort, states: Sequence[TrainingState] = ()) -> None:
@@ -49,7 +49,7 @@ class CohortModule(LightningModule):
         self.cohort = cohort
         self.states = tuple(states)
         self.failures: dict[int, str] = {}
-        self.scores: tuple[tuple[float, tuple[float, ...]], ...] = ()
+        self.scores: tuple[tuple[dict[str, float], tuple[float, ...]], ...] = ()
         self._scoring = Scoring()
         for member, state in enumerate(self.states):
             cohort.load_state(member, state.adapter)
@@ -161,9 +161,7 @@ class CohortModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the scores in `scores`."""
-        self.scores = tuple(
-            (float(scorer.compute()["score"].float()), outcomes_of(scorer)) for scorer in self._scoring.end()
-        )
+        self.scores = tuple((metrics_of(scorer), outcomes_of(scorer)) for scorer in self._scoring.end())
 
 
 def _stepping(options: FineTuneOptions) -> tuple[float, float, int, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from qratk.core.configuration import Configuration
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training: the validation score and the outcome of each item."""
+    """What came of a training: the validation score, the outcome of each item, and all figures by name."""
 
     score: float
     outcomes: tuple[float, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, float], outcomes: tuple[float, ...]) -> Trained:
+        """What metrics of validation data say, the score among them; figures that are not finite are left out."""
+        figures = {name: float(value) for name, value in metrics.items() if name != "score" and isfinite(value)}
+        return cls(float(metrics["score"]), outcomes, figures)
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,14 @@ class Alone:
         """Score of the module as it is."""
         with in_place(self.module):
             metrics = self.trainers.scoring().validate(self.module, datamodule=self.data, verbose=False)[0]
-        return Trained(float(metrics["validation/score"]), self.module.last_outcomes)
+        return Trained.of(_unprefixed(metrics, "validation"), self.module.last_outcomes)
 
     def tested(self, configuration: Configuration, steps: int) -> dict[str, float]:
         """Metrics on test data after `steps` optimiser steps."""
         self.train(configuration, steps)
         with in_place(self.module):
             metrics = self.trainers.scoring().test(self.module, datamodule=self.data, verbose=False)[0]
-        return {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
+        return _unprefixed(metrics, "test")
 
     def train(self, configuration: Configuration, steps: int) -> None:
         """Leave the module as it is after `steps` optimiser steps on a configuration, and that in a checkpoint."""
@@ -104,7 +112,7 @@ class SideBySide:
                 continue
             if train:
                 self._rungs.save(configuration, steps, states[member])
-            found.append(Trained(*together.scores[member]))
+            found.append(Trained.of(*together.scores[member]))
         return found
 
     def _train(self, together: CohortModule, done: int, steps: int) -> None:
@@ -119,3 +127,7 @@ class SideBySide:
             self._module.activate(configuration)
             _ = self._module.shared_length
         self._tried_sharing = True
+
+
+def _unprefixed(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    return {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items()}

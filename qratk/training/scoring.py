@@ -52,3 +52,8 @@ class Scoring:
 def outcomes_of(scorer: Scorer) -> tuple[float, ...]:
     """Outcome of each item."""
     return tuple(scorer.outcomes().double().cpu().tolist())
+
+
+def metrics_of(scorer: Scorer) -> dict[str, float]:
+    """Figures by name, among them "score", in single precision as Lightning logs them."""
+    return {name: float(value.float()) for name, value in scorer.compute().items()}

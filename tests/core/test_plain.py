@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,10 @@ from qratk.core.result import Record
 
 CONFIGURATION = Configuration.from_text("4:8 2:16*2")
 CANDIDATE = Candidate(CONFIGURATION, "sensitivity", ("abc", "def"), 3, "global")
-EVALUATION = Evaluation(CONFIGURATION, 10, 0.1 + 0.2, Footprint(10, 2, 3, 5, 40, 30), (0.1, 1 / 3), 1.5, checkpoint="c")
+EVALUATION = Evaluation(
+    CONFIGURATION, 10, 0.1 + 0.2, Footprint(10, 2, 3, 5, 40, 30), (0.1, 1 / 3), 1.5, checkpoint="c",
+    figures={"acc": 1 / 3, "nats": -2.5},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ def test_record_comes_back_from_json(failed: bool) -> None:
     evaluation = Evaluation(CONFIGURATION, 10, -math.inf, EVALUATION.footprint, status="failed", reason="loss is nan")
     record = Record(7, CANDIDATE, evaluation if failed else EVALUATION)
     assert record_of(json.loads(json.dumps(record_data(record)))) == record
+
+
+def test_record_from_before_figures_has_none() -> None:
+    data = record_data(Record(7, CANDIDATE, EVALUATION))
+    assert data.pop("figures") == EVALUATION.figures
+    assert record_of(data).evaluation == replace(EVALUATION, figures={})
 
 
 def test_record_of_another_configuration_than_its_digest_is_refused() -> None:

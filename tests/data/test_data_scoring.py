@@ -40,11 +40,11 @@ def test_choice_figures_of_a_small_table() -> None:
     assert figures["log_likelihood"] == pytest.approx(sum(right) / 2)
 
 
-@pytest.mark.parametrize("score", ["acc", "acc_norm", "log_likelihood", "nats"])
-def test_mean_outcome_is_the_score_whatever_the_score(score: Any) -> None:
-    scorer = ChoiceScorer([0, 0, 1, 1], [1, 0], [2, 3, 1, 5], score=score)
-    feed(scorer, [-3.0, -4.0, -1.0, -2.5], [1] * 4, [3, 0, 2, 1])
-    assert float(scorer.outcomes().mean()) == pytest.approx(float(scorer.compute()["score"]))
+def test_figures_of_likelihoods_have_the_perplexity() -> None:
+    scorer = LikelihoodScorer([0, 1, 1], 2)
+    feed(scorer, [-4.0, -3.0, -2.0], [3, 1, 2], [2, 0, 1])
+    figures = {name: float(value) for name, value in scorer.compute().items()}
+    assert figures == pytest.approx({"score": -1.5, "nats_per_token": 1.5, "perplexity": math.exp(1.5)})
 
 
 def test_a_row_scored_by_two_replicas_counts_once() -> None:

@@ -42,6 +42,9 @@ def test_scores_and_checkpoints_are_those_of_one_after_another(
         assert found.score == pytest.approx(expected.score, rel=1e-5)
         assert found.outcomes == pytest.approx(expected.outcomes, rel=1e-4)
         assert found.checkpoint == expected.checkpoint
+        assert found.figures == pytest.approx(expected.figures, rel=1e-4, abs=1e-6)
+        assert {"acc", "prob_per_char", "log_likelihood_fitted", "nats"} < found.figures.keys()
+        assert found.figures["log_likelihood"] == found.score
     assert len({round(e.score, 4) for e in side_by_side}) > 5  # there is something to tell apart
     # Either continues what the other began.
     assert together.test(one_by_one[-1])["score"] == pytest.approx(alone.test(one_by_one[-1])["score"], rel=1e-5)

@@ -73,7 +73,10 @@ def _score(problem: Problem, configuration: Configuration, steps: int, rng: np.r
 
 def _evaluation(problem: Problem, configuration: Configuration, steps: int, rng: np.random.Generator) -> Evaluation:
     score = _score(problem, configuration, steps, rng)
-    return Evaluation(configuration, steps, score, problem.footprint(configuration), seconds=steps / 40)
+    figures = {"acc": score / 2, "log_likelihood": score - 1}
+    return Evaluation(
+        configuration, steps, score, problem.footprint(configuration), seconds=steps / 40, figures=figures
+    )
 
 
 def _weights(problem: Problem) -> NDArray[np.float64]:
@@ -109,7 +112,11 @@ def example_search(num_layers: int = 12, *, generations: int = 3, seed: int = 0)
         evaluation = _evaluation(problem, configuration, steps, rng)
         if len(records) == len(uniforms) + 2:
             evaluation = dataclasses.replace(
-                evaluation, score=-math.inf, status="failed", reason="loss is nan\nat step 3, \x1b[31mred\x1b[0m"
+                evaluation,
+                score=-math.inf,
+                status="failed",
+                reason="loss is nan\nat step 3, \x1b[31mred\x1b[0m",
+                figures={},
             )
         candidate = Candidate(configuration, origin, (), generation, phase)
         records.append(Record(len(records), candidate, evaluation))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -22,8 +23,9 @@ def result() -> SearchResult:
 def _rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "evaluations.csv").open(newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        assert tuple(reader.fieldnames or ()) == COLUMNS
-        return list(reader)
+        rows = list(reader)
+        assert tuple(reader.fieldnames or ()) == (COLUMNS if not rows else (*COLUMNS, "acc", "log_likelihood"))
+        return rows
 
 
 def _strict_json(path: Path) -> dict:
@@ -51,6 +53,19 @@ def test_table_has_one_row_for_each_record_with_its_figures(tmp_path: Path, resu
         assert row["status"] == evaluation.status
         if evaluation.ok:
             assert float(row["score"]) == evaluation.score
+        figures = {name: float(row[name]) for name in ("acc", "log_likelihood") if row[name]}
+        assert figures == evaluation.figures
+
+
+def test_figures_that_come_late_have_a_column_in_rows_before_them_too(tmp_path: Path, result: SearchResult) -> None:
+    records = list(result.records)
+    for index, figures in ((0, {}), (1, {"nats": 0.5}), (2, {"acc": 0.25, "nats": 1.5})):
+        evaluation = dataclasses.replace(records[index].evaluation, figures=figures)
+        records[index] = dataclasses.replace(records[index], evaluation=evaluation)
+    play(opened(RunFiles(), tmp_path), dataclasses.replace(result, records=tuple(records)), stop_after=3)
+    with (tmp_path / "evaluations.csv").open(newline="") as file:
+        rows = [(row["acc"], row["nats"]) for row in csv.DictReader(file, strict=True)]
+    assert rows == [("", ""), ("", "0.5"), ("0.25", "1.5")]
 
 
 def test_failed_evaluation_has_no_score_and_its_reason_on_one_line(tmp_path: Path, result: SearchResult) -> None:

@@ -49,6 +49,14 @@ def test_scores_of_each_rung_are_those_measured_and_none_is_doubled(events: Any,
         assert read == [(index, pytest.approx(score)) for index, score in expected]
 
 
+def test_figures_of_each_rung_are_those_of_the_scoring(events: Any, result: SearchResult) -> None:
+    for steps in STEPS:
+        measured = [r for r in result.records if r.evaluation.steps == steps and r.evaluation.ok]
+        for name in ("acc", "log_likelihood"):
+            read = [(e.step, e.value) for e in events.Scalars(f"figures_at_{steps}_steps/{name}")]
+            assert read == [(r.index, pytest.approx(r.evaluation.figures[name])) for r in measured]
+
+
 def test_no_step_of_any_scalar_is_doubled(events: Any) -> None:
     for tag in events.Tags()["scalars"]:
         counts = collections.Counter(e.step for e in events.Scalars(tag))

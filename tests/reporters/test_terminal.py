@@ -184,3 +184,9 @@ def test_terminal_that_cannot_move_its_cursor_gets_plain_lines(
     stream = _Terminal()
     play(TerminalReporter.to(stream), result)
     assert "\x1b" not in stream.getvalue()
+
+
+def test_summary_tells_all_figures_of_the_best(result: SearchResult) -> None:
+    (line,) = [line for line in summary_lines(result) if line.startswith("best figures: ")]
+    best = result.best.figures
+    assert line == f"best figures: acc {best['acc']:.4f}, log_likelihood {best['log_likelihood']:.4f}"

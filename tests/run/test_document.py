@@ -48,6 +48,20 @@ def test_result_agrees_with_the_search(tmp_path: Path, result: SearchResult, tex
     assert math.isnan(found.top3_hit_rates["low_fidelity"])
 
 
+def test_best_and_baselines_have_all_figures_and_a_result_from_before_them_has_none(
+    tmp_path: Path, result: SearchResult, text: str
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    found = read_result(path)
+    assert found.best.figures == result.best.figures
+    assert [e.figures for e in found.baselines] == [e.figures for e in result.baselines]
+    former = json.loads(text)
+    del former["best"]["figures"]
+    path.write_text(json.dumps(former))
+    assert read_result(path).best.figures == {}
+
+
 def test_problem_of_a_document_fits_what_the_problem_of_the_search_fits(result: SearchResult) -> None:
     problem = dataclasses.replace(
         result.plan.problem, budget=dataclasses.replace(result.plan.problem.budget, max_average_bits=4.1)

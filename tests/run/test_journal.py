@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import resource
 import sqlite3
@@ -18,11 +20,17 @@ from qratk.run import journal as journal_module
 from qratk.run.journal import Journal, read_journal
 from qratk.settings.identity import comparable
 
+FORMER_COLUMNS = (
+    "position, configuration, digest, steps, score, status, reason, seconds, checkpoint, footprint, outcomes, phase, "
+    "generation, origin, parents"
+)
 FOOTPRINT = Footprint(weights=10, metadata=2, adapters=3, fixed=5, training_bytes=40, serving_bytes=30)
 
 
 def evaluation(text: str = "4:8 2:16", steps: int = 10, score: float = 0.1 + 0.2) -> Evaluation:
-    return Evaluation(Configuration.from_text(text), steps, score, FOOTPRINT, (0.1, 1 / 3), 1.5, checkpoint="c/10")
+    figures = {"acc": 1 / 3, "log_likelihood": -0.1, "perplexity": 1e9}
+    configuration = Configuration.from_text(text)
+    return Evaluation(configuration, steps, score, FOOTPRINT, (0.1, 1 / 3), 1.5, checkpoint="c/10", figures=figures)
 
 
 def candidate(text: str = "4:8 2:16") -> Candidate:
@@ -223,6 +231,8 @@ def test_a_journal_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     "statement",
     [
         "UPDATE evaluations SET score = 0.5 WHERE position = 3",
+        "UPDATE evaluations SET figures = '{}' WHERE position = 3",
+        "ALTER TABLE evaluations DROP COLUMN figures",
         "UPDATE decisions SET value = '[]' WHERE key = 'generation/12'",
         "DELETE FROM evaluations WHERE position = 19",
         "DELETE FROM checks WHERE part = 'decisions'",
@@ -254,6 +264,42 @@ def test_a_journal_from_before_digests_opens_and_has_them_from_then_on(tmp_path:
     database.close()
     with pytest.raises(RunDirectoryError, match="no usable journal"):
         read_journal(path)
+
+
+def before_figures(folder: Path) -> Path:
+    """A finished journal as it was written before figures were: without their column, nor that in the digests."""
+    path = finished(folder)
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE evaluations DROP COLUMN figures")
+        for row in database.execute(f"SELECT {FORMER_COLUMNS} FROM evaluations").fetchall():
+            digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
+            database.execute("UPDATE checks SET digest = ? WHERE part = 'evaluations' AND key = ?", (digest, row[0]))
+    database.close()
+    return path
+
+
+def test_a_journal_from_before_figures_is_read_without_them_and_takes_them_from_then_on(tmp_path: Path) -> None:
+    path = before_figures(tmp_path)
+    before = read_journal(path)
+    assert len(before.records) == 20
+    assert all(record.evaluation.figures == {} for record in before.records)
+    with Journal(tmp_path) as journal:
+        assert journal.records == before.records
+        added = journal.append(candidate(), evaluation(steps=500))
+    after = read_journal(path)
+    assert after.records == (*before.records, added)
+    assert after.records[-1].evaluation.figures == evaluation().figures
+    assert after.decisions == before.decisions
+
+
+def test_a_journal_from_before_figures_that_somebody_edited_is_refused(tmp_path: Path) -> None:
+    path = before_figures(tmp_path)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE evaluations SET score = 0.5 WHERE position = 3")
+    database.close()
+    for opened in (read_journal, lambda path: Journal(path.parent)):
+        with pytest.raises(RunDirectoryError, match="no usable journal"):
+            opened(path)
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
