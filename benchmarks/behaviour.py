@@ -163,6 +163,11 @@ CSV_COLUMNS: Final = (
     "status", "reason",
 )  # fmt: skip
 REQUEST: Final = ("configuration", "origin", "parents", "generation", "phase", "steps")
+LATER: Final = (
+    "log_likelihood_per_token", "log_likelihood_per_char", "log_likelihood_fitted", "log_likelihood_per_token_fitted",
+    "log_likelihood_per_char_fitted", "prob", "prob_per_token", "prob_per_char",
+)  # fmt: skip
+"""Figures that scorings say since the record was made."""
 RESULT: Final = (
     "best", "baselines", "references", "comparisons", "test_scores", "hypervolume_by_generation", "generations",
     "refinements", "evaluations_by_rung", "failed_evaluations", "item_weights", "top3_hit_rates", "proposals",
@@ -183,7 +188,8 @@ def of_search(run: Path) -> Parts:
     parts["evaluations.csv"] = text_of([chosen(row, CSV_COLUMNS) for row in _rows(run / "evaluations.csv")])
     parts["front"] = text_of(_measured(front))
     parts["best"] = text_of(_best(run / "best.yaml"))
-    parts["result"] = text_of(_measured({**chosen(result, RESULT), "problem": chosen(result["problem"], PROBLEM)}))
+    told = {**chosen(result, RESULT), "problem": chosen(result["problem"], PROBLEM)}
+    parts["result"] = text_of(_measured(without(told, *LATER)))
     parts["stops"] = text_of(result["stop_reasons"])
     kept = sorted(json.dumps(tensors(path), sort_keys=True) for path in run.rglob("adapter*.safetensors"))
     if kept:
@@ -379,7 +385,7 @@ def quickstart(configs: Configs) -> Parts:
     parts |= {f"fit {name}": text for name, text in of_fit(Path("fit")).items()}
     after = ("--config=run/best.yaml", *QUIET, f"--ckpt_path={one('*.ckpt', Path('fit'))}")
     qratk("test", *after, *LOGGED, "--trainer.logger.save_dir=test")
-    parts["fit tested"] = text_of(table(one("metrics.csv", Path("test")), drop=("epoch", "second")))
+    parts["fit tested"] = text_of(table(one("metrics.csv", Path("test")), drop=("epoch", "second", *LATER)))
     qratk("predict", *after, "--trainer.default_root_dir=predict")
     lines = one("predictions.jsonl", Path("predict")).read_text(encoding="utf-8").splitlines()
     parts["fit predictions"] = text_of([json.loads(line) for line in lines])

@@ -15,15 +15,15 @@ ChoiceScore = Literal[
     "acc",
     "acc_norm",
     "log_likelihood",
+    "prob",
+    "nats",
     "log_likelihood_per_token",
     "log_likelihood_per_char",
     "log_likelihood_fitted",
     "log_likelihood_per_token_fitted",
     "log_likelihood_per_char_fitted",
-    "prob",
     "prob_per_token",
     "prob_per_char",
-    "nats",
 ]
 
 
@@ -76,14 +76,14 @@ CHOICE_FIGURES: Final[Mapping[ChoiceScore, Callable[[ComparedChoices], Tensor]]]
     "acc": lambda choices: choices.plain.hits,
     "acc_norm": lambda choices: choices.per_char.hits,
     "log_likelihood": lambda choices: choices.plain.log_likelihood,
+    "prob": lambda choices: choices.plain.log_likelihood.exp(),
+    "nats": lambda choices: choices.plain.of_right,
     "log_likelihood_per_token": lambda choices: choices.per_token.log_likelihood,
     "log_likelihood_per_char": lambda choices: choices.per_char.log_likelihood,
     "log_likelihood_fitted": lambda choices: choices.plain.fitted,
     "log_likelihood_per_token_fitted": lambda choices: choices.per_token.fitted,
     "log_likelihood_per_char_fitted": lambda choices: choices.per_char.fitted,
-    "prob": lambda choices: choices.plain.log_likelihood.exp(),
     "prob_per_token": lambda choices: choices.per_token.log_likelihood.exp(),
     "prob_per_char": lambda choices: choices.per_char.log_likelihood.exp(),
-    "nats": lambda choices: choices.plain.of_right,
 }
 """Outcome of each item, (items,), by the name of the figure, which is their mean."""

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, final
 
@@ -44,6 +44,7 @@ _ASCII_LEVELS = ".:-=+*#@"
 _MAX_STRIP_ROWS = 3
 _MESSAGES = 3
 _LONG = 200
+_FIGURES = 6
 
 
 @final
@@ -458,6 +459,13 @@ def _interval(comparison: Comparison) -> str:
     return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
 
 
+def _first(figures: Mapping[str, float]) -> str:
+    """The first figures by name; there may be a dozen."""
+    shown = [f"{clean(name)} {_score(value)}" for name, value in list(figures.items())[:_FIGURES]]
+    more = len(figures) - len(shown)
+    return ", ".join(shown) + (f"; {more} more in {files.RESULT}" if more else "")
+
+
 def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, str]]:
     best, problem = result.best, result.plan.problem
     yield "best configuration", str(best.configuration)
@@ -465,7 +473,7 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
         yield "shared settings", shared_text(best.configuration.shared)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
     if best.figures:
-        yield "best figures", ", ".join(f"{clean(name)} {_score(value)}" for name, value in best.figures.items())
+        yield "best figures", _first(best.figures)
     uniform = [c for c in result.comparisons if c.baseline in result.baselines]
     top = max(uniform, key=lambda c: c.baseline.score, default=None)
     if top is not None:
@@ -475,7 +483,7 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
             f"{top.difference:+.4f}, {top.confidence:.0%} interval [{top.low:+.4f}, {top.high:+.4f}]{sure}",
         )
     for name, scores in result.test_scores.items():
-        yield f"test, {clean(name)}", ", ".join(f"{clean(k)} {v:.4f}" for k, v in scores.items())
+        yield f"test, {clean(name)}", _first(scores)
     for phase, reason in result.stop_reasons.items():
         yield f"stopped, {clean(phase)}", clean(reason)
     counts = {

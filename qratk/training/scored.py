@@ -85,8 +85,5 @@ class ScoredModule(LightningModule, ABC):
             return
         whole = self.trainer.limit_val_batches if split == "validation" else self.trainer.limit_test_batches
         self.last_outcomes = outcomes_of(scorer) if whole == 1.0 else ()
-        self.log_dict(
-            {f"{split}/{name}": value.float() for name, value in scorer.compute().items()},
-            prog_bar=True,
-            sync_dist=True,
-        )
+        for name, value in scorer.compute().items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name == "score", sync_dist=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,15 @@ def test_terminal_that_cannot_move_its_cursor_gets_plain_lines(
     assert "\x1b" not in stream.getvalue()
 
 
-def test_summary_tells_all_figures_of_the_best(result: SearchResult) -> None:
-    (line,) = [line for line in summary_lines(result) if line.startswith("best figures: ")]
+def test_summary_tells_the_first_figures_of_the_best_and_how_many_more_there_are(result: SearchResult) -> None:
     best = result.best.figures
-    assert line == f"best figures: acc {best['acc']:.4f}, log_likelihood {best['log_likelihood']:.4f}"
+    told = f"acc {best['acc']:.4f}, log_likelihood {best['log_likelihood']:.4f}"
+    assert f"best figures: {told}" in summary_lines(result)
+    many = {**best, **{f"other_{number}": 0.5 for number in range(7)}}
+    line = next(
+        line
+        for line in summary_lines(replace(result, best=replace(result.best, figures=many)))
+        if line.startswith("best figures: ")
+    )
+    others = ", ".join(f"other_{number} 0.5000" for number in range(4))
+    assert line == f"best figures: {told}, {others}; 3 more in result.json"
