@@ -34,7 +34,7 @@ COLUMNS: Final = (
     "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
     "average_rank", "seconds", "status", "reason",
 )  # fmt: skip
-"""The first columns of `evaluations.csv`; behind them come the figures that the scoring said, by their names."""
+"""Columns of every `evaluations.csv`; behind them come the figures that the scoring said, by their names."""
 
 
 @final
@@ -137,7 +137,10 @@ class RunFiles(Reporter):
         self._write_best(tracker.best)
 
     def _write_table(self) -> None:
-        lines = [_csv_line((*columns(self._known().plan.problem.space), *self._figures)), *map(self._line, self._known().records)]
+        lines = [
+            _csv_line((*columns(self._known().plan.problem.space), *self._figures)),
+            *map(self._line, self._known().records),
+        ]
         write_atomically(self._folder / files.EVALUATIONS, "".join(lines))
 
     def _line(self, record: Record) -> str:
