@@ -254,8 +254,8 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 SIZES = (50, 200, 800)
 DRAWS = 200
 TRUTHS: tuple[ChoiceScore, ...] = ("acc", "acc_norm")
-GRID = np.geomspace(1e-3, 1e3, 301)
-"""Inverse temperatures, 5 % apart, of which a fitted figure of a draw takes the best; likelihoods are within 1."""
+GRID = np.geomspace(1e-3, 1e3, 151)
+"""Inverse temperatures, 10 % apart, of which a fitted figure of a draw takes the best; likelihoods are within 1."""
 COLUMNS = (
     "model", "task", "seed", "configurations", "truth", "items", "figure", "spearman", "spearman_low", "spearman_high",
     "kendall", "kendall_low", "kendall_high", "regret", "regret_low", "regret_high", "random_regret",
@@ -269,14 +269,15 @@ def judged(folder: Path, seed: int) -> list[dict[str, Any]]:
     files = sorted(path for path in folder.glob("*.npz") if path.name != "items.npz")
     found = [np.load(path) for path in files]
     found = [one for one in found if all(np.isfinite(one[split]).all() for split in SPLITS)]
-    pool = [_choices(one["validation"], about, "validation") for one in found]
+    choices = [_choices(one["validation"], about, "validation") for one in found]
+    pool = {name: [_by_item(name, one) for one in choices] for name in CHOICE_FIGURES}
     tests = [_choices(one["test"], about, "test") for one in found]
     rows: list[dict[str, Any]] = []
     for size in SIZES:
         draw = np.random.default_rng([seed, size]).multinomial(
             size, np.full(len(about["validation_label"]), 1 / len(about["validation_label"])), size=DRAWS
         )  # (draws, items), how often each item is drawn
-        scores = {name: np.stack([_scores(name, one, draw) for one in pool], axis=1) for name in CHOICE_FIGURES}
+        scores = {name: np.stack([_drawn(one, draw) for one in pool[name]], axis=1) for name in CHOICE_FIGURES}
         for truth in TRUTHS:
             accuracy = np.array([float(CHOICE_FIGURES[truth](one).mean()) for one in tests])
             given = {"seed": seed, "configurations": len(found), "truth": truth, "items": size}
@@ -300,27 +301,40 @@ def _choices(values: Array, about: Any, split: str) -> ComparedChoices:
     return ComparedChoices(plain, per_token, per_char)
 
 
-def _scores(name: ChoiceScore, choices: ComparedChoices, draw: NDArray[np.int64]) -> Array:
-    """A figure of each draw, (draws,)."""
+@dataclass(frozen=True)
+class ByItem:
+    """A figure of each item at each temperature, (items, temperatures), and what the temperature is chosen by."""
+
+    outcomes: Array
+    any_choice: Array | None = None
+
+
+def _by_item(name: ChoiceScore, choices: ComparedChoices) -> ByItem:
+    """A figure of each item; "fitted" ones at each temperature of the grid, and at infinity."""
+    if not name.endswith("_fitted"):
+        return ByItem(CHOICE_FIGURES[name](choices).numpy()[:, None])
     kind = name.removeprefix("log_likelihood").removesuffix("_fitted").strip("_") or "plain"
-    if name.endswith("_fitted"):
-        return _fitted(getattr(choices, kind), draw)
-    return np.asarray(draw @ CHOICE_FIGURES[name](choices).numpy() / draw.sum(1))
-
-
-def _fitted(choices: Compared, draw: NDArray[np.int64]) -> Array:
-    """As `Compared.fitted`, the temperature of each draw from a grid."""
-    there = choices.values > -torch.inf
-    centred = choices.values - torch.where(there, choices.values, 0.0).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+    compared: Compared = getattr(choices, kind)
+    there = compared.values > -torch.inf
+    count = there.sum(1, keepdim=True)
+    centred = compared.values - torch.where(there, compared.values, 0.0).sum(1, keepdim=True) / count
     values = torch.where(there, centred / centred[there].abs().max(), -torch.inf)
     of_right, of_any = [], []
     for inverse in (0.0, *GRID):
         each = among_choices(values, float(inverse))
-        of_right.append(each.gather(1, choices.right[:, None]).squeeze(1).numpy())
-        of_any.append((torch.where(there, each, 0.0).sum(1) / there.sum(1)).numpy())
-    right, any_choice = (draw @ np.stack(parts, axis=1) for parts in (of_right, of_any))  # (draws, temperatures)
-    best = (right + any_choice / draw.sum(1, keepdims=True)).argmax(1)
-    return np.asarray(right[np.arange(len(draw)), best] / draw.sum(1))
+        of_right.append(each.gather(1, compared.right[:, None]).squeeze(1).numpy())
+        of_any.append((torch.where(there, each, 0.0).sum(1) / count.squeeze(1)).numpy())
+    return ByItem(np.stack(of_right, axis=1), np.stack(of_any, axis=1))
+
+
+def _drawn(by_item: ByItem, draw: NDArray[np.int64]) -> Array:
+    """The figure of each draw, (draws,); the temperature is fitted to each, as `Compared.fitted` does."""
+    size = draw.sum(1)
+    of_right = draw @ by_item.outcomes  # (draws, temperatures)
+    if by_item.any_choice is None:
+        return np.asarray(of_right[:, 0] / size)
+    best = (of_right + draw @ by_item.any_choice / size[:, None]).argmax(1)
+    return np.asarray(of_right[np.arange(len(draw)), best] / size)
 
 
 def _agreement(scores: Array, accuracy: Array) -> dict[str, float]:
