@@ -321,6 +321,36 @@ def test_checkpoints_are_discarded_except_those_of_the_front_the_baselines_and_t
     assert kept == {(c, 900) for c in wanted | {result.best.configuration}}
 
 
+def test_a_training_that_others_share_stays_until_the_search_is_over_and_while_any_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, told = ToyEvaluator.evaluate, Recorder.generation
+    evaluator = ToyEvaluator(num_layers=4)
+    before_the_end: list[int] = []
+
+    def shared(self: ToyEvaluator, group: Sequence[Request]) -> list[Evaluation]:
+        found = []
+        for evaluation in evaluate(self, group):
+            bits = "".join(map(str, evaluation.configuration.bits))
+            checkpoint = f"checkpoints/{bits}/{evaluation.steps}"
+            found.append(dataclasses.replace(evaluation, trained_as=bits, checkpoint=checkpoint))
+        return found
+
+    def generation(self: Recorder, summary: GenerationSummary) -> None:
+        before_the_end.append(len(evaluator.discarded))
+        told(self, summary)
+
+    monkeypatch.setattr(ToyEvaluator, "evaluate", shared)
+    monkeypatch.setattr(Recorder, "generation", generation)
+    result, _ = search(tmp_path, loop(evaluator))
+    assert set(before_the_end) == {0}
+    assert evaluator.discarded
+    wanted = {e.configuration for e in result.front.evaluations} | set(result.plan.baselines)
+    kept = {e.checkpoint for e in result.history if e.steps == 900 and e.configuration in wanted}
+    assert len(kept) < len(wanted)  # some share one
+    assert {e.checkpoint for e in evaluator.discarded} == {e.checkpoint for e in result.history} - kept
+
+
 def test_an_impossible_budget_ends_before_anything_is_measured(tmp_path: Path) -> None:
     evaluator = ToyEvaluator(num_layers=4)
     with pytest.raises(InfeasibleBudgetError, match="smallest configuration"):

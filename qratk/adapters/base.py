@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qratk.adapters.options import AdapterOptions
+from qratk.core.configuration import Configuration
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
@@ -43,6 +44,29 @@ class AdapterMethod(ABC):
 
         Whoever can be trained side by side is a pair of matrices as LoRA's, begun by `initial_weights`.
         """
+
+    def trained(self, configuration: Configuration) -> Configuration:
+        """The configuration that is trained for this one: itself, or one that others are trained as, too."""
+        return configuration
+
+    @property
+    def shares_trainings(self) -> bool:
+        """Whether `trained` may be the same for several configurations."""
+        return False
+
+    @property
+    def observed_batches(self) -> int:
+        """Training batches that adapters must `observe` before they are stored."""
+        return 0
+
+    def cut(
+        self, state: Mapping[str, Tensor], ranks: Mapping[str, int], options: AdapterOptions
+    ) -> Mapping[str, tuple[Tensor, Tensor]] | None:
+        """A and B that are stored of a trained state, by projection, before rounding; None for the state as it is.
+
+        `ranks` are those configured, by projection. Only asked of methods that can be trained side by side.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -141,6 +165,11 @@ class Adapters(ABC):
     @abstractmethod
     def after_steps(self, total_steps: int) -> AfterStep | None:
         """What follows each step of a schedule of so many; None for nothing."""
+
+    def observe(  # noqa: B027
+        self, batches: Iterable[Mapping[str, Tensor]], run: Callable[[Mapping[str, Tensor]], object]
+    ) -> None:
+        """Take from passes of training batches what decides how adapters are stored; `run` passes one through."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

@@ -348,15 +348,15 @@ class Backbone:
         in the bank. Adapter parameters are new objects afterwards: make a new optimiser.
         """
         self.prepare([configuration])
-        choices = list(zip(self.layers, configuration.layers, strict=True))
-        options = self.adapter_options(configuration)
+        options, trained = self.adapter_options(configuration), self.adapters.method.trained(configuration)
         factors: dict[str, Factors | None] = {}
-        for layer, choice in choices:  # all or nothing: look before the first switch
+        # All or nothing: look before the first switch.
+        for layer, choice in zip(self.layers, trained.layers, strict=True):
             for name, bank in layer.modules:
                 bank.require(choice.bits)
                 factors[name] = self.initial_factors(name, choice.bits, choice.rank, init=options.init)
         self.adapters.configure(options)
-        for layer, choice in choices:
+        for layer, choice in zip(self.layers, configuration.layers, strict=True):
             for name, bank in layer.modules:
                 bank.activate(choice.bits, choice.rank)
                 self.adapters.reset(name, choice.rank, seed=seed, factors=factors[name])

@@ -98,17 +98,17 @@ class Outcome:
 
     @cached_property
     def costs(self) -> Array:
-        """Steps trained up to and with each searched evaluation, in units of T_S; continued training counts once."""
+        """Steps trained up to and with each searched evaluation, in units of T_S; a training's steps count once."""
         steps = self.result.problem.steps
         free = steps[0] if self.frozen and len(steps) > 1 else 0
-        trained: dict[Configuration, int] = {}
+        trained: dict[str, int] = {}
         spent = 0
         costs = []
         for evaluation in (record.evaluation for record in self.searched):
             if evaluation.steps != free:
-                before = trained.get(evaluation.configuration, 0)
+                before = trained.get(evaluation.training, 0)
                 spent += max(0, evaluation.steps - before)
-                trained[evaluation.configuration] = max(evaluation.steps, before)
+                trained[evaluation.training] = max(evaluation.steps, before)
             costs.append(spent / self.top)
         return np.array(costs)
 
@@ -125,12 +125,12 @@ class Outcome:
     @property
     def tuning(self) -> float:
         """Full runs of these that tried settings: what the same layers were trained beyond their longest training."""
-        trained: dict[Configuration, int] = {}
+        trained: dict[str, tuple[Configuration, int]] = {}
         for evaluation in (record.evaluation for record in self.searched):
-            own = evaluation.configuration
-            trained[own] = max(trained.get(own, 0), evaluation.steps)
+            first, steps = trained.get(evaluation.training, (evaluation.configuration, 0))
+            trained[evaluation.training] = first, max(steps, evaluation.steps)
         by_layers: dict[tuple[LayerChoice, ...], list[int]] = {}
-        for configuration, steps in trained.items():
+        for configuration, steps in trained.values():
             by_layers.setdefault(configuration.layers, []).append(steps)
         return sum(sum(steps) - max(steps) for steps in by_layers.values()) / self.top
 

@@ -81,6 +81,8 @@ class Evaluation:
     `outcomes` holds one figure a validation item, in the items' order; their weighted mean is the score.
     `figures` are all that the scoring said, by name: they are recorded and shown, and decide nothing.
     `checkpoint` names the stored adapter and optimiser state, relative to the run directory.
+    `trained_as` is the digest of the configuration that was trained for this one, where several configurations may have
+    one training in common: its steps were then trained once for all of them. None where each has its own.
     """
 
     configuration: Configuration
@@ -93,6 +95,7 @@ class Evaluation:
     reason: str = ""
     checkpoint: str | None = None
     figures: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
+    trained_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.status == "ok" and not math.isfinite(self.score):
@@ -102,6 +105,11 @@ class Evaluation:
     def ok(self) -> bool:
         """Whether a score was measured."""
         return self.status == "ok"
+
+    @property
+    def training(self) -> str:
+        """Digest that names the training: evaluations with the same one continued it, or cut it differently."""
+        return self.trained_as or self.configuration.digest
 
 
 @dataclass(frozen=True)

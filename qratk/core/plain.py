@@ -55,6 +55,7 @@ def record_data(record: Record) -> dict[str, Any]:
         "generation": candidate.generation,
         "origin": candidate.origin,
         "parents": list(candidate.parents),
+        "trained_as": evaluation.trained_as,
     }
 
 

@@ -56,7 +56,8 @@ class FineTuning:
         data.attach(module.tokenizer, context_length=module.context_length)
         data.setup("fit")
         calibrate(module.backbone, module.options, data)
-        rungs = Rungs(context.run_dir / files.CHECKPOINTS, context.ladder, keep_optimizer, context.say)
+        method = module.backbone.adapters.method
+        rungs = Rungs(context.run_dir / files.CHECKPOINTS, context.ladder, keep_optimizer, context.say, method.trained)
         needed = {"reference_bits": context.reference_bits, "reference_ranks": context.reference_ranks}
         return cls(
             context,
@@ -99,6 +100,11 @@ class FineTuning:
         share = LARGEST if workers == 1 else -(-asked // workers)
         largest = min(fitting(self.device, footprints), LARGEST, share)
         return fastest_cohort(self.module, self.trainers.training(1), batch, configurations, largest=largest)
+
+    def trained_as(self, configuration: Configuration) -> str | None:
+        """Digest of the configuration that is trained for one, where others may share that; None otherwise."""
+        method = self.module.backbone.adapters.method
+        return method.trained(configuration).digest if method.shares_trainings else None
 
     def checkpoint(self, configuration: Configuration, steps: int) -> str:
         """Where a state lies, in the run folder."""

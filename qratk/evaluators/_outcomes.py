@@ -60,6 +60,7 @@ class Measured:
         footprint: bytes of the configuration.
         seconds: that it took.
         checkpoint: where its state lies if it was trained, in the run folder; None for nowhere.
+        trained_as: digest of the configuration that was trained, where others may share that; None otherwise.
     """
 
     configuration: Configuration
@@ -67,13 +68,20 @@ class Measured:
     footprint: Footprint
     seconds: float
     checkpoint: str | None
+    trained_as: str | None = None
 
     def evaluation(self, outcome: Trained | Failed | OutOfMemory) -> Evaluation:
         """Evaluation with the score of an outcome, or with its reason: of the candidate ("failed") or the machine."""
         from qratk.training.measuring import Failed
 
         failed = Evaluation(
-            self.configuration, self.steps, float("-inf"), self.footprint, status="failed", seconds=self.seconds
+            self.configuration,
+            self.steps,
+            float("-inf"),
+            self.footprint,
+            status="failed",
+            seconds=self.seconds,
+            trained_as=self.trained_as,
         )
         if isinstance(outcome, OutOfMemory):
             return replace(failed, status="lost", reason=outcome.reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class EvaluationContext:
     references that will be measured after the search; `say` tells a person something, such as a fallback. `decided`
     returns what was decided under a key, as plain data: in a new run directory what its second argument returns, in a
     resumed one what was recorded. `recorded` returns what was decided under a key, or None. `workers` is how many
-    groups of requests are measured at the same time.
+    groups of requests are measured at the same time. `measured` returns what the journal holds by now.
     """
 
     run_dir: Path
@@ -58,6 +58,7 @@ class EvaluationContext:
     reference_ranks: tuple[int, ...] = ()
     recorded: Callable[[str], Any] = _nothing
     workers: int = 1
+    measured: Callable[[], Iterable[Evaluation]] = tuple
 
 
 class Evaluator(ABC):
@@ -113,8 +114,10 @@ class Evaluator(ABC):
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """The requests, in order, in groups that `evaluate` measures at once and that are recorded at once.
 
-        The next group is cut when it is asked for, once those before are measured. Without the first group, the others
-        must come out the same: a resumed search asks for the rest. By default each request stands alone.
+        Those that have a training in common may join the first of them, and those that the context says are `measured`
+        may be left out. The next group is cut when it is asked for, once those before are measured. Without the first
+        group, the others must come out the same: a resumed search asks for the rest. By default each request stands
+        alone.
         """
         for request in requests:
             yield (request,)

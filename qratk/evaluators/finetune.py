@@ -79,6 +79,8 @@ class FineTuneEvaluator(Evaluator):
             decided=context.decided,
             recorded=context.recorded,
             say=context.say,
+            trained=parts.rungs.trained,
+            measured=context.measured,
         )
 
     @property
@@ -136,8 +138,11 @@ class FineTuneEvaluator(Evaluator):
         return self.grouping.groups(requests)
 
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
-        """Evaluations of a group, which is trained side by side as far as memory allows."""
-        return self._evaluate([request.configuration for request in group], group[0].steps)
+        """Evaluations of a group, which is trained side by side as far as memory allows; one training, once."""
+        configurations, steps = [request.configuration for request in group], group[0].steps
+        if len({self.parts.rungs.trained(configuration) for configuration in configurations}) == 1:
+            return [evaluation for each in configurations for evaluation in self._evaluate([each], steps)]
+        return self._evaluate(configurations, steps)
 
     def _evaluate(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
         began = time.monotonic()
@@ -162,7 +167,8 @@ class FineTuneEvaluator(Evaluator):
 
     def _measured(self, configuration: Configuration, steps: int, seconds: float) -> Measured:
         checkpoint = self.parts.checkpoint(configuration, steps)
-        return Measured(configuration, steps, self.footprint(configuration), seconds, checkpoint)
+        trained_as = self.parts.trained_as(configuration)
+        return Measured(configuration, steps, self.footprint(configuration), seconds, checkpoint, trained_as)
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
         self.parts.preparation.finish(self.space)

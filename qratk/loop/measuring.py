@@ -56,15 +56,19 @@ class Measuring:
                 measured.append(known)
         return measured
 
-    def prune(self) -> None:
-        """Delete checkpoints that nothing will continue or report."""
+    def prune(self, *, over: bool = False) -> None:
+        """Delete checkpoints that nothing will continue or report.
+
+        Until the search is `over`, a training that others may share stays: they would only be cut and scored.
+        """
         state, highest = self.state, self.plan.ladder.highest
         kept = {e.configuration for e in state.front(highest).evaluations} | set(self.plan.baselines)
         kept |= {state.best.configuration} if state.best else set()
+        needed = {e.checkpoint for e in state.history if e.steps == highest and e.configuration in kept}
         for evaluation in state.history:
             key = (evaluation.configuration, evaluation.steps)
-            needed = evaluation.steps == highest and evaluation.configuration in kept
-            if evaluation.checkpoint and not needed and key not in state.discarded:
+            stays = evaluation.checkpoint in needed or (evaluation.trained_as is not None and not over)
+            if evaluation.checkpoint and not stays and key not in state.discarded:
                 self.evaluator.discard(evaluation)
                 state.discarded.add(key)
 

@@ -39,7 +39,7 @@ class Refining:
         rng = np.random.default_rng([self.settings.seed, 2])
         self.settings.refiner.begin(self.proposer, self.settings.ladder, utility, self._state.history)
         reason = self._steps(rng)
-        self.measuring.prune()
+        self.measuring.prune(over=True)
         return reason
 
     def _steps(self, rng: np.random.Generator) -> str:

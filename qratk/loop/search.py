@@ -81,6 +81,7 @@ class SearchLoop(SearchSettings):
                 decided=journal.decided,
                 recorded=journal.decision,
                 workers=self.executor.workers,
+                measured=lambda: (record.evaluation for record in journal.records),
             )
             with closing(self.executor):
                 try:

@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     score REAL NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, seconds REAL NOT NULL, checkpoint TEXT,
     footprint TEXT NOT NULL, outcomes TEXT NOT NULL,
     phase TEXT NOT NULL, generation INTEGER NOT NULL, origin TEXT NOT NULL, parents TEXT NOT NULL,
-    figures TEXT NOT NULL DEFAULT '{}',
+    figures TEXT NOT NULL DEFAULT '{}', trained_as TEXT,
     UNIQUE (configuration, steps)
 );
 CREATE TABLE IF NOT EXISTS decisions (position INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, value TEXT NOT NULL);
@@ -47,20 +47,18 @@ CREATE TABLE IF NOT EXISTS decisions (position INTEGER PRIMARY KEY, key TEXT NOT
 _CHECKS = """
 CREATE TABLE IF NOT EXISTS checks (part TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (part, key))
 """
-_FIGURES = "ALTER TABLE evaluations ADD COLUMN figures TEXT NOT NULL DEFAULT '{}'"
+_LATER: Final = {"figures": "TEXT NOT NULL DEFAULT '{}'", "trained_as": "TEXT"}
+"""Columns of evaluations that journals from before they were thought of lack, and their types."""
 _NESTED: Final = ("footprint", "outcomes", "parents", "figures")
 _COLUMNS: Final = {
     "meta": ("key", "value"),
     "evaluations": (
         "position", "configuration", "digest", "steps", "score", "status", "reason", "seconds", "checkpoint",
-        "footprint", "outcomes", "phase", "generation", "origin", "parents", "figures",
+        "footprint", "outcomes", "phase", "generation", "origin", "parents", "figures", "trained_as",
     ),
     "decisions": ("key", "value"),
 }  # fmt: skip
-"""The tables whose rows have digests, and what of them, in order; the first column is a row's key.
-
-Journals from before figures lack the last column of evaluations.
-"""
+"""The tables whose rows have digests, and what of them, in order; the first column is a row's key."""
 
 
 @dataclass(frozen=True)
@@ -211,16 +209,16 @@ class Journal:
         return saved
 
     def _opened(self) -> Contents:
-        """What the file holds; a new one gets its tables, one from before figures or digests what it lacks."""
+        """What the file holds; a new one gets its tables, one from before digests or a column what it lacks."""
         found = _contents(self._database)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        if "checks" not in _tables(self._database) or not _has_figures(self._database):
+        if "checks" not in _tables(self._database) or not _columns(self._database, "evaluations") >= _LATER.keys():
             with self._transaction():
                 for statement in (*_SCHEMA.split(";"), _CHECKS, "DELETE FROM checks"):
                     self._database.execute(statement)
-                if not _has_figures(self._database):
-                    self._database.execute(_FIGURES)
+                for column in _LATER.keys() - _columns(self._database, "evaluations"):
+                    self._database.execute(f"ALTER TABLE evaluations ADD COLUMN {column} {_LATER[column]}")
                 for table in _COLUMNS:
                     self._check(table, _rows(self._database, table))
         return found
@@ -315,7 +313,8 @@ def _contents(database: sqlite3.Connection) -> Contents:
         stored = {(table, key): digest for table, key, digest in database.execute("SELECT * FROM checks")}
         if stored != {(table, str(row[0])): _digest(row) for table, found in rows.items() for row in found}:
             raise ValueError("rows differ from their digests")
-    records = tuple(_record(row) for row in rows["evaluations"])
+    columns = _present(database, "evaluations")
+    records = tuple(_record(columns, row) for row in rows["evaluations"])
     if [record.index for record in records] != list(range(len(records))):
         raise ValueError("evaluations are missing")
     for _, value in rows["decisions"]:
@@ -327,17 +326,21 @@ def _tables(database: sqlite3.Connection) -> set[str]:
     return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
+def _columns(database: sqlite3.Connection, table: str) -> set[str]:
+    return {name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")}
+
+
+def _present(database: sqlite3.Connection, table: str) -> tuple[str, ...]:
+    """Those of a table's columns that it has in this file."""
+    there = _columns(database, table)
+    return tuple(column for column in _COLUMNS[table] if column in there)
+
+
 def _rows(database: sqlite3.Connection, table: str, *, key: object = None) -> list[tuple[Any, ...]]:
     """Rows of a table in order, or the one of a key."""
-    columns = _COLUMNS[table]
-    if table == "evaluations" and not _has_figures(database):
-        columns = columns[:-1]
+    columns = _present(database, table)
     where, given = ("", ()) if key is None else (f" WHERE {columns[0]} = ?", (key,))
     return database.execute(f"SELECT {', '.join(columns)} FROM {table}{where} ORDER BY rowid", given).fetchall()
-
-
-def _has_figures(database: sqlite3.Connection) -> bool:
-    return any(name == "figures" for _, name, *_ in database.execute("PRAGMA table_info(evaluations)"))
 
 
 def _digest(row: Sequence[Any]) -> str:
@@ -351,6 +354,6 @@ def _row(record: Record) -> tuple[Any, ...]:
     return tuple(json.dumps(value) if key in _NESTED else value for key, value in values)
 
 
-def _record(row: Sequence[Any]) -> Record:
-    values = zip(_COLUMNS["evaluations"], row, strict=False)  # figures came last
+def _record(columns: Sequence[str], row: Sequence[Any]) -> Record:
+    values = zip(columns, row, strict=True)
     return record_of({key: json.loads(value) if key in _NESTED else value for key, value in values})

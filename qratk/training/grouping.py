@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Literal
 
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Request
+from qratk.core.evaluation import Evaluation, Request
 from qratk.core.shared import Setting
+from qratk.training.rungs import itself
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Grouping:
         decided: what was decided under a key before, or else what its second argument returns, which it keeps.
         recorded: what was decided under a key, by any process and also before a resume, or None.
         say: is told why candidates are trained otherwise than asked for.
+        trained: the configuration that is trained for one.
+        measured: what is in the journal by now.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Grouping:
         decided: Callable[[str, Callable[[], Any]], Any],
         recorded: Callable[[str], Any],
         say: Callable[[str], None],
+        trained: Callable[[Configuration], Configuration] = itself,
+        measured: Callable[[], Iterable[Evaluation]] = tuple,
     ) -> None:
+        self._trained, self._measured = trained, measured
         self._wanted: int | Literal["auto"] = wanted
         self._limits = limits
         self._begins_at, self._measure_fastest, self._say = begins_at, fastest, say
@@ -67,14 +73,35 @@ class Grouping:
         self._explained = False
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Requests that continue from the same rung, with the same dropout, in cohorts of nearly equal size."""
+        """Requests that continue from the same rung, with the same dropout, in cohorts of nearly equal size.
+
+        What is trained alike is together. A training that the journal holds is there to be scored, so that the requests
+        for it are kept apart.
+        """
+        measured = [e for e in self._measured() if e.trained_as is not None]
+        done = {(e.trained_as, e.steps) for e in measured if e.ok}
+        told = {(e.configuration, e.steps) for e in measured}
         for _, together in groupby(requests, key=self._apart):
-            rest = list(together)
-            while rest:
-                # The same for the rest of a list as for the whole: a resumed search asks for the rest.
-                size = -(-len(rest) // -(-len(rest) // self.largest([r.configuration for r in rest])))
-                yield rest[:size]
-                rest = rest[size:]
+            there: list[list[Request]] = []
+            trainings: dict[Configuration, list[Request]] = {}
+            for request in together:
+                training = self._trained(request.configuration)
+                if (request.configuration, request.steps) in told:
+                    continue
+                if (training.digest, request.steps) in done:
+                    there.append([request])
+                else:
+                    trainings.setdefault(training, []).append(request)
+            yield from self._cut(there)
+            yield from self._cut(list(trainings.values()))
+
+    def _cut(self, rest: Sequence[Sequence[Request]]) -> Iterator[Sequence[Request]]:
+        """Groups of so many trainings, with all that is asked of each."""
+        while rest:
+            # The same for the rest of a list as for the whole: a resumed search asks for the rest.
+            size = -(-len(rest) // -(-len(rest) // self.largest([own[0].configuration for own in rest])))
+            yield list(chain.from_iterable(rest[:size]))
+            rest = rest[size:]
 
     def _apart(self, request: Request) -> tuple[int, int, Setting | None]:
         configuration, steps = request.configuration, request.steps

@@ -17,6 +17,7 @@ from qratk.training.trainers import QuietTrainers, in_place
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
     from qratk.training.module import FineTuneModule
+    from qratk.training.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class Alone:
         module.continuation = Continuation()
 
 
+Scores = tuple[Mapping[str, float], tuple[float, ...]]
+"""Metrics of validation data by name, and the outcome of each item."""
+
+
 class SideBySide:
     """Measures several candidates at once; the bank must be built."""
 
@@ -94,9 +99,12 @@ class SideBySide:
         self._tried_sharing = False
 
     def measured(self, configurations: Sequence[Configuration], steps: int) -> list[Trained | Failed]:
-        """What came of each configuration after `steps` optimiser steps."""
-        done, states = self._rungs.common(configurations, steps)
-        cohort = Cohort.of(self._module.backbone, configurations, seed=self._module.options.seed)
+        """What came of each configuration after `steps` optimiser steps; what is trained alike is trained once."""
+        trainings = [self._rungs.trained(configuration) for configuration in configurations]
+        apart = list(dict.fromkeys(trainings))
+        members = [configurations[trainings.index(training)] for training in apart]
+        done, states = self._rungs.common(members, steps)
+        cohort = Cohort.of(self._module.backbone, members, seed=self._module.options.seed)
         self._try_sharing(configurations[0])
         together = CohortModule(self._module, cohort, states)
         with cohort.installed(), in_place(together):
@@ -104,16 +112,37 @@ class SideBySide:
             if train:
                 self._train(together, done, steps)
                 states = together.training_states()
-            self._trainers.scoring().validate(together, datamodule=self._data, verbose=False)
-        found: list[Trained | Failed] = []
-        for member, configuration in enumerate(configurations):
-            if member in together.failures:
-                found.append(Failed(f"NonFiniteLossError: {together.failures[member]}"))
-                continue
-            if train:
+            scores = self._scores(together) if len(members) == len(configurations) else ()
+        for member, configuration in enumerate(members):
+            if train and member not in together.failures:
                 self._rungs.save(configuration, steps, states[member])
-            found.append(Trained.of(*together.scores[member]))
-        return found
+        places = [apart.index(training) for training in trainings]
+        if not scores:
+            own = [states[place] for place in places] if states else []
+            scores = self._scores_of(configurations, own, size=len(members))
+        return [
+            Failed(f"NonFiniteLossError: {together.failures[place]}")
+            if place in together.failures
+            else Trained.of(*score)
+            for place, score in zip(places, scores, strict=True)
+        ]
+
+    def _scores(self, together: CohortModule) -> tuple[Scores, ...]:
+        self._trainers.scoring().validate(together, datamodule=self._data, verbose=False)
+        return together.scores
+
+    def _scores_of(
+        self, configurations: Sequence[Configuration], states: Sequence[TrainingState], *, size: int
+    ) -> tuple[Scores, ...]:
+        """Scores of configurations of which several share a state, so many side by side."""
+        scores: tuple[Scores, ...] = ()
+        for start in range(0, len(configurations), size):
+            part = slice(start, start + size)
+            cohort = Cohort.of(self._module.backbone, configurations[part], seed=self._module.options.seed)
+            together = CohortModule(self._module, cohort, states[part])
+            with cohort.installed(), in_place(together):
+                scores += self._scores(together)
+        return scores
 
     def _train(self, together: CohortModule, done: int, steps: int) -> None:
         trainer = self._trainers.training(steps - done)

@@ -83,7 +83,8 @@ def prepare_fit(
     """
     configuration, options = spread(asked, len(backbone.layers)), options.with_shared(asked.shared)
     require_ranks(backbone.shapes, configuration.ranks)
-    choices = sorted({(layer.bits, layer.rank) for layer in configuration.layers})
+    trained = backbone.adapters.method.trained(configuration)
+    choices = sorted({(layer.bits, layer.rank) for layer in trained.layers})
     if device is not None and (backbone.needs_initial(choices, init=options.init) or backbone.table.calibrated):
         backbone.model.to(device)  # where a search makes them
     if device is not None and backbone.table.calibrated:
@@ -132,7 +133,9 @@ class Preparation:
         bits = sorted({*space.bits, *self._bits})
         backbone.build_bank(bits)
         ranks = sorted({*space.ranks, *self._ranks})
-        choices = [(b, r) for b in bits for r in ranks]
+        every = Configuration.of([b for b in bits for _ in ranks], ranks * len(bits))
+        trained = backbone.adapters.method.trained(every)
+        choices = list(dict.fromkeys((layer.bits, layer.rank) for layer in trained.layers))
         starts = [ladder.values for ladder in space.shared if ladder.name == "init"] or [(self._options.init,)]
         for init in starts[0]:
             build_initial(backbone, self._options.with_shared((("init", init),)), choices, lambda: self._data)

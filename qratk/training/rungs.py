@@ -13,25 +13,32 @@ from qratk.training.checkpoints import continues, discard_state, load_state, sav
 from qratk.training.state import TrainingState
 
 
+def itself(configuration: Configuration) -> Configuration:
+    """The configuration, which has a training of its own."""
+    return configuration
+
+
 @dataclass(frozen=True)
 class Rungs:
-    """States in a folder, one for each candidate and rung that it reached.
+    """States in a folder, one for each training and rung that it reached.
 
     Attributes:
-        folder: where they lie, as `<digest of the configuration>/<steps>`.
+        folder: where they lie, as `<digest of the configuration that is trained>/<steps>`.
         ladder: the rungs.
         keep_optimizer: whether the optimiser's state is kept at the last rung too, where nothing continues.
         say: is told of damaged ones.
+        trained: the configuration that is trained for one; those with an equal one share their states.
     """
 
     folder: Path
     ladder: FidelityLadder
     keep_optimizer: bool
     say: Callable[[str], None]
+    trained: Callable[[Configuration], Configuration] = itself
 
     def path(self, configuration: Configuration, steps: int) -> Path:
         """Folder of a state."""
-        return self.folder / configuration.digest / str(steps)
+        return self.folder / self.trained(configuration).digest / str(steps)
 
     def begins_at(self, configuration: Configuration, steps: int) -> int:
         """Steps after which a training of so many would continue; 0 where it would begin."""

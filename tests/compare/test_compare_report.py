@@ -69,6 +69,14 @@ def test_continued_training_costs_once(comparison):
         assert (np.diff(cell.costs) >= 0).all()
 
 
+def test_a_training_that_several_share_costs_once(comparison):
+    cell = comparison.of("full")[0]
+    records = [replace(r, evaluation=replace(r.evaluation, trained_as="one")) for r in cell.records]
+    shared = replace(cell, records=tuple(records))
+    assert shared.cost == pytest.approx(1.0)
+    assert cell.cost > 1
+
+
 def test_frozen_rung_costs_nothing(comparison):
     cell = comparison.of("full")[0]
     frozen = replace(cell, settings=Settings({"search": {"evaluator": {"class_path": "frozen_divergence"}}}))

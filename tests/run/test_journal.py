@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,7 @@ def before_figures(folder: Path) -> Path:
     path = finished(folder)
     with sqlite3.connect(path) as database:
         database.execute("ALTER TABLE evaluations DROP COLUMN figures")
+        database.execute("ALTER TABLE evaluations DROP COLUMN trained_as")
         for row in database.execute(f"SELECT {FORMER_COLUMNS} FROM evaluations").fetchall():
             digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
             database.execute("UPDATE checks SET digest = ? WHERE part = 'evaluations' AND key = ?", (digest, row[0]))
@@ -300,6 +302,30 @@ def test_a_journal_from_before_figures_that_somebody_edited_is_refused(tmp_path:
     for opened in (read_journal, lambda path: Journal(path.parent)):
         with pytest.raises(RunDirectoryError, match="no usable journal"):
             opened(path)
+
+
+def test_a_journal_from_before_trainings_were_shared_goes_on(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    before = read_journal(path)
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE evaluations DROP COLUMN trained_as")
+        database.execute("DROP TABLE checks")
+    database.close()
+    assert read_journal(path) == before
+    evaluation = replace(before.records[0].evaluation, steps=12345, trained_as="0123456789abcdef")
+    with Journal(tmp_path) as journal:
+        record = journal.append(before.records[0].candidate, evaluation)
+    assert read_journal(path).records == (*before.records, record)
+
+
+def test_which_training_an_evaluation_is_of_is_kept(tmp_path: Path) -> None:
+    first = read_journal(finished(tmp_path)).records[0]
+    shared = replace(first.evaluation, steps=12345, trained_as="0123456789abcdef")
+    with Journal(tmp_path) as journal:
+        journal.append(first.candidate, shared)
+    assert read_journal(tmp_path / files.JOURNAL).records[-1].evaluation == shared
+    assert shared.training == "0123456789abcdef"
+    assert first.evaluation.training == first.evaluation.configuration.digest
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
