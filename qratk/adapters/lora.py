@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,28 @@ class LoraAdapters(Adapters):
         a, b = self._pairs[name]
         a.weight, b.weight = (nn.Parameter(matrix) for matrix in matrices)
         self.layers.place(name, a, b, len(a.weight))
+
+    def first(self, name: str) -> nn.Module:
+        """The module that multiplies by A, the same whatever its matrix is."""
+        module: nn.Module = self._pairs[name][0]
+        return module
+
+    @contextmanager
+    def replaced(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Context in which projections have these A and B, and none where none are given; the parameters return."""
+        masters = {
+            name: tuple(module.weight for module in self._pairs[name]) for name in self.layers if self.rank(name)
+        }
+        for name in masters:
+            own = matrices.get(name)
+            self._place(name, own and (own[0].to(self.banks[name].device), own[1].to(self.banks[name].device)))
+        try:
+            yield
+        finally:
+            for name, (first, second) in masters.items():
+                a, b = self._pairs[name]
+                a.weight, b.weight = first, second
+                self.layers.place(name, a, b, len(first))
 
     def rank(self, name: str) -> int:
         """Rank of a projection's adapter; 0 when there is none."""

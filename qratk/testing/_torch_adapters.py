@@ -192,6 +192,15 @@ class AdapterContract:
         alone = backbone.adapter_state()
         assert all(torch.equal(value, alone[name]) for name, value in cohort.state(1).items())
 
+    def test_what_is_trained_for_a_configuration_is_trained_for_itself_at_the_same_bits(
+        self, make: Callable[[], AdapterMethod]
+    ) -> None:
+        method, configuration = make(), Configuration.from_text("2:2 4:0 8:32")
+        trained = method.trained(configuration)
+        assert method.trained(trained) == trained
+        assert trained.bits == configuration.bits
+        assert trained == configuration or method.shares_trainings
+
     def test_refusals_are_words_without_an_end(self, make: Callable[[], AdapterMethod]) -> None:
         method = make()
         for way in get_args(Way):

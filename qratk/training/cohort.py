@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
+from qratk.adapters.base import AdapterMethod
 from qratk.adapters.matrices.drawing import initial_weights
 from qratk.adapters.matrices.factors import Factors, expanded, pooled
+from qratk.adapters.matrices.moments import MOMENT, second_moment
 from qratk.adapters.options import AdapterOptions
 from qratk.bank.linear import VariantKey
 from qratk.core.configuration import Configuration
@@ -134,6 +136,8 @@ class CohortLinear(nn.Module):
         self.ranks, self.dropout = tuple(ranks), options[0].dropout
         self.group = options[0].input_group
         self.runs = _runs([bank.key(b, r) for b, r in zip(bits, ranks, strict=True)])
+        self.observed: Tensor | None = None  # (B, T), of the batch whose moments are taken
+        self.moments: Tensor | None = None  # (K, R, R), of A x
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
         values = [own.scaling(r) if r else 0.0 for own, r in zip(options, ranks, strict=True)]
@@ -159,6 +163,13 @@ class CohortLinear(nn.Module):
         """The packed weights."""
         return self._bank[0]
 
+    def put_moment(self, member: int, moment: Tensor) -> None:
+        """Keep the moments (r, r) of one candidate."""
+        if self.moments is None:
+            rank = max(self.ranks)
+            self.moments = torch.zeros(len(self.ranks), rank, rank, device=self.bank.device)
+        self.moments[member, : len(moment), : len(moment)] = moment
+
     @property
     def weight(self) -> Tensor:
         """As of the bank: for code that asks for its device or dtype."""
@@ -180,10 +191,17 @@ class CohortLinear(nn.Module):
             if self.lora_a is None or self.lora_b is None:
                 out: Tensor = FrozenMatmul.apply(stacked, self)  # type: ignore[no-untyped-call]
             else:
+                if self.observed is not None:
+                    self._observe(stacked, self.lora_a, self.observed)
                 function: Any = CohortMatmul
                 a, b = (p.to(x.dtype) if mixed else p for p in (self.lora_a, self.lora_b))
                 out = function.apply(stacked, a, b, self._dropped(x), self)
         return out.reshape(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, a: Tensor, mask: Tensor) -> None:
+        moment = second_moment(torch.bmm(pooled(x, self.group).to(a.dtype), a.transpose(1, 2)), mask)
+        self.moments = moment if self.moments is None else self.moments + moment
 
     def _dropped(self, x: Tensor) -> Tensor | None:
         # One mask for all, drawn as a candidate alone would draw it.
@@ -236,6 +254,7 @@ class Cohort:
         configurations: of the K candidates.
         seed: of the adapters.
         factors: first values of an adapter, where they are not those by default.
+        method: of the adapters; it says what is trained for a configuration, and how that is cut.
     """
 
     def __init__(
@@ -247,6 +266,7 @@ class Cohort:
         *,
         seed: int,
         factors: FactorsOf,
+        method: AdapterMethod,
     ) -> None:
         if not configurations:
             raise ConfigurationError("a cohort needs at least one configuration")
@@ -255,12 +275,15 @@ class Cohort:
             raise ConfigurationError(f"candidates side by side need the same lora_dropout, got {dropouts}")
         self.dropout = dropouts[0]
         self.configurations = tuple(configurations)
-        self._model, self._dtype = model, options[0].torch_dtype
+        self._model, self._options, self._method = model, tuple(options), method
         self._linears: dict[str, CohortLinear] = {}
+        self._stored_ranks: dict[str, tuple[int, ...]] = {}
+        trained = [self._method.trained(configuration) for configuration in configurations]
         for index, layer in enumerate(layers):
-            choices = [configuration.layers[index] for configuration in configurations]
+            choices = [configuration.layers[index] for configuration in trained]
             bits, ranks = [choice.bits for choice in choices], [choice.rank for choice in choices]
             for name, bank in layer.modules:
+                self._stored_ranks[name] = tuple(c.layers[index].rank for c in configurations)
                 for width in set(bits):
                     bank.require(width)
                 self._linears[name] = CohortLinear(name, bank, bits, ranks, options, seed=seed, factors=factors)
@@ -280,7 +303,15 @@ class Cohort:
         def factors(name: str, bits: int, rank: int, init: str) -> Factors | None:
             return backbone.initial_factors(name, bits, rank, init=init)
 
-        return cls(backbone.model, backbone.layers, options, configurations, seed=seed, factors=factors)
+        return cls(
+            backbone.model,
+            backbone.layers,
+            options,
+            configurations,
+            seed=seed,
+            factors=factors,
+            method=adapters.method,
+        )
 
     def __len__(self) -> int:
         return len(self.configurations)
@@ -311,16 +342,19 @@ class Cohort:
 
     def state(self, member: int) -> dict[str, Tensor]:
         """Copies of one candidate's float32 masters, named and shaped as `Backbone.adapter_state` has them."""
-        return {name: self._part(name, p, member).detach().clone() for name, p in self._own(member)}
+        return {name: value.clone() for name, value in self._views(member).items()}
 
     def load_state(self, member: int, state: Mapping[str, Tensor]) -> None:
         """Put one candidate's masters in place; raises `ConfigurationError` when they are of another configuration."""
         own = self._own(member)
-        if {name for name, _ in own} != state.keys():
+        moments = {name.removesuffix(MOMENT): value for name, value in state.items() if name.endswith(MOMENT)}
+        if {name for name, _ in own} != {name for name in state if not name.endswith(MOMENT)}:
             raise ConfigurationError(f"the adapters are not of configuration {self.configurations[member]}")
         with torch.no_grad():
             for name, parameter in own:
                 self._part(name, parameter, member).copy_(state[name])
+        for name, value in moments.items():
+            self._linears[name].put_moment(member, value)
 
     def moments(self, optimizer: Optimizer, member: int) -> dict[str, Tensor]:
         """One candidate's share of AdamW's state, on the CPU, as `<parameter>/<moment>`."""
@@ -345,6 +379,26 @@ class Cohort:
                         state[key] = torch.zeros_like(parameter)
                     self._part(name, state[key], member).copy_(value)
 
+    def observe(self, batches: Iterable[Mapping[str, Tensor]], run: Callable[[Mapping[str, Tensor]], object]) -> None:
+        """Take what decides how the adapters are stored; `run` passes a batch through, for all candidates."""
+        for linear in self._linears.values():
+            linear.moments = None
+        for batch in batches:
+            for linear in self._linears.values():
+                linear.observed = batch["attention_mask"]
+            try:
+                run(batch)
+            finally:
+                for linear in self._linears.values():
+                    linear.observed = None
+
+    def _views(self, member: int) -> dict[str, Tensor]:
+        found = {name: self._part(name, p, member).detach() for name, p in self._own(member)}
+        for name, linear in self._linears.items():
+            if linear.moments is not None and (rank := linear.ranks[member]):
+                found[name + MOMENT] = linear.moments[member, :rank, :rank]
+        return found
+
     def _own(self, member: int) -> list[tuple[str, nn.Parameter]]:
         # The parameters in which a candidate has a part: none where its rank is 0.
         return [(n, p) for n, p in self.parameters() if self._linears[_projection(n)].ranks[member]]
@@ -356,15 +410,38 @@ class Cohort:
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
         """Within it the adapters have the 16-bit values that are stored; the masters return afterwards."""
-        dtype = self._dtype
+        dtype = self._options[0].torch_dtype
         masters = [(parameter, parameter.data) for _, parameter in self.parameters()]
+        cuts = [self._cut(member) for member in range(len(self))]
         for parameter, master in masters:
             parameter.data = master.to(dtype).to(master.dtype)
+        for member, cut in enumerate(cuts):
+            if cut is not None:
+                self._put_cut(member, cut)
         try:
             yield
         finally:
             for parameter, master in masters:
                 parameter.data = master
+
+    def _cut(self, member: int) -> Mapping[str, tuple[Tensor, Tensor]] | None:
+        ranks = {name: stored[member] for name, stored in self._stored_ranks.items()}
+        return self._method.cut(self._views(member), ranks, self._options[member])
+
+    @torch.no_grad()
+    def _put_cut(self, member: int, cut: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put what is stored of a candidate in the place of its masters, with zeros for what is cut away."""
+        dtype, scaling = self._options[member].torch_dtype, self._options[member].scaling
+        for name, linear in self._linears.items():
+            if linear.lora_a is None or linear.lora_b is None:
+                continue
+            linear.lora_a[member] = 0.0
+            linear.lora_b[member] = 0.0
+            if name in cut:
+                a, b = (tensor.to(dtype).to(linear.lora_a) for tensor in cut[name])
+                rank = len(a)
+                linear.lora_a[member, :rank] = a
+                linear.lora_b[member, :, :rank] = b * (scaling(rank) / scaling(linear.ranks[member]))
 
     @torch.no_grad()
     def clip_gradients(self, limit: float, algorithm: str = "norm") -> None:

@@ -17,6 +17,7 @@ from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
 from qratk.training.failure import not_finite
 from qratk.training.module import FineTuneModule
+from qratk.training.observing import observe
 from qratk.training.optimisation import MemberSteps, place_steps
 from qratk.training.options import FineTuneOptions
 from qratk.training.precision import require_precision
@@ -79,6 +80,12 @@ class CohortModule(LightningModule):
         torch.manual_seed(self.module.options.seed)  # of every device
         if self.states:
             set_random_state(self.states[0].random, self.states[0].device_random, self.device)
+
+    def on_train_end(self) -> None:
+        """Take what decides how the adapters are stored."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        count = self.module.backbone.adapters.method.observed_batches
+        observe(self.cohort, self.model, data, count, device=self.device, candidates=len(self.cohort))
 
     def candidate_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean negative log-likelihood of the labelled tokens for each candidate, (K,), in nats."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
@@ -36,6 +37,7 @@ from qratk.training.building import built_adapter, built_backbone, context_lengt
 from qratk.training.continuation import Continuation
 from qratk.training.failure import NonFiniteLossError, not_finite
 from qratk.training.fit_checkpoint import FitCheckpoint
+from qratk.training.observing import observe
 from qratk.training.optimisation import adamw, moments_of, step_schedule
 from qratk.training.options import FineTuneOptions, Schedule
 from qratk.training.precision import require_precision
@@ -59,7 +61,8 @@ class FineTuneModule(ScoredModule):
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
         adapter: method of adapters, by registered name or as {class_path, init_args}: "lora", or "adalora", which
             prunes singular directions in training until as many are left as the ranks sum to, wherever they matter
-            most; `qratk components adapters` lists all.
+            most, or "cut", which trains at one rank and cuts to the configured ones; `qratk components adapters` lists
+            all.
         adalora: options of the latter by name.
         alpha_over_rank: LoRA's scaling; constant, so that rank alone differs between layers.
         rslora: scale by alpha / sqrt(rank) instead.
@@ -257,8 +260,14 @@ class FineTuneModule(ScoredModule):
         self.continuation = self.continuation.begun
 
     def on_train_end(self) -> None:
-        """Gather sharded adapters, so that one process alone can save them."""
+        """Take what decides how adapters are stored; gather sharded ones, so that one process alone can save them."""
+        self.observe()
         self.backbone.adapters.gather()
+
+    def observe(self) -> None:
+        """Take from training batches what decides how the adapters, as they are at this step, are stored."""
+        if count := self.backbone.adapters.method.observed_batches:
+            observe(self.backbone.adapters, self.backbone.model, self.task_data, count, device=self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the adapters, continued where a rung ended, and a schedule that depends on the step alone."""
@@ -317,6 +326,7 @@ class FineTuneModule(ScoredModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only the adapters, for the frozen weights come from the model, and the random states."""
+        self.observe()
         FitCheckpoint(
             str(self.configuration),
             self.backbone.adapter_state(),
@@ -348,6 +358,12 @@ class FineTuneModule(ScoredModule):
     def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
         return target_log_likelihood(labelled_logits(self.backbone.model, batch), batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Round the adapters to what is stored; in the midst of training, that is told anew."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.observe()
+        super().on_validation_epoch_start()
 
     def stored_precision(self) -> AbstractContextManager[None]:
         """Context in which the adapters have the 16-bit values that are stored."""

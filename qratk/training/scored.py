@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, cast
 
 from lightning import LightningModule
@@ -29,6 +29,7 @@ class ScoredModule(LightningModule, ABC):
         super().__init__()
         self.last_outcomes: tuple[float, ...] = ()
         self._scoring = Scoring()
+        self._stored = ExitStack()
 
     @abstractmethod
     def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,14 @@ class ScoredModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log the metrics as test/<name>."""
         self._end_scoring("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """As for validation: once for all batches."""
+        self._stored.enter_context(self.stored_precision())
+
+    def on_predict_epoch_end(self) -> None:
+        """The adapters are as before."""
+        self._stored.close()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Row indices (R,), summed log-likelihoods (R,) in nats and labelled tokens (R,) of a batch."""
