@@ -1,0 +1,132 @@
+"""Adapters trained narrow against those trained wide and cut: test scores at equal bytes.
+
+    python benchmarks/widths.py [--data DIR] [--models embedded] [--seeds 0 1 2 3 4] [--rates 5e-3] [--csv FILE]
+
+Uniform 4-bit weights. Plain LoRA is trained at each of `--ranks`; the method `cut` once, at `--width`, and its
+training is then cut to each of the ranks by every metric and allocation. All see the same batches for the same steps.
+Other models are those of `--data`, on TREC.
+"""
+
+from __future__ import annotations
+
+from common import Subject, finish, parser, prepared, scratch, subject, table
+
+# isort: split
+import argparse
+import csv
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning import Trainer
+
+from qratk.adapters.cut import Allocation, Metric
+from qratk.core import Candidate, Configuration, Request
+from qratk.core.evaluation import FidelityLadder
+from qratk.core.space import SearchSpace
+from qratk.evaluators.base import EvaluationContext
+from qratk.evaluators.finetune import FineTuneEvaluator
+
+Row = dict[str, Any]
+COLUMNS = ("model", "rate", "seed", "trained", "stored", "metric", "allocation", "bytes", "validation", "test", "acc")
+
+
+def opened(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, **options: Any) -> FineTuneEvaluator:
+    """An evaluator of one rung over uniform 4 bits."""
+    module = chosen.make_module(seed=seed, **options)
+    data = chosen.make_data(seed=seed, score="log_likelihood")
+    evaluator = FineTuneEvaluator(cohort=1)
+    trainer = partial(Trainer, gradient_clip_val=chosen.clip, accelerator="cpu")
+    evaluator.open(EvaluationContext(folder, FidelityLadder((given.steps,)), seed, module, data, trainer))
+    evaluator.prepare_test()
+    names = tuple(shape.name for shape in evaluator.shapes)
+    evaluator.memory_model(SearchSpace((4,), tuple(sorted({*given.ranks, given.width})), names))
+    return evaluator
+
+
+def scored(evaluator: FineTuneEvaluator, ranks: list[int], steps: int) -> Iterator[tuple[int, Row]]:
+    """Scores of uniform configurations, rank by rank."""
+    for rank in ranks:
+        configuration = Configuration.uniform(4, rank, len(evaluator.shapes))
+        (found,) = evaluator.evaluate([Request(Candidate(configuration, "benchmark"), steps)])
+        test = evaluator.test(found) if found.ok else {"score": float("nan")}
+        figures = {"validation": found.score, "test": test["score"], "acc": test.get("acc", float("nan"))}
+        yield rank, {"stored": rank, "bytes": found.footprint.adapters, **figures}
+
+
+def measured(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, rate: float) -> Iterator[Row]:
+    """Rows of one model, seed and rate."""
+    head = {"model": chosen.name, "rate": rate, "seed": seed}
+    options = {"learning_rate": rate}
+    narrow = opened(chosen, folder / "narrow", given, seed, **options)
+    for rank, row in scored(narrow, sorted({*given.ranks, given.width}), given.steps):
+        yield {**head, "trained": rank, "metric": "", "allocation": "", **row}
+    for metric in reversed(get_args(Metric)):
+        for allocation in get_args(Allocation):
+            how = {"width": given.width, "metric": metric, "allocation": allocation}
+            method = {"class_path": "cut", "init_args": how}
+            # One folder: what is trained is the same, and its moments were taken for the first.
+            wide = opened(chosen, folder / "wide", given, seed, adapter=method, **options)
+            for _, row in scored(wide, given.ranks, given.steps):
+                yield {**head, "trained": given.width, "metric": metric, "allocation": allocation, **row}
+
+
+def told(rows: list[Row]) -> str:
+    """Means over seeds."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("model", "rate", "trained", "stored", "metric", "allocation"))
+        groups.setdefault(key, []).append(row)
+    lines = [
+        [
+            *map(str, key),
+            str(own[0]["bytes"]),
+            f"{statistics.fmean(r['test'] for r in own):.3f}",
+            " ".join(f"{r['test']:.3f}" for r in own),
+            f"{statistics.fmean(r['acc'] for r in own):.3f}",
+        ]
+        for key, own in groups.items()
+    ]
+    heads = ["model", "rate", "trained at", "stored at", "metric", "allocation", "bytes", "test", "by seed", "acc"]
+    return table(heads, lines)
+
+
+def main() -> None:
+    """Every model, rate and seed."""
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--models", nargs="+", default=["embedded"])
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    options.add_argument("--rates", nargs="+", type=float, default=[5e-3])
+    options.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
+    options.add_argument("--width", type=int, default=16)
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--batch", type=int, help="sequences in a batch, where not those of the model's task")
+    options.add_argument("--length", type=int, help="tokens of a sequence, at most")
+    options.add_argument("--csv", type=Path, help="file for every figure")
+    given = prepared(options)
+    rows: list[Row] = []
+    for name in given.models:
+        for rate in given.rates:
+            for seed in given.seeds:
+                with scratch() as folder:
+                    chosen = subject(given, folder, name)
+                    changes = {"batch_size": given.batch, "max_length": given.length}
+                    data = {**chosen.data, **{k: v for k, v in changes.items() if v is not None}}
+                    chosen = replace(chosen, data=data)
+                    for row in measured(chosen, folder, given, seed, rate):
+                        rows.append(row)
+                        print(*(row[column] for column in COLUMNS), sep=",", flush=True)
+    print(told(rows))
+    if given.csv is not None:
+        with given.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    finish(given, "widths", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
