@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, Request
+from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import estimators
 from qratk.evaluators.base import EvaluationContext, Evaluator
@@ -60,6 +63,24 @@ class EvaluatorContract:
         memory = evaluator.memory_model(space_of(evaluator))
         for evaluation in evaluator.evaluate(some_requests(evaluator)):
             assert evaluation.footprint == memory.footprint(evaluation.configuration)
+
+    def test_shared_settings_are_refused_in_words_or_decide_the_score(self, opened: Callable[[], Evaluator]) -> None:
+        evaluator = opened()
+        with pytest.raises(ConfigurationError):
+            evaluator.check_shared(SharedLadder("no_such_option", (1, 2)))
+        rates = SharedLadder("learning_rate", (1e-4, 1e-1))
+        try:
+            evaluator.check_shared(rates)
+        except ConfigurationError:
+            return
+        space = replace(space_of(evaluator), shared=(rates,))
+        memory = evaluator.memory_model(space)
+        configurations = [space.uniform(4, 4).with_shared(shared) for shared in space.all_shared]
+        asked = [Request(Candidate(c, "uniform", phase="baseline"), LADDER.highest) for c in configurations]
+        found = [evaluation for group in evaluator.groups(asked) for evaluation in evaluator.evaluate(group)]
+        assert [e.configuration for e in found] == configurations
+        assert found[0].score != found[1].score
+        assert found[0].footprint == found[1].footprint == memory.footprint(configurations[0])
 
     def test_importance_is_one_a_layer_finite_and_not_negative(self, opened: Callable[[], Evaluator]) -> None:
         evaluator = opened()

@@ -13,6 +13,7 @@ from qratk.adapters.base import AdapterMethod, Way, stored_bytes
 from qratk.adapters.options import AdapterOptions
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
+from qratk.core.shared import Setting
 from qratk.core.space import SearchSpace
 from qratk.quantizers.base import quantizers
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _STEPS = 12
 _MIXED = Configuration.of([4, 4, 4], [4, 0, 8])
+_SHARED: dict[str, Setting] = {"alpha_over_rank": 0.5, "lora_dropout": 0.3, "rslora": True}
 
 
 def tiny_llama() -> Any:
@@ -146,16 +148,25 @@ class AdapterContract:
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert torch.equal(logits(backbone.model), masters)
 
+    def test_shared_settings_hold_for_their_configuration_alone(self, make: Callable[[], AdapterMethod]) -> None:
+        plain, used = adapted(make(), _MIXED), adapted(make(), _MIXED.with_shared(_SHARED))
+        other, expected = trained(used), trained(plain)
+        used.activate(_MIXED, seed=3)
+        again = trained(used)
+        assert again == expected != other
+
+    @pytest.mark.parametrize("shared", [{}, _SHARED], ids=["plain", "shared settings"])
     def test_saved_adapters_have_the_same_logits_in_plain_peft(
-        self, make: Callable[[], AdapterMethod], tmp_path: Path
+        self, make: Callable[[], AdapterMethod], tmp_path: Path, shared: dict[str, Setting]
     ) -> None:
         from peft import PeftModel
 
-        configuration = Configuration.of([16, 16, 16], [4, 0, 8])
+        configuration = Configuration.of([16, 16, 16], [4, 0, 8]).with_shared(shared)
         backbone = adapted(make(), configuration)
         trained(backbone)
         backbone.save_adapter(tmp_path, configuration)
         plain = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
+        backbone.model.eval()
         with backbone.stored_precision():
             torch.testing.assert_close(logits(plain), logits(backbone.model), rtol=1e-5, atol=1e-5)
 
