@@ -22,10 +22,10 @@ class Footprints:
         self._models: dict[SearchSpace, MemoryModel] = {}
 
     def model(self, space: SearchSpace) -> MemoryModel:
-        """Exact bytes over a space; the peaks are for the data's batch size and length. Settings change no bytes."""
+        """Exact bytes over a space; the peaks are for the data's batch size and length."""
         from qratk.peaks.foretold import memory_model
 
-        bare = replace(space, shared=())
+        bare = replace(space, shared=tuple(ladder for ladder in space.shared if ladder.name == "lora_dropout"))
         if bare not in self._models:
             self._models[bare] = memory_model(
                 self._module.backbone,
@@ -34,10 +34,10 @@ class Footprints:
                 sequence_length=self._data.max_length,
                 gradient_checkpointing=self._module.options.gradient_checkpointing,
             )
-        return replace(self._models[bare], space=space) if space.shared else self._models[bare]
+        return replace(self._models[bare], space=space) if space != bare else self._models[bare]
 
     def of(self, configuration: Configuration, space: SearchSpace) -> Footprint:
         """Bytes of a configuration; references may lie off the ladders of a space, which is widened then."""
         bits = tuple(sorted({*space.bits, *configuration.bits}))
         ranks = tuple(sorted({*space.ranks, *configuration.ranks}))
-        return self.model(SearchSpace(bits, ranks, space.layer_names)).footprint(configuration)
+        return self.model(SearchSpace(bits, ranks, space.layer_names, space.shared)).footprint(configuration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qratk.backbone.backbone import Backbone
@@ -29,9 +30,12 @@ def memory_model(
 
     Training peaks are traced on the meta device, as on `device` (by default where the weights lie or training would
     go); of a model that cannot be traced, and without `trace`, they are estimates. With `dense_cache`, by default when
-    the backbone's mode is "on", the dense weights of the configuration are counted. Serving peaks are estimates.
+    the backbone's mode is "on", the dense weights of the configuration are counted. Serving peaks are estimates. Of
+    shared settings, dropout alone takes memory in training: where it may be had, it is counted for all.
     """
     require_ranks(backbone.shapes, space.ranks)
+    if dropouts := [float(v) for ladder in space.shared if ladder.name == "lora_dropout" for v in ladder.values]:
+        backbone.adapters.configure(replace(backbone.adapters.options, dropout=max(dropouts)))
     dense = backbone.keeps_dense if dense_cache is None else dense_cache
     options: dict[str, Any] = {
         "batch_size": batch_size,

@@ -122,7 +122,7 @@ def traced_training(backbone: Backbone, space: SearchSpace, **options: Any) -> P
     the mean of the uniform peaks, which a maximum over phases cannot exceed.
     """
     kept = _KEPT.setdefault(backbone, {})
-    key = tuple(sorted(options.items()))
+    key = tuple(sorted({**options, "dropout": backbone.adapters.options.dropout}.items()))
     if key not in kept:
         kept[key] = UniformPeaks(backbone, **options)
     peaks = kept[key]

@@ -134,18 +134,17 @@ class MutationContract(_Contract):
         for configuration in some_configurations(problem):
             assert operator.mutate(problem, configuration, rng) == configuration
 
-    def test_repeated_calls_vary_layers_or_else_settings(self, make: Callable[[], MutationOperator]) -> None:
+    def test_operator_of_settings_alone_varies_each_of_them_and_no_layer(
+        self, make: Callable[[], MutationOperator]
+    ) -> None:
         problem, operator, rng = toy_problem(4, 0, shared=SETTINGS), make(), np.random.default_rng(0)
-        start = problem.space.uniform(4, 8)
-        varied = {operator.mutate(problem, start, rng) for _ in range(2000)}
-        settings = {configuration.shared for configuration in varied}
         if operator.applies(toy_problem(4, 0)):
-            assert settings == {start.shared}
-        else:
-            assert {c.layers for c in varied} == {start.layers}
-            assert {name for shared in settings for name, value in set(shared) - set(start.shared)} == {
-                name for name, values in SETTINGS.items() if len(values) > 1
-            }
+            pytest.skip("it varies layers")
+        start = problem.space.uniform(4, 8)
+        varied = {operator.mutate(problem, start, rng) for _ in range(200)}
+        assert {c.layers for c in varied} == {start.layers}
+        changed = {name for c in varied for name, _ in set(c.shared) - set(start.shared)}
+        assert changed == {name for name, values in SETTINGS.items() if len(values) > 1}
 
     def test_repeated_calls_vary_every_layer(self, make: Callable[[], MutationOperator]) -> None:
         problem, operator, rng = toy_problem(4, 0), make(), np.random.default_rng(0)

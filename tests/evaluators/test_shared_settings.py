@@ -110,3 +110,16 @@ def test_settings_that_the_module_cannot_have_are_refused_before_the_first_step(
 def test_bytes_do_not_see_settings(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
     evaluator = opened(tmp_path, model_dir, data_files)
     assert evaluator.footprint(LAYERS.with_shared(OTHERS)) == evaluator.footprint(LAYERS)
+
+
+def test_training_peak_counts_the_dropout_that_a_candidate_may_have(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    peaks = []
+    for share, ladders in ((0.0, ()), (0.5, ()), (0.0, (SharedLadder("lora_dropout", (0, 0.5)),))):
+        evaluator = opened(tmp_path / str(len(peaks)), model_dir, data_files, lora_dropout=share)
+        names = tuple(shape.name for shape in evaluator.shapes)
+        memory = evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names, ladders))
+        assert evaluator.footprint(LAYERS) == memory.footprint(LAYERS)
+        peaks.append(memory.footprint(LAYERS).training_bytes)
+    assert peaks[0] < peaks[1] == peaks[2]
