@@ -94,7 +94,7 @@ class Study:
 SMALL = (1e-3, 5e-3, 2e-2)
 LARGE = (3e-4, 1e-3, 3e-3)
 STUDIES = (
-    Study("embedded", "own", SMALL, steps=40, at_most=32, seeds=(0,), pool=1200, test=672),
+    Study("embedded", "own", SMALL, steps=40, at_most=32, pool=1200, test=600),
     Study("stories260k", "trec", SMALL, at_most=16, seeds=(0, 1), pool=500, test=500),
     Study("stories260k", "stories_lower_cloze", SMALL),
     Study("deep12", "trec", SMALL),
