@@ -82,8 +82,8 @@ def assert_equal_to_lm_eval(data: Any, model: Any, tokenizer: Any, folder: Path,
     np.testing.assert_allclose(scorer.log_likelihood.numpy(), theirs, rtol=2e-5, atol=2e-5)
     figures = scorer.compute()
     for metric in ("acc", "acc_norm"):
-        ours = scorer._per_item()[metric].tolist()
-        assert ours == [sample[metric] for sample in samples]
+        scorer.score = metric
+        assert scorer.outcomes().tolist() == [sample[metric] for sample in samples]
         assert float(figures[metric]) == pytest.approx(results["results"]["same_items"][f"{metric},none"], abs=1e-12)
 
 
