@@ -33,7 +33,7 @@ def test_best_known_configuration_is_that_of_brute_force(seed):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(LandscapeOptions)])
 def test_every_parameter_changes_the_scores(name):
-    problem = toy_problem(6)
+    problem = toy_problem(6, shared={"learning_rate": (1e-3, 1e-1), "rslora": (False, True)})
     rng = np.random.default_rng(0)
     configurations = [problem.space.random(rng) for _ in range(5)]
     values = {"neighbours": 0.5, "crossing": 0.1, "slowness_spread": 0.5, "compensation": (0.7, 0.9)}
@@ -113,3 +113,28 @@ def test_problem_needs_no_importance_to_find_the_best_known():
     blind = Problem(problem.shapes, problem.memory, problem.budget, Importance.uniform(12))
     found = [best_known(evaluator.landscape, p, start=p.space.smallest) for p in (problem, blind)]
     assert found[0] == found[1]
+
+
+def test_a_learning_rate_costs_the_square_of_the_decades_to_the_best_one():
+    landscape = Landscape(6, options=LandscapeOptions.of({"best_rate": 1e-2, "rate_curvature": 0.2}))
+    bare = toy_problem(6).space.smallest
+    worth = [landscape.true_score(bare.with_shared({"learning_rate": rate}), 300) for rate in (1e-4, 1e-3, 1e-2, 1e-1)]
+    np.testing.assert_allclose(np.array(worth) - landscape.true_score(bare, 300), [-0.8, -0.2, 0.0, -0.2], atol=1e-12)
+
+
+def test_best_known_configuration_has_the_best_settings():
+    shared = {"learning_rate": (1e-3, 1e-2, 1e-1), "schedule": ("constant", "linear", "cosine")}
+    evaluator = ToyEvaluator(num_layers=3, seed=1, landscape={"best_rate": 0.02})
+    problem = evaluator.problem(like=(4, 8), shared=shared)
+    winner, truth = evaluator.optimum(problem.space, problem.budget)
+    found, score = best_known(evaluator.landscape, problem, start=problem.space.smallest)
+    assert score == pytest.approx(truth, abs=1e-12)
+    assert found.settings["learning_rate"] == winner.settings["learning_rate"] == 1e-2
+    every = [winner.with_shared(other) for other in problem.space.all_shared]
+    assert max(every, key=lambda c: evaluator.landscape.true_score(c, 900)) == winner
+
+
+def test_defaults_of_what_settings_are_worth_leave_the_fingerprint_as_it_was():
+    plain, other = ToyEvaluator(num_layers=3), ToyEvaluator(num_layers=3, landscape={"best_rate": 0.02})
+    assert "best_rate" not in repr(plain.options)
+    assert plain.fingerprint() != other.fingerprint()
