@@ -229,9 +229,9 @@ def _is_asked(decision: Plain) -> bool:
 
 
 def _decided(decision: Plain) -> Plain:
-    """What was asked for, in the order of the strategy; any other decision as it stands."""
+    """What was asked for, in the order of the strategy; any other decision as it stands, less figures added later."""
     if not isinstance(decision, dict) or "requests" not in decision:
-        return decision
+        return without(decision, *LATER)
     requests = decision["requests"]
     assert isinstance(requests, list)
     return [chosen(request, REQUEST) for request in requests if isinstance(request, dict)]
