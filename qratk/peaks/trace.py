@@ -28,7 +28,7 @@ from qratk.backbone.logits import labelled_logits, labelled_loss, targets_of
 from qratk.bank.linear import BankLinear, PackedVariant, dequantized_matmul
 from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
-from qratk.peaks.scratch import SCRATCH
+from qratk.peaks.scratch import SCRATCH, cublas_workspace
 from qratk.quantizers.base import Quantizer
 from qratk.quantizers.none import NoQuantizer
 
@@ -36,7 +36,6 @@ Device = Literal["cpu", "cuda"]
 Phase = Literal["forward", "backward", "backward:middle", "backward:first", "optimizer"]
 
 _CUDA_BLOCK = 512  # the caching allocator rounds up to it
-_CUBLAS_WORKSPACE = 8_519_680  # of one stream, by torch's default; held by the caching allocator
 _SAMPLE = 1 << 14  # weights that unpacking is measured on
 
 _NO_QUANTIZER = NoQuantizer()
@@ -438,7 +437,7 @@ class PeakTracer:
         for part, tensor in resident_tensors(self.twin):
             ledger.adopt(tensor, part)
         if cuda:
-            workspace = torch.empty(_CUBLAS_WORKSPACE, dtype=torch.uint8, device="meta")
+            workspace = torch.empty(cublas_workspace(), dtype=torch.uint8, device="meta")
             ledger.adopt(workspace, "workspace")
         parameters = self._parameters()
         hooks = [Tensor.register_post_accumulate_grad_hook(p, hook) for p, hook in self._hooks(ledger)]  # type: ignore[no-untyped-call]
