@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities import move_data_to_device
 from numpy.typing import NDArray
 
 from qratk.backbone.logits import labelled_logits, replicate, target_log_likelihood
@@ -101,10 +102,12 @@ STUDIES = (
     Study("deep12", "stories_lower_cloze", SMALL),
     Study("babyllama105", "stories_cloze", SMALL),
     Study(
-        "smollm2", "arc_easy", LARGE, steps=15, batch_size=8, bits=(4, 8, 16), mixed=6, together=1,
+        "smollm2", "arc_easy", LARGE, steps=15, batch_size=8, bits=(4, 8, 16), mixed=8, at_most=24,
+        seeds=(0, 1, 2), pool=400, test=500, together=1,
     ),
     Study(
-        "smollm2", "trec", LARGE, steps=18, batch_size=8, bits=(4, 8, 16), mixed=6, pool=400, test=500, together=1,
+        "smollm2", "trec", LARGE, steps=18, batch_size=8, bits=(4, 8, 16), mixed=8, at_most=24,
+        seeds=(0, 1, 2), pool=400, test=500, together=1,
     ),
 )  # fmt: skip
 
@@ -114,11 +117,12 @@ STUDIES = (
 
 @dataclass(frozen=True)
 class Places:
-    """Folders: of models and data sets, of SmolLM2, and of what is kept."""
+    """Folders: of models and data sets, of SmolLM2, and of what is kept; and where it is measured."""
 
     data: Path | None
     smollm2: Path | None
     cache: Path
+    accelerator: str = "cpu"
 
     def model(self, study: Study) -> str:
         """Folder of a study's model."""
@@ -187,7 +191,7 @@ def _opened(study: Study, seed: int, places: Places) -> FineTuneEvaluator:
         **places.files(study), batch_size=study.batch_size, eval_batch_size=8 * study.batch_size, seed=seed,
         max_validation_items=study.pool, max_test_items=study.test,
     )  # fmt: skip
-    trainer = partial(Trainer, gradient_clip_val=1.0, accelerator="cpu")
+    trainer = partial(Trainer, gradient_clip_val=1.0, accelerator=places.accelerator, devices=1)
     evaluator = FineTuneEvaluator()
     ladder = FidelityLadder((study.steps,))
     evaluator.open(
@@ -218,10 +222,12 @@ def _trained(parts: Any, configurations: Sequence[Configuration], steps: int) ->
 def _scored(parts: Any, split: Split, count: int) -> np.ndarray[Any, Any]:
     """Log-likelihoods of the rows of a split, (count, rows)."""
     rows = torch.zeros(count, len(parts.data.scoring_rows(split)))
+    device = parts.trainers.training(1).strategy.root_device
+    parts.module.backbone.model.to(device)  # a trainer leaves it on the CPU
     for batch in parts.data.scoring_batches(split, shared_length=parts.module.shared_length):
-        whole = replicate(batch, count)
+        whole = move_data_to_device(replicate(batch, count), device)
         values, _ = target_log_likelihood(labelled_logits(parts.module.backbone.model, whole), whole)
-        rows[:, batch["row"]] = values.view(count, -1).float()
+        rows[:, batch["row"]] = values.view(count, -1).float().cpu()
     return np.asarray(rows.numpy())
 
 
@@ -432,17 +438,22 @@ def main() -> None:
     options.add_argument("--smollm2", type=Path, help="directory of SmolLM2-135M-Instruct")
     options.add_argument("--cache", type=Path, required=True, help="directory for what is measured")
     options.add_argument("--studies", nargs="+", help="as in deep12/trec; all by default")
+    options.add_argument("--seeds", nargs="+", type=int, help="of `measure`; by default those of each study")
+    options.add_argument("--together", type=int, help="configurations side by side; by default those of each study")
+    options.add_argument("--accelerator", default="cpu", help="as of Lightning's Trainer")
     options.add_argument("--csv", type=Path, help="file for every figure of `tables`")
     given = options.parse_args()
     torch.set_num_threads(1)
     quiet()
-    places = Places(given.data, given.smollm2, given.cache)
+    places = Places(given.data, given.smollm2, given.cache, given.accelerator)
     studies = list(chosen(given.studies))
+    if given.together is not None:
+        studies = [replace(study, together=given.together) for study in studies]
     if given.what == "tables":
         print(tables(studies, places, given.csv))
         return
     for study in studies:
-        for seed in study.seeds:
+        for seed in given.seeds or study.seeds:
             measure(study, seed, places)
 
 

@@ -1,6 +1,7 @@
 """Adapters trained narrow against those trained wide and cut: test scores at equal bytes.
 
     python benchmarks/widths.py [--data DIR] [--models embedded] [--seeds 0 1 2 3 4] [--rates 5e-3] [--csv FILE]
+        [--accelerator gpu]
 
 Uniform 4-bit weights. Plain LoRA is trained at each of `--ranks`; the method `cut` once, at `--width`, and its
 training is then cut to each of the ranks by every metric and allocation. All see the same batches for the same steps.
@@ -39,7 +40,7 @@ def opened(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, 
     module = chosen.make_module(seed=seed, **options)
     data = chosen.make_data(seed=seed, score="log_likelihood")
     evaluator = FineTuneEvaluator(cohort=1)
-    trainer = partial(Trainer, gradient_clip_val=chosen.clip, accelerator="cpu")
+    trainer = partial(Trainer, gradient_clip_val=chosen.clip, accelerator=given.accelerator, devices=1)
     evaluator.open(EvaluationContext(folder, FidelityLadder((given.steps,)), seed, module, data, trainer))
     evaluator.prepare_test()
     names = tuple(shape.name for shape in evaluator.shapes)
@@ -64,8 +65,8 @@ def measured(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int
     narrow = opened(chosen, folder / "narrow", given, seed, **options)
     for rank, row in scored(narrow, sorted({*given.ranks, given.width}), given.steps):
         yield {**head, "trained": rank, "metric": "", "allocation": "", **row}
-    for metric in reversed(get_args(Metric)):
-        for allocation in get_args(Allocation):
+    for metric in given.metrics:
+        for allocation in given.allocations:
             how = {"width": given.width, "metric": metric, "allocation": allocation}
             method = {"class_path": "cut", "init_args": how}
             # One folder: what is trained is the same, and its moments were taken for the first.
@@ -105,6 +106,12 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--batch", type=int, help="sequences in a batch, where not those of the model's task")
     options.add_argument("--length", type=int, help="tokens of a sequence, at most")
+    options.add_argument(
+        "--items", type=int, help="validation items and test items, where not those of the model's task"
+    )
+    options.add_argument("--metrics", nargs="+", default=list(reversed(get_args(Metric))), choices=get_args(Metric))
+    options.add_argument("--allocations", nargs="+", default=list(get_args(Allocation)), choices=get_args(Allocation))
+    options.add_argument("--accelerator", default="cpu", help="as of Lightning's Trainer")
     options.add_argument("--csv", type=Path, help="file for every figure")
     given = prepared(options)
     rows: list[Row] = []
@@ -113,7 +120,13 @@ def main() -> None:
             for seed in given.seeds:
                 with scratch() as folder:
                     chosen = subject(given, folder, name)
-                    changes = {"batch_size": given.batch, "max_length": given.length}
+                    changes = {
+                        "batch_size": given.batch,
+                        "max_length": given.length,
+                        "validation_items": None if name == "embedded" else given.items,
+                        "max_validation_items": given.items,
+                        "max_test_items": given.items,
+                    }
                     data = {**chosen.data, **{k: v for k, v in changes.items() if v is not None}}
                     chosen = replace(chosen, data=data)
                     for row in measured(chosen, folder, given, seed, rate):
