@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _PER_UNIT = {2: 4, 4: 2, 8: 1}  # codes that share a byte; the number of groups must divide by it
-_PACKING = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
+PACKING = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
 _ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SMALLER_GROUPS = (32, 16, 8)
 
@@ -77,7 +77,7 @@ class AffineQuantizer(Quantizer):
         import torch
 
         metadata = getattr(torch, self.metadata_dtype)
-        packed = library().pack[_PACKING[bits]](codes)
+        packed = library().pack[PACKING[bits]](codes)
         return {self.CODES: packed, "scale": scale.to(metadata), "zero": zero.to(metadata)}
 
     def dequantize(
@@ -101,8 +101,8 @@ class AffineQuantizer(Quantizer):
             "scale": packed["scale"].to(dtype),
             "zero": packed["zero"].to(dtype),
             "axis": 1,
-            "packing": _PACKING[bits],
-            "unpack_view_dtype": library().unpack_view_dtype[_PACKING[bits]],
+            "packing": PACKING[bits],
+            "unpack_view_dtype": library().unpack_view_dtype[PACKING[bits]],
             "view_as_float": False,
             "quant_scale": False,
             "quant_zero": False,

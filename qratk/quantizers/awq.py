@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from qratk.core.errors import ConfigurationError
 from qratk.quantizers._affine import CalibratedAffineQuantizer
 from qratk.quantizers._checks import require_finite
+from qratk.quantizers._compensation import require_moments
 from qratk.quantizers.base import Moments, PackedBytes, quantizers
-from qratk.quantizers.gptq import require_moments
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.quantizers._compensation import inverse_factor
 from qratk.quantizers.awq import channel_scales
 from qratk.quantizers.base import Moments, quantizers
-from qratk.quantizers.gptq import inverse_factor
 
 
 def gaussian(*shape, seed=0):
@@ -108,7 +108,7 @@ def brain_surgeon(weight, second, bits, size, damping, quantizer, order):
 @pytest.mark.parametrize("activation_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gptq_is_the_optimal_update_after_each_column(bits, activation_order, size, monkeypatch):
-    monkeypatch.setattr("qratk.quantizers.gptq._BLOCK", 16)  # several blocks
+    monkeypatch.setattr("qratk.quantizers._compensation._BLOCK", 16)  # several blocks
     quantizer = quantizers.create("gptq", group_size=size, activation_order=activation_order, metadata_dtype="float32")
     weight, moments = gaussian(12, 64), moments_of(correlated(64))
     order = list(range(64))
@@ -139,7 +139,7 @@ def test_inputs_that_were_never_seen_keep_their_weights():
     torch.testing.assert_close(dense[:, 5], weight[:, 5], atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "affine_gptq", "slim"])
 def test_a_projection_that_no_token_reached_is_rounded_to_nearest(name):
     quantizer, weight = quantizers.create(name, group_size=16), gaussian(8, 32)
     packed = quantizer.quantize_calibrated(weight, 4, Moments(torch.zeros(32, 32), torch.zeros(32), 0))
@@ -199,7 +199,7 @@ def test_awq_divides_its_channels_out_in_16_bits_too(dtype):
     assert float((dense.float() - exact).norm() / exact.norm()) < 0.01
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "affine_gptq", "slim"])
 def test_moments_of_another_weight_or_not_finite_are_refused(name):
     quantizer, weight = quantizers.create(name, group_size=16), gaussian(8, 32)
     with pytest.raises(QuantizationError, match="not those of the 32 inputs"):
@@ -226,6 +226,14 @@ def test_groups_lie_within_rows_and_smaller_ones_are_offered(name):
         ("gptq", {"group_size": 1}),
         ("awq", {"grid": 0}),
         ("awq", {"metadata_dtype": "int8"}),
+        ("affine", {"group_size": 1}),
+        ("affine", {"metadata_dtype": "float32"}),
+        ("affine", {"clip": "best"}),
+        ("affine_gptq", {"damping": 0.0}),
+        ("slim", {"group_size": 12}),
+        ("slim", {"range": 1.0}),
+        ("slim", {"damping": 2.0}),
+        ("slim", {"metadata_dtype": "float32"}),
     ],
 )
 def test_options_out_of_range_are_refused(name, options):
@@ -233,8 +241,9 @@ def test_options_out_of_range_are_refused(name, options):
         quantizers.create(name, **options)
 
 
-def test_only_those_two_are_calibrated():
-    assert [name for name in quantizers.names() if quantizers.get(name).calibrated] == ["awq", "gptq"]
+def test_only_those_are_calibrated():
+    calibrated = [name for name in quantizers.names() if quantizers.get(name).calibrated]
+    assert calibrated == ["affine_gptq", "awq", "gptq", "slim"]
     hqq, weight = quantizers.create("hqq"), gaussian(16, 64)
     given, plain = hqq.quantize_calibrated(weight, 4, moments_of(gaussian(4, 64))), hqq.quantize(weight, 4)
     assert all(torch.equal(given[part], plain[part]) for part in plain)

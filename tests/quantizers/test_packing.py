@@ -17,7 +17,9 @@ CASES = (
     ("nf4", 4, {"double_quantization": False, "block_size": 128}),
     *(("hqq", bits, {"group_size": group}) for bits in (2, 3, 4, 8) for group in (8, 64)),
     ("hqq", 3, {"metadata_dtype": "float32"}),
-    *((name, bits, {"group_size": 16}) for name in ("gptq", "awq") for bits in (2, 3, 4, 8)),
+    *((name, bits, {"group_size": 16}) for name in ("gptq", "awq", "affine", "affine_gptq") for bits in (2, 3, 4, 8)),
+    *(("affine", bits, {"group_size": 32, "symmetric": True, "clip": "none"}) for bits in (2, 8)),
+    *(("slim", bits, {"group_size": 16}) for bits in (2, 3, 4)),
 )
 # Relative error on Gaussian weights that each method is known to reach, with a little room.
 ERRORS = {("none", 16): 0.002, ("int8", 8): 0.008, ("nf4", 4): 0.095, ("hqq", 8): 0.0065, ("hqq", 4): 0.095,
@@ -184,7 +186,8 @@ def test_footprint_of_hqq_does_not_depend_on_the_dtype_of_the_weight():
     assert sizes == {quantizer.packed_bytes((16, 64), 2).total}
 
 
-@pytest.mark.parametrize(("name", "bits"), [("none", 8), ("int8", 4), ("nf4", 8), ("hqq", 5), ("gptq", 5), ("awq", 6)])
+@pytest.mark.parametrize(("name", "bits"), [("none", 8), ("int8", 4), ("nf4", 8), ("hqq", 5), ("gptq", 5), ("awq", 6),
+                                            ("affine", 5), ("slim", 8)])  # fmt: skip
 def test_bits_that_a_quantizer_cannot_do_are_refused_by_name(name, bits):
     with pytest.raises(QuantizationError, match=f"'{name}'.*{bits}"):
         quantizers.create(name).packed_bytes((64, 64), bits)
@@ -200,7 +203,16 @@ def test_a_shape_that_hqq_cannot_group_is_refused_with_its_reason():
 def test_weights_that_are_not_finite_are_refused():
     weight = gaussian((16, 64))
     weight[0, 0] = float("nan")
-    for name, bits in (("hqq", 4), ("int8", 8), ("nf4", 4), ("gptq", 4), ("awq", 4)):
+    for name, bits in (
+        ("hqq", 4),
+        ("int8", 8),
+        ("nf4", 4),
+        ("gptq", 4),
+        ("awq", 4),
+        ("affine", 4),
+        ("affine_gptq", 4),
+        ("slim", 4),
+    ):
         with pytest.raises(QuantizationError, match="not finite"):
             quantizers.create(name).quantize(weight, bits)
 
