@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Final
 
 from qratk.core.configuration import Configuration, LayerChoice, unique
 from qratk.core.errors import ConfigurationError
@@ -14,6 +16,8 @@ from qratk.mutations.proposer import Proposer
 from qratk.searchers.base import searchers
 from qratk.searchers.generations import SingleGenerationSearcher
 
+LARGEST: Final = "largest"
+
 
 @searchers.register("fixed")
 class FixedConfigurations(SingleGenerationSearcher):
@@ -23,14 +27,18 @@ class FixedConfigurations(SingleGenerationSearcher):
         configurations: in the text form of a configuration, as in "4:8*12". Where the search has shared settings and
             one says nothing of them, it is measured with all of them at the lowest rung, and the best go up.
         patterns: one configuration as {regular expression of a layer's name: [bits, rank]}; the first match holds.
+            The rank `largest` is the highest of the ladder, the same for all layers that ask for it, that fits the
+            budget.
     """
 
-    def __init__(self, configurations: Sequence[str] = (), patterns: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, configurations: Sequence[str] = (), patterns: Mapping[str, Sequence[int | str]] | None = None
+    ) -> None:
         super().__init__()
         if not configurations and not patterns:
             raise ConfigurationError("fixed: give configurations, as in ['4:8*12'], or patterns of layer names")
         self.configurations = tuple(Configuration.from_text(text) for text in configurations)
-        self.patterns = {pattern: LayerChoice(int(b), int(r)) for pattern, (b, r) in (patterns or {}).items()}
+        self.patterns = {pattern: _choice(pattern, given) for pattern, given in (patterns or {}).items()}
 
     def begin(self, proposer: Proposer, ladder: FidelityLadder) -> None:
         """Check the configurations; raises `ConfigurationError` for one off the ladders or over the budget."""
@@ -44,7 +52,7 @@ class FixedConfigurations(SingleGenerationSearcher):
 
     def _matched(self, problem: Problem) -> Configuration:
         """Configuration by the layers' names; a pattern that matches none, and a layer without one, are errors."""
-        names, used, chosen = problem.space.layer_names, set[str](), []
+        names, used, chosen = problem.space.layer_names, set[str](), list[tuple[int, int | None]]()
         for name in names:
             found = next((pattern for pattern in self.patterns if re.search(pattern, name)), None)
             if found is None:
@@ -53,7 +61,12 @@ class FixedConfigurations(SingleGenerationSearcher):
             chosen.append(self.patterns[found])
         for pattern in self.patterns.keys() - used:
             raise ConfigurationError(f"fixed: the pattern {pattern!r} matches no layer; layers are as {names[0]!r}")
-        return Configuration(tuple(chosen))
+        if all(rank is not None for _, rank in chosen):
+            return _filled(chosen, 0)
+        filled = [problem.space.settled(_filled(chosen, rank)) for rank in problem.space.ranks]
+        problem.space.validate(filled[0])
+        fitting = [configuration for configuration in filled if problem.feasible(configuration)]
+        return (fitting[-1] if fitting else filled[0]).with_shared(())
 
     def candidates(self, problem: Problem, known: Collection[Configuration]) -> tuple[Candidate, ...]:
         return tuple(Candidate(c, "fixed") for c in self._wanted(problem) if c not in known)
@@ -66,6 +79,20 @@ class FixedConfigurations(SingleGenerationSearcher):
     def generation_size(self) -> int:
         """How many there are."""
         return len(self.configurations) + bool(self.patterns)
+
+
+def _choice(pattern: str, given: Sequence[int | str]) -> tuple[int, int | None]:
+    """Bits and rank of a pattern, None for the largest rank; raises `ConfigurationError`."""
+    with suppress(ValueError):
+        bits, rank = given
+        return int(bits), None if rank == LARGEST else int(rank)
+    raise ConfigurationError(
+        f"fixed: a pattern's choice is [bits, rank], as in [4, 16] or [4, {LARGEST}]; got {given} for {pattern!r}"
+    )
+
+
+def _filled(chosen: Sequence[tuple[int, int | None]], largest: int) -> Configuration:
+    return Configuration(tuple(LayerChoice(bits, largest if rank is None else rank) for bits, rank in chosen))
 
 
 def _check(problem: Problem, configuration: Configuration) -> None:

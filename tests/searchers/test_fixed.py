@@ -27,6 +27,18 @@ def test_first_pattern_that_matches_a_layer_decides():
     assert candidate.configuration == Configuration.from_text("4:16*2 2:4*2")
 
 
+@pytest.mark.parametrize("like", [(4, 4), (2, 16), (2, 8)])
+def test_largest_rank_is_the_highest_at_which_the_budget_holds(like):
+    problem = toy_problem(4, like=like)
+    searcher = begun("fixed", problem, patterns={r"layers\.[01]$": [2, "largest"], ".": [2, 4]})
+    (candidate,) = searcher.ask(History(), np.random.default_rng(0))
+    found = candidate.configuration
+    assert found.bits == (2,) * 4
+    assert found.ranks[2:] == (4, 4)
+    fitting = [r for r in problem.space.ranks if problem.feasible(Configuration.of([2] * 4, [r, r, 4, 4]))]
+    assert found.ranks[:2] == (max(fitting),) * 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -35,6 +47,9 @@ def test_first_pattern_that_matches_a_layer_decides():
         ({"configurations": ["3:16*4"]}, "bits must be one of"),
         ({"configurations": ["4:16*3"]}, "configuration of 4 layers is needed"),
         ({"patterns": {"layers": [4, 8], "head": [8, 8]}}, "'head' matches no layer"),
+        ({"patterns": {".": [8, "largest"]}}, "over the budget"),
+        ({"patterns": {".": [4]}}, r"\[bits, rank\]"),
+        ({"patterns": {".": [4, "most"]}}, r"\[4, largest\]"),
         ({"patterns": {"layers.0": [4, 8]}}, "no pattern matches the layer 'layers.1'"),
     ],
 )
