@@ -512,3 +512,21 @@ def test_an_exit_with_a_status_of_its_own_is_left_alone(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         loop(**wrong)
+
+
+def test_costs_and_gains_of_rungs_reach_the_problem_and_a_resumed_search(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Telling(ToyEvaluator):
+        def importance_by_rung(self, estimator: Any, space: Any, knob: Any) -> Any:
+            asked.append(knob)
+            steps = np.arange(1.0, 1 + len(space.ladder(knob)))
+            return np.tile(1 / steps if knob == "bits" else steps, (space.num_layers, 1))
+
+    plans = [search(tmp_path, loop(Telling(num_layers=4), generations=1))[1].plans[0] for _ in range(2)]
+    assert asked == ["bits", "rank"]
+    for problem in (plan.problem for plan in plans):
+        assert problem.importance.costs == ((1.0, 1 / 2, 1 / 3),) * 4
+        assert problem.importance.bits == (1.0,) * 4
+        assert problem.importance.gains == ((1.0, 2.0, 3.0),) * 4
+        assert problem.importance.rank == (3.0,) * 4

@@ -25,14 +25,20 @@ def min_max(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Importance:
-    """Raw layer scores: `bits` for the bit-width, `rank` for the adapter, each (L,) (Eq. 24, 26)."""
+    """Raw layer scores: `bits` for the bit-width, `rank` for the adapter, each (L,) (Eq. 24, 26).
+
+    Where an estimator tells rungs apart, `costs` is what each bit-width costs a layer, (L, bits), and `gains` what each
+    rank brings it, (L, ranks); else these follow from the scores (`qratk.programs.integer`).
+    """
 
     bits: tuple[float, ...]
     rank: tuple[float, ...]
+    costs: tuple[tuple[float, ...], ...] | None = None
+    gains: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, scores in (("bits", self.bits), ("rank", self.rank)):
-            if not np.all(np.isfinite(scores)) or np.any(np.asarray(scores) < 0):
+        for name, scores in (("bits", self.bits), ("rank", self.rank), ("bits", self.costs), ("rank", self.gains)):
+            if scores is not None and (not np.all(np.isfinite(scores)) or np.any(np.asarray(scores) < 0)):
                 raise ConfigurationError(f"importance for {name} must be finite and not negative, got {scores}")
 
     @classmethod

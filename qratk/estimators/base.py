@@ -38,5 +38,16 @@ class ImportanceEstimator(ABC):
         The module's weights, gradients and training mode are left as they were found.
         """
 
+    def by_rung(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, ladder: Sequence[int]
+    ) -> NDArray[np.float64] | None:
+        """What each rung of a ladder means to each layer, (L, rungs), finite and not negative; None: the score tells.
+
+        Of bit-widths, where sensitivity is measured, what they cost; of ranks, where the learnable is, what they bring.
+        Called in the place of `estimate`, under the same conditions. Programs go by it: the first column of costs and
+        the last of gains are the scores. By default None.
+        """
+        return None
+
 
 estimators: Registry[ImportanceEstimator] = Registry("estimators", "ImportanceEstimator")

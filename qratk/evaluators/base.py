@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import Configuration
+from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, FidelityLadder, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
@@ -100,6 +100,12 @@ class Evaluator(ABC):
     @abstractmethod
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """Raw layer scores, (L,)."""
+
+    def importance_by_rung(
+        self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob
+    ) -> NDArray[np.float64] | None:
+        """What each rung of a knob's ladder costs or brings each layer, (L, rungs); None where a score tells all."""
+        return None
 
     @abstractmethod
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import Configuration
+from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
+from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators._outcomes import Measured, OutOfMemory, caught, free_memory
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 
 if TYPE_CHECKING:
-    from qratk.estimators.base import ImportanceEstimator
+    from torch import Tensor
+
     from qratk.evaluators._finetuning import FineTuning
     from qratk.training.grouping import Grouping
     from qratk.training.measuring import Failed, Trained
+    from qratk.training.module import FineTuneModule
 
 
 @evaluators.register("finetune")
@@ -127,11 +130,25 @@ class FineTuneEvaluator(Evaluator):
 
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """Raw layer scores on training batches, before the full-precision weights are dropped."""
+        module, batches = self._observed(space)
+        return np.asarray(estimator.estimate(module, batches, lowest_bits=space.bits[0]), dtype=np.float64)
+
+    def importance_by_rung(
+        self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob
+    ) -> NDArray[np.float64] | None:
+        """What each rung means to each layer, (L, rungs), on the same batches; None where the estimator has no say."""
+        if type(estimator).by_rung is ImportanceEstimator.by_rung:
+            return None
+        module, batches = self._observed(space)
+        found = estimator.by_rung(module, batches, ladder=space.ladder(knob))
+        return None if found is None else np.asarray(found, dtype=np.float64)
+
+    def _observed(self, space: SearchSpace) -> tuple[FineTuneModule, list[dict[str, Tensor]]]:
+        """The module at full precision without adapters, its bank built, and batches that importance is measured on."""
         module = self.parts.module
         self.parts.preparation.build(self.space)
         module.backbone.activate(Configuration.uniform(16, 0, space.num_layers), seed=module.options.seed)
-        batches = self.parts.calibration_batches(self.calibration_batches, self.calibration_batch_size)
-        return np.asarray(estimator.estimate(module, batches, lowest_bits=space.bits[0]), dtype=np.float64)
+        return module, self.parts.calibration_batches(self.calibration_batches, self.calibration_batch_size)
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """Requests that continue from the same rung, in cohorts of nearly equal size."""

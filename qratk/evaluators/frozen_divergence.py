@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from qratk.core.configuration import Configuration
+from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
@@ -119,6 +119,12 @@ class FrozenDivergenceEvaluator(Evaluator):
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """As for fine-tuning."""
         return self._finetune.importance(estimator, space)
+
+    def importance_by_rung(
+        self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob
+    ) -> NDArray[np.float64] | None:
+        """As for fine-tuning."""
+        return self._finetune.importance_by_rung(estimator, space, knob)
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """At the lowest rung one by one, above it as for fine-tuning."""

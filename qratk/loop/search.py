@@ -14,6 +14,7 @@ from qratk.core.evaluation import Candidate
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
 from qratk.core.result import SearchPlan, SearchResult
+from qratk.core.space import SearchSpace
 from qratk.core.utility import Utility
 from qratk.core.work import listening
 from qratk.evaluators.base import EvaluationContext
@@ -151,14 +152,26 @@ def _pose(settings: SearchSettings, journal: Journal, reporter: Reporter, clock:
             f"{format_bytes(memory.bytes(memory.space.largest, budget.scope))}."
         )
 
-    def estimate() -> dict[str, list[float]]:
+    def estimate() -> dict[str, Any]:
         with clock.timed("importance"):
-            bits = evaluator.importance(settings.bits_importance, memory.space)
-            rank = evaluator.importance(settings.rank_importance, memory.space)
-        return {"bits": bits.tolist(), "rank": rank.tolist()}
+            return _estimated(settings, memory.space)
 
-    scores = journal.decided("importance", estimate)
-    return Problem(evaluator.shapes, memory, budget, Importance(tuple(scores["bits"]), tuple(scores["rank"])))
+    found = journal.decided("importance", estimate)
+    costs, gains = (None if key not in found else tuple(map(tuple, found[key])) for key in ("costs", "gains"))
+    importance = Importance(tuple(found["bits"]), tuple(found["rank"]), costs, gains)
+    return Problem(evaluator.shapes, memory, budget, importance)
+
+
+def _estimated(settings: SearchSettings, space: SearchSpace) -> dict[str, Any]:
+    """Scores of the layers for bits and ranks, and what each rung costs or brings where an estimator knows."""
+    evaluator, found = settings.evaluator, dict[str, Any]()
+    costs = evaluator.importance_by_rung(settings.bits_importance, space, "bits")
+    gains = evaluator.importance_by_rung(settings.rank_importance, space, "rank")
+    bits = evaluator.importance(settings.bits_importance, space) if costs is None else costs[:, 0]
+    rank = evaluator.importance(settings.rank_importance, space) if gains is None else gains[:, -1]
+    found |= {"bits": bits.tolist(), "rank": rank.tolist()}
+    found |= {key: table.tolist() for key, table in (("costs", costs), ("gains", gains)) if table is not None}
+    return found
 
 
 def _frozen_utility(settings: SearchSettings, state: SearchState) -> Utility:

@@ -154,16 +154,20 @@ def greedy_choice(choices: _Choices) -> NDArray[np.int64] | None:
         taken[choices.layer[best]] = best
 
 
-def bits_then_ranks(problem: Problem, floor: int, *, decay: float = 1.0, shared: Shared | None = None) -> Configuration:
+def bits_then_ranks(
+    problem: Problem, floor: int, *, decay: float = 1.0, shared: Shared | None = None, raise_ranks: bool = True
+) -> Configuration:
     """Configuration whose bits were chosen with all ranks at the floor, and then its ranks, from the floor up.
 
-    `decay` is that of the error of rounding, see `rounding_error`; settings are as for `best_choice`. Raises
-    `InfeasibleBudgetError` when nothing fits with that floor.
+    `decay` is that of the error of rounding, see `rounding_error`; settings are as for `best_choice`. Without
+    `raise_ranks` all ranks stay at the floor. Raises `InfeasibleBudgetError` when nothing fits with that floor.
     """
     space = problem.space
     rungs = np.asarray(space.ranks)
     at_floor = np.where(rungs == floor, 0.0, -np.inf)
-    chosen = best_choice(problem, -rounding_error(problem, decay)[:, :, None] + at_floor)
+    chosen = best_choice(problem, -rounding_error(problem, decay)[:, :, None] + at_floor, shared=shared)
+    if not raise_ranks:
+        return chosen
     kept = np.asarray(space.bits) == np.asarray(chosen.bits)[:, None]
     fixed = np.where(kept, 0.0, -np.inf)[:, :, None]
     above = np.where(rungs >= floor, 0.0, -np.inf)
@@ -173,15 +177,23 @@ def bits_then_ranks(problem: Problem, floor: int, *, decay: float = 1.0, shared:
 def rounding_error(problem: Problem, decay: float = 1.0) -> Array:
     """I_q(l) 4^(-decay (b - b_0)) of each layer and bit-width, (L, bits).
 
-    The squared error of rounding falls fourfold a bit; what is left of it after fine-tuning may fall more slowly.
+    The squared error of rounding falls fourfold a bit; what is left of it after fine-tuning may fall more slowly. Where
+    an estimator measured the costs c(l, b), they are c(l, b_0) (c(l, b) / c(l, b_0))^decay.
     """
+    if problem.importance.costs is not None:
+        costs: Array = np.asarray(problem.importance.costs, dtype=np.float64)
+        lowest = np.where(costs[:, :1] > 0, costs[:, :1], 1.0)
+        return lowest * (costs / lowest) ** decay
     bits = np.asarray(problem.space.bits, dtype=np.float64)
     error: Array = np.asarray(problem.importance.bits)[:, None] * 4.0 ** (decay * (bits[0] - bits))
     return error
 
 
 def adapter_gain(problem: Problem) -> Array:
-    """I_r(l) log2(1 + r) of each layer and rank, (L, ranks)."""
+    """I_r(l) log2(1 + r) of each layer and rank, (L, ranks), or what an estimator measured that they bring."""
+    if problem.importance.gains is not None:
+        measured: Array = np.asarray(problem.importance.gains, dtype=np.float64)
+        return measured
     ranks = np.asarray(problem.space.ranks, dtype=np.float64)
     gain: Array = np.asarray(problem.importance.rank)[:, None] * np.log2(1.0 + ranks)
     return gain

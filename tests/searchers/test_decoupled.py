@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,8 @@ from searcher_toys import LADDER, ask_once, begun
 
 from qratk.core import History, Problem
 from qratk.core.errors import ConfigurationError
+from qratk.core.problem import Importance
+from qratk.programs.integer import adapter_gain, rounding_error
 from qratk.searchers.decoupled import bits_then_ranks
 from qratk.testing import toy_problem
 
@@ -79,3 +82,51 @@ def test_one_generation_is_planned_and_made():
     assert searcher.ask(History(), np.random.default_rng(0))
     assert searcher.finished
     assert searcher.ask(History(), np.random.default_rng(0)) == ()
+
+
+def test_the_lowest_floor_leaves_most_to_the_second_program():
+    problem = toy_problem(8)
+    (candidate,) = ask(problem, rank_floor="lowest")
+    assert candidate.configuration == bits_then_ranks(problem, problem.space.ranks[0])
+
+
+def test_without_the_second_program_ranks_are_uniform():
+    for candidate in ask(toy_problem(8), raise_ranks=False):
+        assert set(candidate.configuration.ranks) == {int(candidate.origin.split(":")[1])}
+
+
+def measured(problem: Problem, costs: np.ndarray | None = None, gains: np.ndarray | None = None) -> Problem:
+    """The problem with an importance that tells rungs apart."""
+    tables = (None if table is None else tuple(map(tuple, table.tolist())) for table in (costs, gains))
+    return replace(problem, importance=Importance(problem.importance.bits, problem.importance.rank, *tables))
+
+
+def test_measured_costs_and_gains_take_the_place_of_the_formulas():
+    rng, plain = np.random.default_rng(3), toy_problem(4, like=(4, 8))
+    space, of = plain.space, type(plain.space.smallest).of
+    costs, gains = rng.random((4, 3)), rng.random((4, 3)).cumsum(axis=1)
+    problem = measured(plain, costs, gains)
+    (found,) = (c.configuration for c in ask(problem, rank_floor=4))
+
+    def worth(table: np.ndarray, knob: str, values: tuple[int, ...]) -> float:
+        return sum(table[layer, space.ladder(knob).index(value)] for layer, value in enumerate(values))
+
+    every = itertools.product(space.bits, repeat=4)
+    lowest = min(worth(costs, "bits", bits) for bits in every if problem.feasible(of(bits, (4,) * 4)))
+    assert worth(costs, "bits", found.bits) == pytest.approx(lowest, rel=1e-3)
+    every = itertools.product(space.ranks, repeat=4)
+    most = max(worth(gains, "rank", ranks) for ranks in every if problem.feasible(of(found.bits, ranks)))
+    assert worth(gains, "rank", found.ranks) == pytest.approx(most, rel=1e-3)
+
+
+def test_costs_that_follow_the_formula_give_what_it_gives_at_every_decay():
+    plain = toy_problem(6)
+    problem = measured(plain, rounding_error(plain), adapter_gain(plain))
+    for decay in (1.0, 0.5):
+        np.testing.assert_allclose(rounding_error(problem, decay), rounding_error(plain, decay))
+    np.testing.assert_allclose(adapter_gain(problem), adapter_gain(plain))
+
+
+def test_costs_of_a_layer_without_any_stay_zero():
+    problem = measured(toy_problem(2), np.array([[0.0, 0.0, 0.0], [4.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(rounding_error(problem, 0.5), [[0.0, 0.0, 0.0], [4.0, 2.0, 0.0]])
