@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qratk.adapters.base import AfterStep as AfterStep
     from qratk.adapters.base import Way as Way
     from qratk.adapters.matrices.drawing import initial_a as initial_a
+    from qratk.adapters.matrices.factors import Directions as Directions
     from qratk.adapters.matrices.factors import Factors as Factors
     from qratk.adapters.matrices.factors import Weighting as Weighting
     from qratk.adapters.options import AdapterOptions as AdapterOptions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from qratk.components import REGISTRIES as REGISTRIES
     from qratk.core.configuration import KNOBS as KNOBS
     from qratk.core.configuration import Configuration as Configuration
+    from qratk.core.configuration import Knob as Knob
     from qratk.core.configuration import LayerChoice as LayerChoice
     from qratk.core.errors import ConfigurationError as ConfigurationError
     from qratk.core.errors import DataError as DataError
@@ -114,6 +116,7 @@ _HOMES = {
     ),
     "qratk.adapters.matrices.drawing": ("initial_a",),
     "qratk.adapters.matrices.factors": (
+        "Directions",
         "Factors",
         "Weighting",
     ),
@@ -134,6 +137,7 @@ _HOMES = {
     "qratk.core.configuration": (
         "KNOBS",
         "Configuration",
+        "Knob",
         "LayerChoice",
     ),
     "qratk.core.errors": (

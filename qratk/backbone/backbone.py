@@ -14,7 +14,7 @@ from torch import nn
 
 from qratk.adapters.base import AdapterMethod, Adapters, stored_bytes
 from qratk.adapters.lora import Lora
-from qratk.adapters.matrices.factors import Factors, Weighting
+from qratk.adapters.matrices.factors import Factors, Told
 from qratk.adapters.options import AdapterOptions
 from qratk.adapters.starts.making import FirstValues
 from qratk.backbone.layers import (
@@ -272,7 +272,7 @@ class Backbone:
         self,
         choices: Iterable[tuple[int, int]],
         *,
-        weightings: Mapping[str, Weighting] | None = None,
+        weightings: Mapping[str, Told] | None = None,
         init: str | None = None,
     ) -> None:
         """Make first values of adapters for these (bits, rank); or map what a store has.

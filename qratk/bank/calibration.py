@@ -88,6 +88,7 @@ class Calibration:
 class _Sums:
     second: Tensor
     magnitude: Tensor
+    mean: Tensor
     tokens: int = 0
 
 
@@ -119,20 +120,26 @@ def gather(model: nn.Module, modules: Mapping[str, Any], batches: Sequence[Mappi
 def _add(sums: dict[str, _Sums], name: str, x: Tensor) -> None:
     if name not in sums:
         d_in = x.shape[-1]
-        sums[name] = _Sums(torch.zeros(d_in, d_in, device=x.device), torch.zeros(d_in, device=x.device))
+        sums[name] = _Sums(
+            torch.zeros(d_in, d_in, device=x.device),
+            torch.zeros(d_in, device=x.device),
+            torch.zeros(d_in, device=x.device),
+        )
     sums[name].second.addmm_(x.T, x)
     sums[name].magnitude.add_(x.abs().sum(dim=0))
+    sums[name].mean.add_(x.sum(dim=0))
     sums[name].tokens += len(x)
 
 
 def _mean(sums: _Sums) -> Moments:
     tokens = max(1, sums.tokens)
-    return Moments(sums.second.div_(tokens), sums.magnitude.div_(tokens), sums.tokens)
+    return Moments(sums.second.div_(tokens), sums.magnitude.div_(tokens), sums.tokens, sums.mean.div_(tokens))
 
 
 def _nothing(module: Any) -> Moments:
     d_in, device = module.in_features, module.device
-    return Moments(torch.zeros(d_in, d_in, device=device), torch.zeros(d_in, device=device), 0)
+    nothing = torch.zeros(d_in, device=device)
+    return Moments(torch.zeros(d_in, d_in, device=device), nothing, 0, nothing.clone())
 
 
 def stream_inputs(

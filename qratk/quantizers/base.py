@@ -35,11 +35,13 @@ class Moments:
         second: E[x x^T], (d_in, d_in) float32.
         magnitude: E|x|, (d_in,) float32.
         tokens: how many tokens the means are over.
+        mean: E[x], (d_in,) float32, where it was gathered.
     """
 
     second: torch.Tensor
     magnitude: torch.Tensor
     tokens: int
+    mean: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

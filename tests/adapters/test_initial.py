@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from qratk.adapters.matrices.drawing import initial_a
-from qratk.adapters.matrices.factors import Weighting, expanded, low_rank, pooled
+from qratk.adapters.matrices.drawing import initial_a, initial_weights
+from qratk.adapters.matrices.factors import Directions, Weighting, expanded, low_rank, pooled
 from qratk.adapters.matrices.fisher import fisher_weightings
+from qratk.adapters.matrices.principal import directed, without_effect
 from qratk.adapters.options import AdapterOptions
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
@@ -401,3 +402,84 @@ def test_weights_that_calibration_decides_are_approximated_as_they_are_and_not_p
         torch.testing.assert_close(product(backbone, UP), factors.b @ factors.a, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigurationError, match="init_iterations=1"):
         made(1, iterations=2)
+
+
+# Directions of the inputs
+
+
+def principal(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Variances and directions of rows about their mean, by numpy."""
+    x = rows.double().numpy()
+    _, s, vt = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    return s**2 / len(x), vt
+
+
+def shown(backbone: Backbone, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Inputs of the projection `UP` of all tokens but padding, one unpadded row at a time."""
+    seen: list[torch.Tensor] = []
+    handle = backbone.banks[UP].register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach().float()))
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        backbone.model(input_ids=ids[None, : int(mask.sum())])
+    handle.remove()
+    return torch.cat(seen)
+
+
+def calibration_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 15, (12, 16), generator=generator)
+    mask = (torch.arange(16) < torch.randint(8, 17, (12, 1), generator=generator)).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def eva(tiny_backbone: Callable[..., Backbone], *, bits: tuple[int, ...] = (4, 16), **options: Any) -> Backbone:
+    backbone = tiny_backbone("llama", bits=bits, adapter=AdapterOptions(init="eva", **options), bank_dir=None)
+    backbone.activate(Configuration.uniform(16, 0, 3), seed=0)
+    start = backbone.adapters.options.start
+    assert start is not None
+    told = start.weightings(backbone.model, backbone.banks, [calibration_batch()])
+    backbone.build_initial([(b, r) for b in bits for r in RANKS], weightings=told)
+    return backbone
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_eva_begins_at_the_principal_directions_of_the_inputs_without_effect(
+    bits: int, tiny_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = eva(tiny_backbone)
+    variances, directions = principal(shown(backbone, calibration_batch()))
+    backbone.activate(Configuration.uniform(bits, 4, 3), seed=0)
+    state = backbone.adapter_state()
+    first = state[f"{UP}.lora_A.weight"].double().numpy()
+    assert not state[f"{UP}.lora_B.weight"].any()
+    assert (np.diff(variances[:5]) < -1e-6).all()  # else they have no order
+    np.testing.assert_allclose(np.abs(np.sum(first * directions[:4], axis=1)), 1.0, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1.0, atol=1e-5)
+
+
+def test_eva_is_nested_in_rank_and_the_same_at_every_rslora_scaling(tiny_backbone: Callable[..., Backbone]) -> None:
+    firsts = []
+    for options in ({}, {"rslora": True}):
+        backbone = eva(tiny_backbone, bits=(4,), **options)
+        for rank in (4, 16):
+            backbone.activate(Configuration.uniform(4, rank, 3), seed=0)
+            firsts.append(backbone.adapter_state()[f"{UP}.lora_A.weight"][:4])
+    assert all(torch.equal(first, firsts[0]) for first in firsts)
+
+
+def test_eva_of_pooled_inputs_has_the_directions_of_their_sums(tiny_backbone: Callable[..., Backbone]) -> None:
+    backbone = eva(tiny_backbone, bits=(4,), input_groups=8)
+    _, directions = principal(pooled(shown(backbone, calibration_batch()), 8))
+    backbone.activate(Configuration.uniform(4, 2, 3), seed=0)
+    first = backbone.adapter_state()[f"{UP}.lora_A.weight"].double().numpy()
+    assert first.shape == (2, 8)
+    np.testing.assert_allclose(np.abs(np.sum(first * directions[:2], axis=1)), 1.0, atol=1e-3)
+
+
+def test_eva_leaves_components_without_a_direction_to_chance(tiny_backbone: Callable[..., Backbone]) -> None:
+    directions = Directions(torch.eye(64)[:3], torch.tensor([3.0, 2.0, 1.0]))
+    first = directed(directions, 4, 1)
+    assert torch.equal(first[:3], torch.eye(64)[:3])
+    a, b = initial_weights(UP, (32, 64), 4, AdapterOptions(init="eva"), seed=1, factors=without_effect(first, 32))
+    assert torch.equal(a[:3], torch.eye(64)[:3])
+    assert torch.equal(a[3], initial_a(UP, 4, 64, seed=1)[3])
+    assert not b.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import estimator_models as toys
@@ -242,5 +243,71 @@ def test_random_signs_are_signs_and_differ_between_seeds_and_projections() -> No
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        estimators.create(name, **options)
+
+
+def test_autoquantize_is_the_squared_gradient_of_outputs_times_their_squared_error(models: toys.Models) -> None:
+    """Against outputs and gradients of the plain model, one unpadded row at a time."""
+    batches, expected, labelled = toys.batches(), np.zeros(len(models.module.backbone.layers)), 0
+    layers = models.module.backbone.layers
+    for batch in batches:
+        for ids, mask, labels in zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
+            kept = int(mask.sum())
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+            def note(module: torch.nn.Module, args: tuple, output: torch.Tensor, *, name: str, seen: dict) -> None:
+                output.retain_grad()
+                seen[name] = args[0].detach(), output
+
+            handles = [
+                models.plain.get_submodule(name).register_forward_hook(partial(note, name=name, seen=seen))
+                for name in projections(models)
+            ]
+            logits = models.plain(input_ids=ids[None, :kept]).logits[0, :-1]
+            for handle in handles:
+                handle.remove()
+            cross_entropy(logits, labels[1:kept], ignore_index=-100).backward()
+            labelled += 1
+            for number, layer in enumerate(layers):
+                for name, bank in layer.modules:
+                    x, output = seen[name]
+                    error = x @ residual(bank).T
+                    expected[number] += float((output.grad.square() * error.square()).sum())
+    found = estimators.create("autoquantize").by_rung(models.module, batches, ladder=[toys.LOWEST, 16])
+    np.testing.assert_allclose(found[:, 0], expected / labelled, rtol=2e-4)
+    np.testing.assert_array_equal(found[:, 1], 0.0)
+    np.testing.assert_array_equal(estimate("autoquantize", models, batches), found[:, 0])
+
+
+def test_explained_variance_is_the_share_of_the_inputs_variance(models: toys.Models) -> None:
+    batches, ladder = toys.batches(), [0, 1, 4, 16, 99]
+    inputs: dict[str, list[np.ndarray]] = {name: [] for name in projections(models)}
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            handles = [
+                models.plain.get_submodule(name).register_forward_pre_hook(
+                    lambda module, args, name=name: inputs[name].append(args[0][0].detach().double().numpy())
+                )
+                for name in inputs
+            ]
+            models.plain(input_ids=ids[None, : int(mask.sum())])
+            for handle in handles:
+                handle.remove()
+    expected = np.zeros((len(models.module.backbone.layers), len(ladder)))
+    for number, layer in enumerate(models.module.backbone.layers):
+        for name, _ in layer.modules:
+            x = np.concatenate(inputs[name])
+            values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False) ** 2
+            expected[number] += [values[:rank].sum() / values.sum() for rank in ladder]
+    found = estimators.create("explained_variance").by_rung(models.module, batches, ladder=ladder)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(estimate("explained_variance", models, batches, components=4), found[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("autoquantize", {"max_batches": 0}), ("explained_variance", {"components": 0})]
+)
+def test_estimators_by_rung_refuse_options_out_of_range(name: str, options: dict[str, int]) -> None:
     with pytest.raises(ConfigurationError, match=name):
         estimators.create(name, **options)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from finetune_runs import MIXED, evaluated, measured, opened, resumed_fit, same_tensors, score_of_fit, start
@@ -246,3 +247,19 @@ def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scor
     output = last.communicate(timeout=600)[0]
     assert last.returncode == 0, output
     assert measured(tmp_path / "cut") == expected
+
+
+def test_importance_by_rung_is_that_of_estimators_that_know_it(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    create = REGISTRIES["estimators"].create
+    space = evaluator.space
+    costs = evaluator.importance_by_rung(create("autoquantize"), space, "bits")
+    assert costs.shape == (3, len(space.bits))
+    assert (np.diff(costs, axis=1) < 0).all()
+    np.testing.assert_allclose(costs[:, 0], evaluator.importance(create("autoquantize"), space))
+    gains = evaluator.importance_by_rung(create("explained_variance"), space, "rank")
+    assert gains.shape == (3, len(space.ranks))
+    assert (np.diff(gains, axis=1) > 0).all()
+    assert evaluator.importance_by_rung(create("fisher_residual"), space, "bits") is None

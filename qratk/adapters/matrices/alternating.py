@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qratk.adapters.matrices.factors import Factors, Weighting, expanded, low_rank
+from qratk.adapters.matrices.factors import Directions, Factors, Weighting, expanded, low_rank
 from qratk.adapters.starts.base import Residual
 from qratk.bank.linear import Packed
 
@@ -17,6 +17,7 @@ def alternated(residual: Residual, rank: int, iterations: int) -> tuple[Packed, 
     the weighted error rises, with what was there before; without one after all iterations, as in PEFT.
     """
     chosen, weighting, group = residual.chosen, residual.weighting, residual.group
+    assert not isinstance(weighting, Directions)  # it is what the start itself asked for
     weight = residual.weight.float()
     best: tuple[Packed, Factors] | None = None
     lowest = float("inf")

@@ -53,7 +53,8 @@ def initial_weights(
     """Matrices of a fresh adapter, A (rank, d_in / group) and B (d_out, rank), float32 on the CPU.
 
     With factors, scaling * B A is what they stand for, and nested in rank as they are; a component that they have none
-    of begins as by default, with a random row of A and zeros in B, since an adapter of zeros would never learn.
+    of begins as by default, with a random row of A and zeros in B, since an adapter of zeros would never learn. Where b
+    alone is zero, A begins as it says, without scaling.
     """
     a = initial_a(name, rank, shape[1] // options.input_group, seed=seed)
     b = torch.zeros(shape[0], rank)
@@ -63,7 +64,9 @@ def initial_weights(
         raise ConfigurationError(f"{name}: the initial adapters were made for ranks up to {factors.rank}, not {rank}")
     used = factors.used[:rank].nonzero()[:, 0]
     scale = options.scaling(rank) ** -0.5
-    a[used], b[:, used] = factors.a[used] * scale, factors.b[:, used] * scale
+    effect = factors.b[:, used].any(dim=0)
+    a[used] = factors.a[used] * torch.where(effect, scale, 1.0)[:, None]
+    b[:, used] = factors.b[:, used] * scale
     return a, b
 
 

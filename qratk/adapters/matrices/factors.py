@@ -19,7 +19,7 @@ class Factors:
     """First values of an adapter before scaling: b @ a, pooled inputs expanded, approximates a residual.
 
     a: (R, d_in / group), b: (d_out, R), float32 on the CPU, largest component first. A component of zeros says that
-    the residual has none left.
+    the residual has none left; one of which b alone is zeros has no effect at first, and a is its direction.
     """
 
     a: Tensor
@@ -33,7 +33,7 @@ class Factors:
     @property
     def used(self) -> Tensor:
         """Which components are there, (R,) bool."""
-        return self.b.any(dim=0)
+        return self.a.any(dim=1) | self.b.any(dim=0)
 
     def covers(self, rank: int) -> bool:
         """Whether all of the components up to this rank are known."""
@@ -52,6 +52,27 @@ class Weighting:
         """SHA-256 of the values, shortened."""
         content = torch.cat([self.rows, self.columns]).numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions that the inputs of a projection vary in: rows (R, d_in), orthonormal, and variances (R,), falling.
+
+    Both are float32 on the CPU; there are no rows where there were no inputs.
+    """
+
+    rows: Tensor
+    variances: Tensor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the values, shortened."""
+        content = torch.cat([self.rows.flatten(), self.variances]).numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+Told = Weighting | Directions
+"""What calibration batches say of a projection, for starts that ask."""
 
 
 def low_rank(residual: Tensor, rank: int, *, weighting: Weighting | None = None, group: int = 1) -> Factors:

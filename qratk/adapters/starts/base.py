@@ -1,54 +1,57 @@
-"""The contract of starts: first values of adapters that approximate what quantisation took away."""
+"""The contract of starts: first values of adapters, such as approximate what quantisation took away."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qratk.adapters.matrices.factors import Factors, Weighting
+    from qratk.adapters.matrices.factors import Directions, Factors, Weighting
     from qratk.bank.linear import BankLinear, Packed
     from qratk.bank.table import Chosen
 
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """A projection whose quantisation error an adapter is to make up for.
+    """A projection with its quantisation error, which an adapter may make up for.
 
     Attributes:
         weight: at full precision, (d_out, d_in).
         packed: the weight as the bank has it.
         chosen: what packed it, and packs it anew.
         group: inputs that the adapter sums into one.
-        weighting: what errors cost, for starts that ask for it.
+        weighting: what errors cost, or the directions of the inputs, for starts that ask.
     """
 
     weight: Tensor
     packed: Packed
     chosen: Chosen
     group: int = 1
-    weighting: Weighting | None = None
+    weighting: Weighting | Directions | None = None
 
 
 class Start(ABC):
     """First values of adapters, made from full-precision weights when the bank is built."""
 
+    approximates: ClassVar[bool] = True
+    """Whether the values make up for the quantisation error, of which 16 bits have none; else B is zero at first."""
+
     @property
     @abstractmethod
     def weighted(self) -> bool:
-        """Whether errors are weighted by what calibration batches say: `weightings` is asked for then."""
+        """Whether calibration batches have a say, in what errors cost, say: `weightings` is asked for then."""
 
     @abstractmethod
     def weightings(
         self, model: nn.Module, projections: Mapping[str, BankLinear], batches: Sequence[dict[str, Any]]
-    ) -> Mapping[str, Weighting]:
-        """Weighting of every projection, from a model at full precision and without adapters; empty if unweighted."""
+    ) -> Mapping[str, Weighting | Directions]:
+        """What they say of every projection, from a model at full precision and without adapters; else empty."""
 
     @abstractmethod
     def begin(self, residual: Residual, rank: int, iterations: int) -> tuple[Packed, Factors]:

@@ -12,7 +12,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.quantizers.base import PackedBytes, Quantizer
 
 if TYPE_CHECKING:
-    from qratk.adapters.matrices.factors import Factors, Weighting
+    from qratk.adapters.matrices.factors import Factors, Told
     from qratk.bank.linear import BankLinear, Packed
 
 _A, _B = "initial_a", "initial_b"
@@ -66,7 +66,7 @@ class InitialPart:
         own = self.chosen.packed_bytes(shape) if self.repacked else PackedBytes(0, 0)
         return PackedBytes(own.weights, own.metadata + factors)
 
-    def build(self, bank: BankLinear, bits: int, weighting: Weighting | None) -> Packed:
+    def build(self, bank: BankLinear, bits: int, weighting: Told | None) -> Packed:
         """The tensors that are kept, from the bank's reference and its packed weight."""
         start = self.options.start
         assert start is not None  # else there is nothing to keep

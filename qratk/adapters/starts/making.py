@@ -13,7 +13,7 @@ from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers.none import NoQuantizer
 
 if TYPE_CHECKING:
-    from qratk.adapters.matrices.factors import Factors, Weighting
+    from qratk.adapters.matrices.factors import Factors, Told
     from qratk.bank.linear import BankLinear, Packed
     from qratk.bank.store import BankStore, Part, Plan
 
@@ -48,7 +48,7 @@ class FirstValues:
     def build(
         self,
         choices: Iterable[tuple[int, int]],
-        weightings: Mapping[str, Weighting] | None,
+        weightings: Mapping[str, Told] | None,
         store: Callable[[], BankStore | None],
     ) -> None:
         """Make the values for these (bits, rank), or map what the store has; a weighted start needs the weightings.
@@ -65,9 +65,7 @@ class FirstValues:
             self._build(bits, rank, (weightings or {}) if start.weighted else {}, files)
         self._made.update(wanted)
 
-    def _require(
-        self, start: Start, weightings: Mapping[str, Weighting] | None, wanted: Sequence[tuple[int, int]]
-    ) -> None:
+    def _require(self, start: Start, weightings: Mapping[str, Told] | None, wanted: Sequence[tuple[int, int]]) -> None:
         if start.weighted and weightings is None:
             raise ConfigurationError(
                 f"{self._options.init!r} needs the Fisher weights of calibration batches, and none were given"
@@ -87,12 +85,12 @@ class FirstValues:
         largest = dict(wanted)  # sorted: the last of each bit-width
         return [(b, -(-r // BLOCK) * BLOCK) for b, r in largest.items() if r > held.get(b, 0)]
 
-    def _build(self, bits: int, rank: int, weightings: Mapping[str, Weighting], store: BankStore | None) -> None:
+    def _build(self, bits: int, rank: int, weightings: Mapping[str, Told], store: BankStore | None) -> None:
         from qratk.bank.store import Plan
 
         layers = tuple(
-            (layer, tuple(self._part(layer, n, bits, rank, weightings) for n, bank in modules if _packs(bank, bits)))
-            for layer, modules in self._layers
+            (name, tuple(self._part(name, n, bits, rank, weightings) for n, b in modules if self._begins(b, bits)))
+            for name, modules in self._layers
         )
         plan = Plan(bits, layers, next(iter(self._banks.values())).device.type)
         for index, (_, parts) in enumerate(layers):
@@ -100,7 +98,7 @@ class FirstValues:
             for each in parts:
                 self._take(each, bits, rank, made[each.name])
 
-    def _part(self, layer: str, name: str, bits: int, rank: int, weightings: Mapping[str, Weighting]) -> Part:
+    def _part(self, layer: str, name: str, bits: int, rank: int, weightings: Mapping[str, Told]) -> Part:
         from qratk.bank.digests import checksum
         from qratk.bank.store import Part
 
@@ -114,7 +112,7 @@ class FirstValues:
         return Part(name, bank.shape, chosen)
 
     def _tensors(
-        self, plan: Plan, index: int, weightings: Mapping[str, Weighting], store: BankStore | None
+        self, plan: Plan, index: int, weightings: Mapping[str, Told], store: BankStore | None
     ) -> dict[str, Packed]:
         def build() -> dict[str, Packed]:
             import torch
@@ -140,7 +138,7 @@ class FirstValues:
 
         Raises `QuantizationError` where `build` was not asked for them.
         """
-        if not rank or self._options.start is None or not _packs(self._banks[name], bits):
+        if not rank or self._options.start is None or not self._begins(self._banks[name], bits):
             return None
         factors = self._factors.get((name, bits, rank)) or self._factors.get((name, bits, None))
         if factors is None:
@@ -150,6 +148,8 @@ class FirstValues:
             )
         return factors
 
-
-def _packs(bank: BankLinear, bits: int) -> bool:
-    return not isinstance(bank.require(bits).quantizer, NoQuantizer)
+    def _begins(self, bank: BankLinear, bits: int) -> bool:
+        """Whether the start has values for a projection: at 16 bits there is no error to make up for."""
+        start = self._options.start
+        assert start is not None  # else there is nothing to begin with
+        return not start.approximates or not isinstance(bank.require(bits).quantizer, NoQuantizer)
