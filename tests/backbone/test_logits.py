@@ -144,6 +144,23 @@ def test_a_model_that_ignores_positions_or_masks_shares_no_prompts(family: str, 
     assert shared_length(Deaf(model, argument)) == 0
 
 
+@pytest.mark.parametrize(("deaf_to", "share", "shares"), [("", 0.006, True), ("", 0.1, False), ("mask", 0.006, False)])
+def test_what_deep_models_round_off_in_16_bits_is_no_mistake(
+    deaf_to: str, share: float, shares: bool, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(model: Any, batch: Any) -> torch.Tensor:
+        logits = labelled_logits(model, batch).float()
+        return logits + share * logits.std(-1).mean() * torch.randn(logits.shape, generator=noise) / 2**0.5
+
+    monkeypatch.setattr("qratk.backbone.logits.labelled_logits", rounded)
+    model: Any = tiny_model("llama").to(torch.float16)
+    for layer in model.model.layers:  # so that positions count, as in a model that was trained
+        layer.self_attn.q_proj.weight.data.mul_(30)
+    assert (shared_length(Deaf(model, "attention_mask") if deaf_to else model) > 0) is shares
+
+
 @pytest.mark.parametrize("family", ["bloom", "mpt", "mamba"])
 def test_families_without_free_masks_are_scored_row_by_row(family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
