@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Footprint
@@ -61,10 +63,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Request:
-    """A candidate to be fine-tuned to a number of optimiser steps and scored."""
+    """A candidate to be fine-tuned to a number of optimiser steps and scored.
+
+    `replicate` counts runs of the same with fresh seeds, of the order of the training data and of the adapters; 0 is
+    the run with the seeds that were given, which the search decides by. See `replicate_seed`.
+    """
 
     candidate: Candidate
     steps: int
+    replicate: int = 0
 
     @property
     def configuration(self) -> Configuration:
@@ -83,6 +90,7 @@ class Evaluation:
     `checkpoint` names the stored adapter and optimiser state, relative to the run directory.
     `trained_as` is the digest of the configuration that was trained for this one, where several configurations may have
     one training in common: its steps were then trained once for all of them. None where each has its own.
+    `replicate` is that of the request: 0 with the seeds that were given, else with fresh ones.
     """
 
     configuration: Configuration
@@ -96,6 +104,7 @@ class Evaluation:
     checkpoint: str | None = None
     figures: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     trained_as: str | None = None
+    replicate: int = 0
 
     def __post_init__(self) -> None:
         if self.status == "ok" and not math.isfinite(self.score):
@@ -135,8 +144,18 @@ class SurrogateQuality:
     low_fidelity_spearman: float
 
 
+def replicate_seed(seed: int, replicate: int) -> int:
+    """Seed of a replicate: the given one of number 0, else 32 bits that depend on both numbers.
+
+    They come from numpy's `SeedSequence`, spawned by the number, so that replicate 1 of seed 0 is not seed 1.
+    """
+    if not replicate:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(replicate,)).generate_state(1)[0])
+
+
 class History:
-    """Append-only record of evaluations; at most one for each configuration and number of steps."""
+    """Append-only record of evaluations; at most one for each configuration and number of steps, and no replicates."""
 
     def __init__(self, evaluations: Iterable[Evaluation] = ()) -> None:
         self._evaluations: list[Evaluation] = []

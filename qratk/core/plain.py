@@ -56,6 +56,7 @@ def record_data(record: Record) -> dict[str, Any]:
         "origin": candidate.origin,
         "parents": list(candidate.parents),
         "trained_as": evaluation.trained_as,
+        "replicate": evaluation.replicate,
     }
 
 

@@ -47,6 +47,7 @@ class TaskData(LightningDataModule, Task):
     """
 
     start_batch: int = 0
+    replicate: int = 0
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class TaskData(LightningDataModule, Task):
 
         Endless, unless a Trainer fits without `max_steps` or for a number of epochs. Several devices share them out.
         """
-        place = Place(lambda: self.trainer, self.start_batch)
+        place = Place(lambda: self.trainer, self.start_batch, self.replicate)
         return self._batches.training(self.training_rows(), self.collate, place)
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qratk.core.errors import DataError
+from qratk.core.evaluation import replicate_seed
 from qratk.data.batches import Batch, scoring_batches
 from qratk.data.encoding import Encoded
 from qratk.data.sampler import StepSampler
@@ -23,10 +24,11 @@ _LARGEST_BATCH: Final = 65_536
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run training is: the Trainer, if any, and the micro-batch that it began with."""
+    """Where in the run training is: the Trainer, if any, the micro-batch that it began with, and which replicate."""
 
     trainer: Callable[[], Trainer | None]
     start_batch: int
+    replicate: int = 0
 
     @property
     def counts_epochs(self) -> bool:
@@ -73,8 +75,9 @@ class Batches:
         """Loader of this replica's training batches."""
         rank, replicas = replica(place.trainer())
         length = -(-len(rows) // (self.batch_size * replicas)) if place.counts_epochs else None
+        seed = replicate_seed(self.seed, place.replicate)
         sampler = StepSampler(
-            len(rows), self.batch_size, self.seed, place.start_batch, length=length, rank=rank, replicas=replicas,
+            len(rows), self.batch_size, seed, place.start_batch, length=length, rank=rank, replicas=replicas,
             done=place.batches_done,
         )  # fmt: skip
         return TrainingLoader(rows, sampler, collate, num_workers=self.num_workers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from lightning import Trainer
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import replicate_seed
 from qratk.core.memory import Footprint
 from qratk.data.base import TaskData
 from qratk.evaluators._footprints import Footprints
@@ -73,6 +75,30 @@ class FineTuning:
             SideBySide(module, data, trainers, rungs),
         )
 
+    @contextmanager
+    def replicated(self, replicate: int) -> Iterator[FineTuning]:
+        """Context in which trainings have the seeds of a replicate, with what measures there; number 0 is this one.
+
+        Fresh are the order of the training rows, the first values of adapters, and dropout; which rows are in which
+        split, and what is calibrated on, stay. States lie in a folder of the replicate's own.
+        """
+        if not replicate:
+            yield self
+            return
+        module, data, rungs = self.module, self.data, self.rungs.of_replicate(replicate)
+        given = module.options
+        module.options = replace(given, seed=replicate_seed(given.seed, replicate))
+        data.replicate = replicate
+        try:
+            yield replace(
+                self,
+                rungs=rungs,
+                alone=Alone(module, data, self.trainers, rungs),
+                side_by_side=SideBySide(module, data, self.trainers, rungs),
+            )
+        finally:
+            module.options, data.replicate = given, 0
+
     @property
     def limits(self) -> CohortLimits:
         """What keeps candidates from being trained side by side."""
@@ -106,9 +132,10 @@ class FineTuning:
         method = self.module.backbone.adapters.method
         return method.trained(configuration).digest if method.shares_trainings else None
 
-    def checkpoint(self, configuration: Configuration, steps: int) -> str:
+    def checkpoint(self, configuration: Configuration, steps: int, replicate: int = 0) -> str:
         """Where a state lies, in the run folder."""
-        return str(self.rungs.path(configuration, steps).relative_to(self.context.run_dir))
+        path = self.rungs.of_replicate(replicate).path(configuration, steps)
+        return str(path.relative_to(self.context.run_dir))
 
 
 def _placed(module: FineTuneModule, trainers: QuietTrainers) -> tuple[torch.device, str]:

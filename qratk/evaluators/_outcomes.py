@@ -61,6 +61,7 @@ class Measured:
         seconds: that it took.
         checkpoint: where its state lies if it was trained, in the run folder; None for nowhere.
         trained_as: digest of the configuration that was trained, where others may share that; None otherwise.
+        replicate: that of the request.
     """
 
     configuration: Configuration
@@ -69,6 +70,7 @@ class Measured:
     seconds: float
     checkpoint: str | None
     trained_as: str | None = None
+    replicate: int = 0
 
     def evaluation(self, outcome: Trained | Failed | OutOfMemory) -> Evaluation:
         """Evaluation with the score of an outcome, or with its reason: of the candidate ("failed") or the machine."""
@@ -82,6 +84,7 @@ class Measured:
             status="failed",
             seconds=self.seconds,
             trained_as=self.trained_as,
+            replicate=self.replicate,
         )
         if isinstance(outcome, OutOfMemory):
             return replace(failed, status="lost", reason=outcome.reason)

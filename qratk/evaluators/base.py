@@ -87,6 +87,14 @@ class Evaluator(ABC):
             "or use the evaluator 'finetune'"
         )
 
+    @property
+    def replicates(self) -> bool:
+        """Whether the `replicate` of a request is honoured: fresh seeds for each, of whatever is drawn in a training.
+
+        By default not: a search that confirms its answer with fresh seeds is then refused before it begins.
+        """
+        return False
+
     @abstractmethod
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes over a space of these layers; called before anything is measured."""
@@ -113,8 +121,8 @@ class Evaluator(ABC):
 
         A group has one number of steps. It is one of those that `groups` makes, or what is left of one, or a single
         request. A candidate measured at a lower rung continues from its checkpoint, bit-identical to not having
-        stopped. A failure is returned with its reason: as "failed" where it is the candidate's (loss not finite), as
-        "lost" where it is the machine's (out of memory).
+        stopped. An evaluation has the `replicate` of its request. A failure is returned with its reason: as "failed"
+        where it is the candidate's (loss not finite), as "lost" where it is the machine's (out of memory).
         """
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:

@@ -115,6 +115,11 @@ class FineTuneEvaluator(Evaluator):
 
         check_shared(ladder)
 
+    @property
+    def replicates(self) -> bool:
+        """A replicate has fresh seeds of the order of the training rows, of adapters and of dropout."""
+        return True
+
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes; the peaks are for the datamodule's batch size and length.
 
@@ -151,41 +156,48 @@ class FineTuneEvaluator(Evaluator):
         return module, self.parts.calibration_batches(self.calibration_batches, self.calibration_batch_size)
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Requests that continue from the same rung, in cohorts of nearly equal size."""
+        """Requests of one replicate that continue from the same rung, in cohorts of nearly equal size."""
         return self.grouping.groups(requests)
 
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations of a group, which is trained side by side as far as memory allows; one training, once."""
-        configurations, steps = [request.configuration for request in group], group[0].steps
-        if len({self.parts.rungs.trained(configuration) for configuration in configurations}) == 1:
-            return [evaluation for each in configurations for evaluation in self._evaluate([each], steps)]
-        return self._evaluate(configurations, steps)
+        if len({self.parts.rungs.trained(request.configuration) for request in group}) == 1:
+            return [evaluation for each in group for evaluation in self._evaluate([each])]
+        return self._evaluate(group)
 
-    def _evaluate(self, configurations: Sequence[Configuration], steps: int) -> list[Evaluation]:
+    def _evaluate(self, group: Sequence[Request]) -> list[Evaluation]:
         began = time.monotonic()
-        outcomes = caught(lambda: self._outcomes(configurations, steps))
+        outcomes = caught(lambda: self._outcomes(group))
         if isinstance(outcomes, OutOfMemory):
             free_memory(self.parts.module)
-            if len(configurations) > 1:
-                half = self.grouping.halved(len(configurations))
-                return self._evaluate(configurations[:half], steps) + self._evaluate(configurations[half:], steps)
+            if len(group) > 1:
+                half = self.grouping.halved(len(group))
+                return self._evaluate(group[:half]) + self._evaluate(group[half:])
         found = [outcomes] if isinstance(outcomes, OutOfMemory) else outcomes
-        seconds = (time.monotonic() - began) / len(configurations)
+        seconds = (time.monotonic() - began) / len(group)
         return [
-            self._measured(configuration, steps, seconds).evaluation(outcome)
-            for configuration, outcome in zip(configurations, found, strict=True)
+            self._measured(request, seconds).evaluation(outcome) for request, outcome in zip(group, found, strict=True)
         ]
 
-    def _outcomes(self, configurations: Sequence[Configuration], steps: int) -> Sequence[Trained | Failed]:
+    def _outcomes(self, group: Sequence[Request]) -> Sequence[Trained | Failed]:
         self.parts.preparation.finish(self.space)
-        if len(configurations) > 1:
-            return self.parts.side_by_side.measured(configurations, steps)
-        return [self.parts.alone.measured(configurations[0], steps)]
+        configurations, steps = [request.configuration for request in group], group[0].steps
+        with self.parts.replicated(group[0].replicate) as parts:
+            if len(group) > 1:
+                return parts.side_by_side.measured(configurations, steps)
+            return [parts.alone.measured(configurations[0], steps)]
 
-    def _measured(self, configuration: Configuration, steps: int, seconds: float) -> Measured:
-        checkpoint = self.parts.checkpoint(configuration, steps)
-        trained_as = self.parts.trained_as(configuration)
-        return Measured(configuration, steps, self.footprint(configuration), seconds, checkpoint, trained_as)
+    def _measured(self, request: Request, seconds: float) -> Measured:
+        configuration, steps = request.configuration, request.steps
+        return Measured(
+            configuration,
+            steps,
+            self.footprint(configuration),
+            seconds,
+            self.parts.checkpoint(configuration, steps, request.replicate),
+            self.parts.trained_as(configuration),
+            request.replicate,
+        )
 
     def _fastest_cohort(self, configurations: Sequence[Configuration]) -> int:
         self.parts.preparation.finish(self.space)
@@ -198,7 +210,8 @@ class FineTuneEvaluator(Evaluator):
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
         self.parts.preparation.finish(self.space)
-        return self.parts.alone.tested(evaluation.configuration, evaluation.steps)
+        with self.parts.replicated(evaluation.replicate) as parts:
+            return parts.alone.tested(evaluation.configuration, evaluation.steps)
 
     def prepare_test(self) -> bool:
         """Read and encode the test split; False when the data have none."""
@@ -207,7 +220,8 @@ class FineTuneEvaluator(Evaluator):
 
     def discard(self, evaluation: Evaluation) -> None:
         """Delete a checkpoint; one that is gone already is no error."""
-        self.parts.rungs.discard(evaluation.configuration, evaluation.steps)
+        rungs = self.parts.rungs.of_replicate(evaluation.replicate)
+        rungs.discard(evaluation.configuration, evaluation.steps)
 
     @property
     def item_weights(self) -> tuple[float, ...] | None:

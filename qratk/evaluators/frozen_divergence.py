@@ -108,6 +108,11 @@ class FrozenDivergenceEvaluator(Evaluator):
         """The backbone's layers."""
         return self._finetune.shapes
 
+    @property
+    def replicates(self) -> bool:
+        """As for fine-tuning; the lowest rung draws nothing."""
+        return True
+
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """As for fine-tuning."""
         return self._finetune.memory_model(space)
@@ -138,7 +143,10 @@ class FrozenDivergenceEvaluator(Evaluator):
         """Divergences at the lowest rung, above it what fine-tuning comes to."""
         if not self._is_proxy(group[0].steps):
             return self._finetune.evaluate(group)
-        return [self._compared(request.configuration, request.steps) for request in group]
+        return [
+            replace(self._compared(request.configuration, request.steps), replicate=request.replicate)
+            for request in group
+        ]
 
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """As for fine-tuning; of an evaluation at the lowest rung, metrics of the model without adapters."""

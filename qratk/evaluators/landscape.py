@@ -13,8 +13,8 @@ cross between rungs and short runs mislead.
 Drawn for each layer: s its sensitivity to low bits, a what it can learn, c which share of the quantisation error its
 adapter can make up for, p and v how many ranks and how long that takes. k: errors of all layers add up worse than their
 sum; n: those of neighbours compound or cancel. x: what short runs like for no good reason, in a random direction u of
-log2 bits and log2 ranks. The noise is drawn from a hash of (seed, configuration, steps) and shrinks with the square
-root of the steps.
+log2 bits and log2 ranks. The noise is drawn from a hash of (seed, configuration, steps), and of the replicate where
+that is not the first, and shrinks with the square root of the steps.
 
 A configuration with shared settings has their worth on top: a learning rate v loses c (log10 v - log10 v*)^2, v* being
 the best rate and c its curvature; each value of any other setting is worth a draw from a normal distribution.
@@ -240,15 +240,15 @@ class Landscape:
         """The settings of a space that are worth most."""
         return max(space.all_shared, key=self.worth)
 
-    def score(self, configuration: Configuration, steps: int) -> float:
-        """Score with the noise that belongs to (configuration, steps)."""
-        rng = np.random.default_rng(self.hash(configuration, steps))
+    def score(self, configuration: Configuration, steps: int, replicate: int = 0) -> float:
+        """Score with the noise that belongs to (configuration, steps, replicate)."""
+        rng = np.random.default_rng(self.hash(configuration, steps, replicate))
         noise = self.parameters["noise"] * np.sqrt(self.total_steps / steps) * rng.standard_normal()
         return self.true_score(configuration, steps) + float(noise)
 
-    def hash(self, configuration: Configuration, steps: int) -> int:
-        """64 bits that depend on the landscape, the configuration and the steps alone."""
-        text = f"{self.seed}|{configuration}|{steps}"
+    def hash(self, configuration: Configuration, steps: int, replicate: int = 0) -> int:
+        """64 bits that depend on the landscape, the configuration, the steps and the replicate alone."""
+        text = f"{self.seed}|{configuration}|{steps}" + (f"|{replicate}" if replicate else "")
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

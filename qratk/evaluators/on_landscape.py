@@ -111,14 +111,21 @@ class LandscapeEvaluator(Evaluator):
             return float(self.importance_noise)
         return float(np.random.default_rng([self.landscape.seed, 7]).uniform(*self.importance_noise))
 
-    def measure(self, configuration: Configuration, steps: int) -> Evaluation:
-        """One evaluation: `items` outcomes whose mean is the score, or a failure."""
+    @property
+    def replicates(self) -> bool:
+        """Each replicate has a noise of its own."""
+        return True
+
+    def measure(self, configuration: Configuration, steps: int, replicate: int = 0) -> Evaluation:
+        """One evaluation: `items` outcomes whose mean is the score, or a failure, the same in every replicate."""
         footprint = self.footprint(configuration)
         if self.landscape.hash(configuration, 0) < self.failures * 2**64:
             return Evaluation(
-                configuration, steps, float("-inf"), footprint, status="failed", reason="loss is not finite (simulated)"
-            )
-        outcomes = self._outcomes(configuration, steps)
+                configuration, steps, float("-inf"), footprint, status="failed",
+                reason="loss is not finite (simulated)", replicate=replicate,
+            )  # fmt: skip
+        outcomes = self._outcomes(configuration, steps, replicate)
+        folder = f"{configuration.digest}-{steps}" + (f"-{replicate}" if replicate else "")
         return Evaluation(
             configuration,
             steps,
@@ -126,14 +133,15 @@ class LandscapeEvaluator(Evaluator):
             footprint,
             tuple(outcomes.tolist()),
             steps * self.seconds_per_step,
-            checkpoint=f"{files.CHECKPOINTS}/{configuration.digest}-{steps}",
+            checkpoint=f"{files.CHECKPOINTS}/{folder}",
+            replicate=replicate,
         )
 
-    def _outcomes(self, configuration: Configuration, steps: int) -> Array:
+    def _outcomes(self, configuration: Configuration, steps: int, replicate: int) -> Array:
         """Score plus the items' own difficulty, the same for all configurations, plus a little of each, mean 0."""
-        own = 0.1 * np.random.default_rng([self.landscape.hash(configuration, steps), 4]).normal(size=self.items)
-        spread = self._difficulty + own
-        outcomes: Array = self.landscape.score(configuration, steps) + spread - spread.mean()
+        drawn = np.random.default_rng([self.landscape.hash(configuration, steps, replicate), 4])
+        spread = self._difficulty + 0.1 * drawn.normal(size=self.items)
+        outcomes: Array = self.landscape.score(configuration, steps, replicate) + spread - spread.mean()
         return outcomes
 
     def test(self, evaluation: Evaluation) -> dict[str, float]:

@@ -31,7 +31,7 @@ class SimulatedEvaluator(LandscapeEvaluator):
 
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations in the order of the requests, which may have any steps."""
-        return [self.measure(request.configuration, request.steps) for request in group]
+        return [self.measure(request.configuration, request.steps, request.replicate) for request in group]
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """All at once: one transaction of the journal takes longer than a thousand evaluations."""

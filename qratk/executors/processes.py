@@ -143,6 +143,7 @@ class Processes(Executor):
                 self._begun.evaluator.footprint(request.configuration),
                 status="lost",
                 reason=reason,
+                replicate=request.replicate,
             )
             for request in group
         ]

@@ -39,22 +39,21 @@ CREATE TABLE IF NOT EXISTS evaluations (
     score REAL NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, seconds REAL NOT NULL, checkpoint TEXT,
     footprint TEXT NOT NULL, outcomes TEXT NOT NULL,
     phase TEXT NOT NULL, generation INTEGER NOT NULL, origin TEXT NOT NULL, parents TEXT NOT NULL,
-    figures TEXT NOT NULL DEFAULT '{}', trained_as TEXT,
-    UNIQUE (configuration, steps)
+    figures TEXT NOT NULL DEFAULT '{}', trained_as TEXT, replicate INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (configuration, steps, replicate)
 );
 CREATE TABLE IF NOT EXISTS decisions (position INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, value TEXT NOT NULL);
 """
 _CHECKS = """
 CREATE TABLE IF NOT EXISTS checks (part TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (part, key))
 """
-_LATER: Final = {"figures": "TEXT NOT NULL DEFAULT '{}'", "trained_as": "TEXT"}
-"""Columns of evaluations that journals from before they were thought of lack, and their types."""
 _NESTED: Final = ("footprint", "outcomes", "parents", "figures")
 _COLUMNS: Final = {
     "meta": ("key", "value"),
     "evaluations": (
         "position", "configuration", "digest", "steps", "score", "status", "reason", "seconds", "checkpoint",
         "footprint", "outcomes", "phase", "generation", "origin", "parents", "figures", "trained_as",
+        "replicate",
     ),
     "decisions": ("key", "value"),
 }  # fmt: skip
@@ -96,8 +95,8 @@ class Journal:
                 undo.callback(self._database.close)
                 found = self._opened()
             undo.pop_all()
-        self._records = {(r.evaluation.configuration, r.evaluation.steps): r for r in found.records}
-        self._withdrawn: dict[tuple[Configuration, int], int] = {}
+        self._records = {_key(r.evaluation): r for r in found.records}
+        self._withdrawn: dict[_Key, int] = {}
         self._decisions = dict(found.decisions)
         self._meta = dict(found.meta)
 
@@ -150,9 +149,9 @@ class Journal:
                 + "\nGive those settings again to resume it, or another --run_dir to start anew."
             )
 
-    def evaluation(self, configuration: Configuration, steps: int) -> Record | None:
-        """What was measured of a configuration at a number of steps, if anything."""
-        return self._records.get((configuration, steps))
+    def evaluation(self, configuration: Configuration, steps: int, replicate: int = 0) -> Record | None:
+        """What was measured of a configuration at a number of steps, in a replicate, if anything."""
+        return self._records.get((configuration, steps, replicate))
 
     def append(self, candidate: Candidate, evaluation: Evaluation) -> Record:
         """The record of an evaluation, on disk when this returns."""
@@ -160,7 +159,7 @@ class Journal:
 
     def extend(self, measured: Sequence[tuple[Candidate, Evaluation]]) -> list[Record]:
         """The records of evaluations that belong together: when this returns all are on disk, before it none is."""
-        keys = [(evaluation.configuration, evaluation.steps) for _, evaluation in measured]
+        keys = [_key(evaluation) for _, evaluation in measured]
         unused = count(len(self._records) + len(self._withdrawn))
         again = [self._withdrawn[key] for key in keys if key in self._withdrawn]
         records = [
@@ -184,7 +183,7 @@ class Journal:
         """
         taken = tuple(record for record in self.records if which(record.evaluation))
         for record in taken:
-            key = (record.evaluation.configuration, record.evaluation.steps)
+            key = _key(record.evaluation)
             self._withdrawn[key] = self._records.pop(key).index
         return taken
 
@@ -213,12 +212,17 @@ class Journal:
         found = _contents(self._database)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        if "checks" not in _tables(self._database) or not _columns(self._database, "evaluations") >= _LATER.keys():
+        former = _present(self._database, "evaluations")
+        if "checks" not in _tables(self._database) or former != _COLUMNS["evaluations"]:
             with self._transaction():
+                if former:  # copied, since what makes a row one of its kind may be another thing by now
+                    self._database.execute("ALTER TABLE evaluations RENAME TO former")
                 for statement in (*_SCHEMA.split(";"), _CHECKS, "DELETE FROM checks"):
                     self._database.execute(statement)
-                for column in _LATER.keys() - _columns(self._database, "evaluations"):
-                    self._database.execute(f"ALTER TABLE evaluations ADD COLUMN {column} {_LATER[column]}")
+                if former:
+                    columns = ", ".join(former)
+                    self._database.execute(f"INSERT INTO evaluations ({columns}) SELECT {columns} FROM former")
+                    self._database.execute("DROP TABLE former")
                 for table in _COLUMNS:
                     self._check(table, _rows(self._database, table))
         return found
@@ -252,6 +256,14 @@ class Journal:
                 f"cannot write {self.path}: {error}. Free some space, then run the same command to go on; "
                 "what was measured before is kept."
             ) from error
+
+
+_Key = tuple[Configuration, int, int]
+
+
+def _key(evaluation: Evaluation) -> _Key:
+    """What there is one evaluation of: a configuration at a number of steps, in a replicate."""
+    return evaluation.configuration, evaluation.steps, evaluation.replicate
 
 
 def _texts(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -82,6 +82,21 @@ class EvaluatorContract:
         assert found[0].score != found[1].score
         assert found[0].footprint == found[1].footprint == memory.footprint(configurations[0])
 
+    def test_replicates_are_told_or_not_promised(self, opened: Callable[[], Evaluator]) -> None:
+        evaluator = opened()
+        if not evaluator.replicates:
+            return
+        sound = next(e for e in evaluator.evaluate(some_requests(evaluator)) if e.ok and e.steps == LADDER.highest)
+        candidate = Candidate(sound.configuration, "uniform", phase="confirmation")
+        asked = [Request(candidate, LADDER.highest, number) for number in (1, 2)]
+        found = [evaluation for group in evaluator.groups(asked) for evaluation in evaluator.evaluate(group)]
+        assert [e.replicate for e in (sound, *found)] == [0, 1, 2]
+        assert len({e.score for e in (sound, *found)}) == 3  # a fresh seed each
+        assert {e.footprint for e in found} == {sound.footprint}
+        again = opened()
+        for request, expected in zip(asked[::-1], found[::-1], strict=True):
+            assert told(again.evaluate([request])[0]) == told(expected)
+
     def test_importance_is_one_a_layer_finite_and_not_negative(self, opened: Callable[[], Evaluator]) -> None:
         evaluator = opened()
         scores = evaluator.importance(estimators.create("uniform"), space_of(evaluator))

@@ -81,7 +81,7 @@ class ToyEvaluator(LandscapeEvaluator):
     def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:
         """Evaluations in the order of the requests."""
         self.calls += group
-        return [self.measure(request.configuration, request.steps) for request in group]
+        return [self.measure(request.configuration, request.steps, request.replicate) for request in group]
 
     def discard(self, evaluation: Evaluation) -> None:
         """Nothing is stored; which evaluations were discarded is kept for tests."""

@@ -73,22 +73,22 @@ class Grouping:
         self._explained = False
 
     def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Requests that continue from the same rung, with the same dropout, in cohorts of nearly equal size.
+        """Requests of a replicate that continue from one rung, with one dropout, in cohorts of nearly equal size.
 
         What is trained alike is together. A training that the journal holds is there to be scored, so that the requests
         for it are kept apart.
         """
         measured = [e for e in self._measured() if e.trained_as is not None]
-        done = {(e.trained_as, e.steps) for e in measured if e.ok}
-        told = {(e.configuration, e.steps) for e in measured}
+        done = {(e.trained_as, e.steps, e.replicate) for e in measured if e.ok}
+        told = {(e.configuration, e.steps, e.replicate) for e in measured}
         for _, together in groupby(requests, key=self._apart):
             there: list[list[Request]] = []
             trainings: dict[Configuration, list[Request]] = {}
             for request in together:
                 training = self._trained(request.configuration)
-                if (request.configuration, request.steps) in told:
+                if (request.configuration, request.steps, request.replicate) in told:
                     continue
-                if (training.digest, request.steps) in done:
+                if (training.digest, request.steps, request.replicate) in done:
                     there.append([request])
                 else:
                     trainings.setdefault(training, []).append(request)
@@ -103,9 +103,10 @@ class Grouping:
             yield list(chain.from_iterable(rest[:size]))
             rest = rest[size:]
 
-    def _apart(self, request: Request) -> tuple[int, int, Setting | None]:
-        configuration, steps = request.configuration, request.steps
-        return steps, self._begins_at(configuration, steps), configuration.settings.get("lora_dropout")
+    def _apart(self, request: Request) -> tuple[int, int, int, Setting | None]:
+        configuration, steps, replicate = request.configuration, request.steps, request.replicate
+        begins_at = 0 if replicate else self._begins_at(configuration, steps)  # a replicate has the one rung
+        return steps, replicate, begins_at, configuration.settings.get("lora_dropout")
 
     def largest(self, configurations: Sequence[Configuration]) -> int:
         """How many of these to train side by side, at most."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qratk.core.configuration import Configuration
@@ -35,6 +35,10 @@ class Rungs:
     keep_optimizer: bool
     say: Callable[[str], None]
     trained: Callable[[Configuration], Configuration] = itself
+
+    def of_replicate(self, replicate: int) -> Rungs:
+        """The states of a replicate, in a folder of its own."""
+        return replace(self, folder=self.folder / f"replicate-{replicate}") if replicate else self
 
     def path(self, configuration: Configuration, steps: int) -> Path:
         """Folder of a state."""

@@ -11,9 +11,11 @@ import torch
 from finetune_runs import LADDER, in_groups, measured, opened, start
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
+from qratk.core.evaluation import replicate_seed
 from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.training import cohort_speed
 from qratk.training.cohort_module import CohortModule
+from qratk.training.module import FineTuneModule
 
 TEXTS = ("2:2 4:4 8:2", "4:2*3", "8:4 2:4 2:2", "2:4*3", "4:4 8:2 2:2")
 CONFIGURATIONS = tuple(Configuration.from_text(text) for text in TEXTS)
@@ -226,3 +228,40 @@ def test_a_search_takes_the_same_decisions_side_by_side(
     alone, together = (measured(tmp_path / str(cohort)) for cohort in (1, 3))
     assert [(row[0], row[1], row[4]) for row in together] == [(row[0], row[1], row[4]) for row in alone]
     assert [row[2] for row in together] == pytest.approx([row[2] for row in alone], rel=1e-5)
+
+
+def test_a_replicate_has_rows_adapters_and_states_of_its_own_alone_and_side_by_side(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    first = FineTuneModule.training_loss
+
+    def looked_at(self: FineTuneModule, batch: Any) -> torch.Tensor:
+        seen.append((self.options.seed, batch["input_ids"].flatten().tolist()))
+        return first(self, batch)
+
+    monkeypatch.setattr(FineTuneModule, "training_loss", looked_at)
+    alone = opened(tmp_path / "alone", model_dir, data_files, lora_dropout=0.0)
+    asked = [Request(Candidate(c, "test"), 4, number) for number in (0, 1) for c in CONFIGURATIONS[:2]]
+    one_by_one = in_groups(alone, asked)
+    scores = {(e.replicate, e.configuration): e.score for e in one_by_one}
+    assert len(set(scores.values())) == 4
+    seeds = [replicate_seed(0, number) for number in (0, 1)]
+    assert [seed for seed, _ in seen[::4]] == [seed for seed in seeds for _ in range(2)]
+    runs = [[row for _, row in seen[start : start + 4]] for start in range(0, 16, 4)]
+    assert runs[0] == runs[1] != runs[2] == runs[3]  # one order of rows a replicate
+    assert alone.parts.module.options.seed == alone.parts.data.replicate == 0  # nothing stays behind
+    again = opened(tmp_path / "again", model_dir, data_files, lora_dropout=0.0)
+    assert in_groups(again, asked[2:3])[0].score == one_by_one[2].score  # to the bit, without the others
+    assert len({e.checkpoint for e in one_by_one}) == 4
+    assert all((tmp_path / "alone" / str(e.checkpoint)).is_dir() for e in one_by_one)
+    alone.discard(one_by_one[2])
+    assert not (tmp_path / "alone" / str(one_by_one[2].checkpoint)).exists()
+    assert (tmp_path / "alone" / str(one_by_one[0].checkpoint)).exists()
+    together = opened(tmp_path / "together", model_dir, data_files, lora_dropout=0.0, cohort=2)
+    groups = list(together.groups(asked))
+    assert [[request.replicate for request in group] for group in groups] == [[0, 0], [1, 1]]
+    found = [evaluation for group in groups for evaluation in together.evaluate(group)]
+    for expected, other in zip(one_by_one, found, strict=True):
+        assert (other.configuration, other.replicate) == (expected.configuration, expected.replicate)
+        assert other.score == pytest.approx(expected.score, rel=1e-5)

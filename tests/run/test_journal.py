@@ -267,12 +267,23 @@ def test_a_journal_from_before_digests_opens_and_has_them_from_then_on(tmp_path:
         read_journal(path)
 
 
+def make_former(database: sqlite3.Connection, *lacking: str) -> None:
+    """Make the evaluations a table of before replicates were, with one row for each configuration and steps."""
+    found = [(name, kind) for _, name, kind, *_ in database.execute("PRAGMA table_info(evaluations)")]
+    kept = [name for name, _ in found if name not in ("replicate", *lacking)]
+    types = {name: kind + (" PRIMARY KEY" if name == "position" else "") for name, kind in found}
+    columns = ", ".join(f"{name} {types[name]}" for name in kept)
+    database.execute(f"CREATE TABLE former ({columns}, UNIQUE (configuration, steps))")
+    database.execute(f"INSERT INTO former SELECT {', '.join(kept)} FROM evaluations")
+    database.execute("DROP TABLE evaluations")
+    database.execute("ALTER TABLE former RENAME TO evaluations")
+
+
 def before_figures(folder: Path) -> Path:
     """A finished journal as it was written before figures were: without their column, nor that in the digests."""
     path = finished(folder)
     with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE evaluations DROP COLUMN figures")
-        database.execute("ALTER TABLE evaluations DROP COLUMN trained_as")
+        make_former(database, "figures", "trained_as")
         for row in database.execute(f"SELECT {FORMER_COLUMNS} FROM evaluations").fetchall():
             digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
             database.execute("UPDATE checks SET digest = ? WHERE part = 'evaluations' AND key = ?", (digest, row[0]))
@@ -308,7 +319,7 @@ def test_a_journal_from_before_trainings_were_shared_goes_on(tmp_path: Path) -> 
     path = finished(tmp_path)
     before = read_journal(path)
     with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE evaluations DROP COLUMN trained_as")
+        make_former(database, "trained_as")
         database.execute("DROP TABLE checks")
     database.close()
     assert read_journal(path) == before
@@ -349,3 +360,22 @@ def test_a_withdrawn_evaluation_counts_as_not_measured_and_keeps_its_place(tmp_p
         assert (again.index, other.index) == (old.index, old.index + 1)
     with Journal(tmp_path) as journal:
         assert journal.records[-2:] == (again, other)
+
+
+def test_replicates_are_kept_beside_the_first_run_in_a_journal_from_before_there_were_any_too(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    with sqlite3.connect(path) as database:
+        make_former(database)
+        database.execute("DROP TABLE checks")
+    database.close()
+    first = read_journal(path).records[0]
+    again = [replace(first.evaluation, score=0.25 * number, replicate=number) for number in (1, 2)]
+    with Journal(tmp_path) as journal:
+        journal.extend([(first.candidate, evaluation) for evaluation in again])
+        with pytest.raises(sqlite3.IntegrityError):
+            journal.append(first.candidate, again[0])
+    with Journal(tmp_path) as journal:
+        own = first.evaluation
+        found = [journal.evaluation(own.configuration, own.steps, number) for number in range(4)]
+        assert [record and record.evaluation for record in found] == [own, *again, None]
+    assert [record.evaluation for record in read_journal(path).records[-2:]] == again
