@@ -69,10 +69,10 @@ class Workload:
 class Plan:
     """Figures of a search before it begins.
 
-    `evaluations` is the largest number of evaluations at each rung; `steps` the optimiser steps they take in all, each
-    continuing the rung below; `seconds` an estimate from the arithmetic of the projections and the head alone.
-    Training peaks are those of `batch`, sequences and tokens in each, all labelled; `peak_source` is "trace" (within
-    5 % of what is measured) or "estimate".
+    `evaluations` is the largest number of evaluations at each rung, `replicates` how many of the highest one have fresh
+    seeds; `steps` the optimiser steps they take in all, each of the others continuing the rung below; `seconds` an
+    estimate from the arithmetic of the projections and the head alone. Training peaks are those of `batch`, sequences
+    and tokens in each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate".
     """
 
     num_layers: int
@@ -91,6 +91,7 @@ class Plan:
     peak_source: str = "estimate"
     batch: tuple[int, int] = (1, DEFAULT_LENGTH)
     search_memory: SearchMemory | None = None
+    replicates: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -125,7 +126,8 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)
-    steps = total_steps(evaluations, references=0 if loop.shared else len(loop.reference_choices))
+    references = 0 if loop.shared else len(loop.reference_choices)
+    steps = total_steps(evaluations, afresh=references + loop.planned_replicates)
     work = workload(datamodule, length, tokenizer=backbone.tokenizer is not None)
     speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
@@ -149,6 +151,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         peak_source=memory.training.source,
         batch=(datamodule.batch_size, length),
         search_memory=search_memory(backbone, loop, _dense_cache(module)),
+        replicates=loop.planned_replicates,
     )
 
 
@@ -182,14 +185,14 @@ def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
     return (row("smallest", space.smallest), *uniforms, row("largest", space.largest))
 
 
-def total_steps(evaluations: Mapping[int, int], *, references: int = 0) -> int:
-    """Optimiser steps of all evaluations; each continues the rung below, references start from nothing."""
+def total_steps(evaluations: Mapping[int, int], *, afresh: int = 0) -> int:
+    """Optimiser steps of all evaluations; each continues the rung below, but for `afresh` of the highest one."""
     total, below = 0, 0
     for steps, count in sorted(evaluations.items()):
         total += count * (steps - below)
         below = steps
     rungs = sorted(evaluations)
-    return total + references * (rungs[-2] if len(rungs) > 1 else 0)
+    return total + afresh * (rungs[-2] if len(rungs) > 1 else 0)
 
 
 def workload(datamodule: TaskData, length: int, *, tokenizer: bool = True) -> Workload:

@@ -73,7 +73,7 @@ def test_evaluations_are_those_of_the_loop(made):
 
 def test_steps_count_what_each_rung_adds_and_references_in_full():
     # Ten reach 10 steps; five of them go on by 20, one of these is a reference that starts from nothing.
-    assert plan.total_steps({10: 10, 30: 5}, references=1) == 10 * 10 + 5 * 20 + 1 * 10
+    assert plan.total_steps({10: 10, 30: 5}, afresh=1) == 10 * 10 + 5 * 20 + 1 * 10
     assert plan.total_steps({7: 3}) == 21
 
 

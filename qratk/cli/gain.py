@@ -26,17 +26,22 @@ def gain_text(result: ResultDocument, bits: int) -> str:
     """The best, and its gain in score over each uniform baseline of a bit-width, on validation and on test data."""
     best = result.best
     lines = [f"best  {best.configuration}: score {best.score:.4f}, {format_bytes(best.bytes)}"]
+    if (confirmed := result.confirmed) is not None:
+        seeds = sum(entry.status == "ok" for entry in confirmed.replicates)
+        lines.append(f"  over {seeds} fresh seeds: {confirmed.mean:.4f} [{confirmed.low:.4f}, {confirmed.high:.4f}]")
+    head = len(lines)
     for comparison in result.comparisons:
         baseline = comparison.baseline
         if set(baseline.configuration.bits) != {bits}:
             continue
+        over = " over seeds" if comparison.over == "seeds" else ""
         lines.append(
             f"  over uniform {full_label(baseline.configuration)}: {comparison.difference:+.4f} "
-            f"[{comparison.low:+.4f}, {comparison.high:+.4f}] at {best.bytes / baseline.bytes:.0%} of its bytes"
+            f"[{comparison.low:+.4f}, {comparison.high:+.4f}]{over} at {best.bytes / baseline.bytes:.0%} of its bytes"
         )
         ours, theirs = (result.tested(entry.configuration).get("score") for entry in (best, baseline))
         if ours is not None and theirs is not None:
             lines[-1] += f"; on test data {ours - theirs:+.4f}"
-    if len(lines) == 1:
+    if len(lines) == head:
         lines.append(f"  no uniform configuration of {bits} bits was measured")
     return "\n".join(lines)

@@ -51,7 +51,8 @@ def as_text(plan: Plan) -> str:
         "",
         *_peaks(plan),
         "",
-        f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most",
+        f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most"
+        + (f"; {plan.replicates} of them run the best again with fresh seeds" if plan.replicates else ""),
         f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
         f"time         at least {duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
         f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",

@@ -28,7 +28,8 @@ UNFINISHED: Final = ("not finished", "not begun")
 class Outcome:
     """A finished cell: what its search ended with, its records in order (without outcomes by item), its settings.
 
-    `items` are the validation outcomes of its best, in the items' order; empty where unknown.
+    `items` are the validation outcomes of its best, in the items' order, means over fresh seeds where it was confirmed;
+    empty where unknown.
     """
 
     recipe: str
@@ -51,8 +52,9 @@ class Outcome:
 
     @property
     def validation(self) -> float:
-        """Score on the validation items, which the search saw."""
-        return self.best.score
+        """Score on the validation items, which the search saw; the mean over fresh seeds where it was confirmed."""
+        confirmed = self.result.confirmed
+        return self.best.score if confirmed is None else confirmed.mean
 
     @property
     def score(self) -> float:
@@ -71,8 +73,8 @@ class Outcome:
 
     @cached_property
     def searched(self) -> tuple[Record, ...]:
-        """Records without references, which answer other questions."""
-        return tuple(record for record in self.records if record.candidate.phase != "reference")
+        """Records without references and replicates with fresh seeds, which answer other questions."""
+        return tuple(record for record in self.records if record.searched)
 
     @cached_property
     def high(self) -> tuple[Evaluation, ...]:
@@ -114,8 +116,14 @@ class Outcome:
 
     @property
     def cost(self) -> float:
-        """Full runs that the search took."""
-        return float(self.costs[-1]) if len(self.costs) else 0.0
+        """Full runs that the search took, those with fresh seeds among them."""
+        return (float(self.costs[-1]) if len(self.costs) else 0.0) + self.confirming
+
+    @property
+    def confirming(self) -> float:
+        """Full runs with fresh seeds; a training that several configurations share counts once."""
+        evaluations = (record.evaluation for record in self.records)
+        return sum(s for _, _, s in {(e.training, e.replicate, e.steps) for e in evaluations if e.replicate}) / self.top
 
     @property
     def tunes(self) -> bool:
@@ -256,8 +264,16 @@ def read_cell(folder: Path, recipe: str, budget: str, seed: int) -> Outcome | Fa
         return Failed(recipe, budget, seed, _why(run))
     settings = Settings(named_document(run.settings.document))
     best, result = run.best, run.result
-    items = () if best is None else best.outcomes
+    items = () if best is None else _items(best, [record.evaluation for record in run.records])
     return Outcome(recipe, budget, seed, result, tuple(map(_light, run.records)), settings, items)
+
+
+def _items(best: Evaluation, measured: Sequence[Evaluation]) -> tuple[float, ...]:
+    """Outcomes of the best by item: the means of its replicates, if there are any."""
+    fresh = [e.outcomes for e in measured if e.replicate and e.ok and e.configuration == best.configuration]
+    if not fresh or len({len(outcomes) for outcomes in fresh}) > 1:
+        return best.outcomes
+    return tuple(np.mean(fresh, axis=0).tolist())
 
 
 def _light(record: Record) -> Record:

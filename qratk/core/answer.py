@@ -22,6 +22,20 @@ def front(problem: Problem, measured: Iterable[Evaluation], steps: int) -> Paret
     return ParetoFront.of(fitting(problem, measured, steps), problem.budget.scope)
 
 
+def ranked(
+    problem: Problem, measured: Iterable[Evaluation], steps: int, *, utility: Utility | float = 1.0
+) -> list[Evaluation]:
+    """What fits at a number of steps, the largest utility first; ties go to fewer bytes.
+
+    `utility` as a number is its alpha; the ranges are then those of what fits (Eq. 4).
+    """
+    able, scope = fitting(problem, measured, steps), problem.budget.scope
+    if not able:
+        return []
+    worth = utility if isinstance(utility, Utility) else Utility.over(able, alpha=utility, scope=scope)
+    return sorted(able, key=lambda e: (-worth.of(e), e.footprint.bytes(scope), e.configuration))
+
+
 def best(
     problem: Problem,
     measured: Iterable[Evaluation],
@@ -32,16 +46,8 @@ def best(
 ) -> Evaluation | None:
     """Largest utility among what fits and scores no worse than the best baseline that fits; None when nothing does.
 
-    Ties go to fewer bytes. `utility` as a number is its alpha; the ranges are then those of what fits (Eq. 4).
+    Ties go to fewer bytes. `utility` is as for `ranked`.
     """
-    able = fitting(problem, measured, steps)
-    if not able:
-        return None
-    if not isinstance(utility, Utility):
-        utility = Utility.over(able, alpha=utility, scope=problem.budget.scope)
+    able = ranked(problem, measured, steps, utility=utility)
     floor = max((e.score for e in able if e.configuration in baselines), default=-math.inf)
-    worth, scope = utility, problem.budget.scope
-    return min(
-        (e for e in able if e.score >= floor),
-        key=lambda e: (-worth.of(e), e.footprint.bytes(scope), e.configuration),
-    )
+    return next((e for e in able if e.score >= floor), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, SurrogateQuality
@@ -34,6 +35,11 @@ class Record:
     index: int
     candidate: Candidate
     evaluation: Evaluation
+
+    @property
+    def searched(self) -> bool:
+        """Whether the search decided by it: it is neither a reference nor a replicate with a fresh seed."""
+        return self.candidate.phase != "reference" and not self.evaluation.replicate
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,54 @@ class RefinementSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference in score of the best to a baseline, with a paired bootstrap interval over validation items."""
+    """Difference in score of the best to a baseline, with an interval.
+
+    `over` says of what: of the validation items, by a paired bootstrap, or of fresh seeds, by Student's t of the
+    differences paired by seed; the difference is then the mean of these.
+    """
 
     baseline: Evaluation
     difference: float
     low: float
     high: float
     confidence: float = 0.95
+    over: Literal["items", "seeds"] = "items"
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A contender for the answer, run again at the highest rung with fresh seeds.
+
+    `selected` is the evaluation that the search chose it by. `mean` is the mean score of the `replicates` alone: of
+    many noisy scores the largest is too large (the winner's curse), and `selected` is one of those. `low` and `high`
+    bound it over seeds by Student's t, NaN with a single one. The mean is -inf where a replicate failed by its own
+    fault, and NaN where none was measured.
+    """
+
+    selected: Evaluation
+    replicates: tuple[Evaluation, ...]
+    mean: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    @property
+    def configuration(self) -> Configuration:
+        """The contender."""
+        return self.selected.configuration
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Score of each replicate that was measured."""
+        return tuple(e.score for e in self.replicates if e.ok)
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """What a search ended with; every evaluation in it was measured.
 
-    `item_weights` are those of the validation items in the score; None when all are equal.
+    `item_weights` are those of the validation items in the score; None when all are equal. `confirmations` are the
+    contenders that were run again with fresh seeds, the largest mean first; `best` is then chosen by these means.
     """
 
     plan: SearchPlan
@@ -110,3 +150,9 @@ class SearchResult:
     proposals: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     top3_hit_rates: Mapping[str, float] = field(default_factory=dict)
     item_weights: tuple[float, ...] | None = None
+    confirmations: tuple[Confirmed, ...] = ()
+
+    @property
+    def confirmed(self) -> Confirmed | None:
+        """What fresh seeds say of the best; None without confirmation, or where all of it was lost."""
+        return next((c for c in self.confirmations if c.selected == self.best and c.scores), None)

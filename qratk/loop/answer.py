@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, Evaluation
-from qratk.core.result import SearchResult
+from qratk.core.result import Comparison, Confirmed, SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import counted
 from qratk.executors.base import Executor
@@ -15,7 +15,7 @@ from qratk.loop.measuring import Measuring
 from qratk.loop.racing import group, race
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
-from qratk.loop.statistics import paired_comparison, top3_hit_rates
+from qratk.loop.statistics import paired_comparison, seed_comparison, top3_hit_rates
 from qratk.mutations.proposer import ProposalCounts
 from qratk.run.journal import Journal
 
@@ -49,7 +49,7 @@ def conclude(
         front=state.front(highest),
         baselines=tuple(baselines),
         references=tuple(references),
-        comparisons=tuple(paired_comparison(best, e, weights=weights) for e in (*baselines, *references)),
+        comparisons=tuple(_compared(best, e, state.confirmations, weights) for e in (*baselines, *references)),
         history=state.history,
         records=tuple(state.records),
         generations=tuple(state.generations),
@@ -60,7 +60,18 @@ def conclude(
         proposals=asdict(proposals),
         top3_hit_rates=_hit_rates(settings, state, measuring),
         seconds=_spent(state, measuring.clock),
+        confirmations=state.confirmations,
     )
+
+
+def _compared(
+    best: Evaluation, baseline: Evaluation, confirmations: Sequence[Confirmed], weights: Sequence[float] | None
+) -> Comparison:
+    """The best against a baseline: by the seeds that both were confirmed with, or else by the items."""
+    found = {c.selected.configuration: c for c in confirmations}
+    ours, theirs = found.get(best.configuration), found.get(baseline.configuration)
+    by_seed = None if ours is None or theirs is None else seed_comparison(ours, theirs)
+    return by_seed or paired_comparison(best, baseline, weights=weights)
 
 
 def _references(settings: SearchSettings, layers: int) -> list[Candidate]:

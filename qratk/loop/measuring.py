@@ -40,14 +40,14 @@ class Measuring:
     def measure(self, requests: Sequence[Request], stage: Stage) -> list[Evaluation]:
         """Evaluation of each request, in order; only what neither history nor journal knows is evaluated.
 
-        References enter no history: they decide nothing.
+        References and replicates enter no history: no strategy hears of them.
         """
-        measured, history = list[Evaluation](), self.state.history
-        add = self.state.add_reference if stage.phase == "reference" else self.state.add
-        lacking = [r for r in requests if history.get(r.configuration, r.steps) is None]
+        measured = list[Evaluation]()
+        add = self.state.add_reference if stage.phase in ("reference", "confirmation") else self.state.add
+        lacking = [request for request in requests if self._known(request) is None]
         with closing(self._arriving(lacking, stage)) as arriving:
             for request in requests:
-                known = history.get(request.configuration, request.steps)
+                known = self._known(request)
                 if known is None:
                     record = self._recorded(request, arriving)
                     known = record.evaluation
@@ -55,6 +55,9 @@ class Measuring:
                     self._tell(record, stage)
                 measured.append(known)
         return measured
+
+    def _known(self, request: Request) -> Evaluation | None:
+        return None if request.replicate else self.state.history.get(request.configuration, request.steps)
 
     def prune(self, *, over: bool = False) -> None:
         """Delete checkpoints that nothing will continue or report.
@@ -64,6 +67,8 @@ class Measuring:
         state, highest = self.state, self.plan.ladder.highest
         kept = {e.configuration for e in state.front(highest).evaluations} | set(self.plan.baselines)
         kept |= {state.best.configuration} if state.best else set()
+        if not state.confirmations:  # each of them may still be the answer
+            kept |= {e.configuration for e in state.contenders()}
         needed = {e.checkpoint for e in state.history if e.steps == highest and e.configuration in kept}
         for evaluation in state.history:
             key = (evaluation.configuration, evaluation.steps)
@@ -80,7 +85,7 @@ class Measuring:
 
     def _recorded(self, request: Request, arriving: Iterator[None]) -> Record:
         """What the journal holds of a request, after as many groups were measured as that takes."""
-        while (record := self.journal.evaluation(request.configuration, request.steps)) is None:
+        while (record := self.journal.evaluation(request.configuration, request.steps, request.replicate)) is None:
             next(arriving)
         return record
 
@@ -106,4 +111,4 @@ class Measuring:
                 yield lacking
 
     def _holds(self, request: Request) -> bool:
-        return self.journal.evaluation(request.configuration, request.steps) is not None
+        return self.journal.evaluation(request.configuration, request.steps, request.replicate) is not None

@@ -37,13 +37,8 @@ class Refining:
     def run(self, utility: Utility) -> str:
         """Step after step; says why that ended."""
         rng = np.random.default_rng([self.settings.seed, 2])
-        self.settings.refiner.begin(self.proposer, self.settings.ladder, utility, self._state.history)
-        reason = self._steps(rng)
-        self.measuring.prune(over=True)
-        return reason
-
-    def _steps(self, rng: np.random.Generator) -> str:
         refiner, state = self.settings.refiner, self._state
+        refiner.begin(self.proposer, self.settings.ladder, utility, state.history)
         while not refiner.finished:
             if reason := cap_reached(self.settings, state):
                 return reason

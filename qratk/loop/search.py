@@ -21,6 +21,7 @@ from qratk.evaluators.base import EvaluationContext
 from qratk.executors.base import Blueprint
 from qratk.loop.answer import conclude
 from qratk.loop.asking import Asking
+from qratk.loop.confirming import confirm
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
 from qratk.loop.racing import group, race
@@ -125,7 +126,8 @@ def _search(
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
     reporter.started(plan)
     proposer = Proposer(problem, settings.operators, settings.repair)
-    state = SearchState(problem, settings.ladder, baselines, settings.alpha)
+    contenders = settings.confirm.candidates if settings.confirm else 0
+    state = SearchState(problem, settings.ladder, baselines, settings.alpha, contenders)
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
     asking = Asking(journal, proposer, clock)
     # The promise never to be worse, and the first pairs.
@@ -136,6 +138,9 @@ def _search(
         exploring.promote_last()
     utility = _frozen_utility(settings, state)
     stop_reasons["local"] = Refining(settings, proposer, measuring, asking).run(utility)
+    if settings.confirm:
+        confirm(settings.confirm.seeds, measuring)
+    measuring.prune(over=True)
     result = conclude(
         settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=tests
     )

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +41,38 @@ Schedule = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """How the answer of a search is confirmed.
+
+    Args:
+        candidates: how many of the best are run again; the best uniform baseline is, beside or among them.
+        seeds: how often each of them, with fresh seeds of the order of the training data and of the adapters.
+    """
+
+    candidates: int = 3
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        checks = Checks()
+        for option, given in (("candidates", self.candidates), ("seeds", self.seeds)):
+            whole = isinstance(given, int) and not isinstance(given, bool)
+            checks.require(whole and given >= 1, option, given, "must be a whole number of at least 1")
+        checks.finish()
+
+    @classmethod
+    def of(cls, given: Confirmation | Mapping[str, Any] | None) -> Confirmation | None:
+        """From itself, or from a mapping of its options; raises `ConfigurationError`."""
+        if given is None or isinstance(given, Confirmation):
+            return given
+        known = [own.name for own in fields(cls)]
+        if not isinstance(given, Mapping) or not given.keys() <= set(known):
+            raise ConfigurationError(
+                f"is a mapping of {' and '.join(known)}, as in {{candidates: 3, seeds: 3}}; got {given!r}"
+            )
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSettings(ABC):
     """Settings of a search, checked; `SearchLoop` runs them.
 
@@ -71,7 +103,9 @@ class SearchSettings(ABC):
         promote_by: what is best: the predicted or measured score, or the front of score and bytes.
         uniform_baselines: whether the uniform configurations that fit are measured too, first and at every rung; only
             then is the answer known to be no worse than they are.
-        max_evaluations: cap on the evaluations at T_S in both phases, baselines included.
+        max_evaluations: cap on the evaluations at T_S in both phases, baselines included; confirmation is besides.
+        confirm: whether the best few, and the best uniform baseline, are run again at T_S with fresh seeds after both
+            phases, as {candidates: 3, seeds: 3}: the answer is then chosen, and reported, by the mean over these.
         generations: cap on the generations of phase I.
         hypervolume_tolerance: epsilon_hv; phase I stops when the hypervolume grows by less, relatively,
         hypervolume_patience: for this many generations in a row (Eq. 28).
@@ -109,6 +143,7 @@ class SearchSettings(ABC):
     promote_by: Literal["score", "front"] = "score"
     uniform_baselines: bool = True
     max_evaluations: int | None = None
+    confirm: Confirmation | None = None
     generations: int = 12
     hypervolume_tolerance: float = 1e-3
     hypervolume_patience: int = 3
@@ -143,6 +178,17 @@ class SearchSettings(ABC):
                 self.evaluator.check_shared(SharedLadder(option, tuple(values)))
             except ConfigurationError as error:
                 checks.note(f"shared.{option}", _without(option, error))
+        try:
+            object.__setattr__(self, "confirm", Confirmation.of(self.confirm))
+        except ConfigurationError as error:
+            checks.note("confirm", str(error))
+        if self.confirm and not self.evaluator.replicates:
+            name = getattr(self.evaluator, "component_name", None) or type(self.evaluator).__name__
+            checks.note(
+                "confirm",
+                f"needs an evaluator that runs a configuration again with fresh seeds, and {name!r} does not; leave it "
+                "out, or use the evaluator 'finetune'",
+            )
         named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
         checks.require(named, "name", self.name, "must be the name of a folder, without a path")
         checks.finish()
@@ -231,7 +277,15 @@ class SearchSettings(ABC):
             counts[highest] = min(counts[highest], self.max_evaluations)
         for steps, size in self.reference_race:
             counts[steps] += size * len(self.reference_choices)
+        counts[highest] += self.planned_replicates
         return dict(sorted(counts.items()))
+
+    @property
+    def planned_replicates(self) -> int:
+        """Largest number of runs with fresh seeds, each from nothing to the highest rung."""
+        if self.confirm is None:
+            return 0
+        return (self.confirm.candidates + self.uniform_baselines) * self.confirm.seeds
 
     def _planned_tuning(self) -> dict[int, int]:
         """Evaluations that find the settings of candidates without any, besides those that the candidates race by."""

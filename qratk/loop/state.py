@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,10 @@ from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Problem
-from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan
+from qratk.core.result import Confirmed, GenerationSummary, Progress, Record, RefinementSummary, SearchPlan
 from qratk.core.utility import Utility
 
-Phase = Literal["baseline", "global", "local", "reference"]
+Phase = Literal["baseline", "global", "local", "confirmation", "reference"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,19 @@ class SearchState:
         refinements: how each step of phase II ended.
         best: the answer so far; None before anything that fits was measured at the highest rung.
         discarded: checkpoints that were deleted, by configuration and steps.
+        confirmations: what fresh seeds say of the contenders, once they are confirmed; the largest mean first.
+
+    Args:
+        contenders: how many of the best may be confirmed; none where the answer is not.
     """
 
     def __init__(
-        self, problem: Problem, ladder: FidelityLadder, baselines: Sequence[Configuration], alpha: float
+        self,
+        problem: Problem,
+        ladder: FidelityLadder,
+        baselines: Sequence[Configuration],
+        alpha: float,
+        contenders: int = 0,
     ) -> None:
         self._problem, self._ladder = problem, ladder
         self._baselines = frozenset(baselines)
@@ -78,6 +88,8 @@ class SearchState:
         self.refinements: list[RefinementSummary] = []
         self.best: Evaluation | None = None
         self.discarded: set[tuple[Configuration, int]] = set()
+        self.confirmations: tuple[Confirmed, ...] = ()
+        self._contenders = contenders
         self._measured: Counter[int] = Counter()  # of the history, by rung
         self._recorded: Counter[int] = Counter()  # of the records, by rung
         self._spent = (0.0, 0)  # seconds and steps of what succeeded
@@ -92,7 +104,7 @@ class SearchState:
             self._judge()
 
     def add_reference(self, record: Record) -> None:
-        """Take in a measurement that decides nothing and enters no history."""
+        """Take in a measurement that enters no history: of a reference, or with a fresh seed."""
         self.records.append(record)
         evaluation = record.evaluation
         self._recorded[evaluation.steps] += 1
@@ -104,6 +116,36 @@ class SearchState:
         """Judge by these ranges of scores and bytes from here on (Eq. 4)."""
         self._utility = utility
         self._judge()
+
+    def contenders(self) -> list[Evaluation]:
+        """What may be confirmed by now: the best that fit, and behind them the best baseline unless it is one of them.
+
+        None where the answer is not confirmed.
+        """
+        if not self._contenders:
+            return []
+        highest = self._ladder.highest
+        leading = answer.ranked(self._problem, self.history, highest, utility=self._utility)
+        uniform = max((e for e in leading if e.configuration in self._baselines), key=lambda e: e.score, default=None)
+        chosen = leading[: self._contenders]
+        return chosen if uniform is None or uniform in chosen else [*chosen, uniform]
+
+    def confirm(self, confirmations: Sequence[Confirmed]) -> None:
+        """Take in what fresh seeds say; the best is from here on the best by their means.
+
+        Whoever failed with a seed is out. Where nothing could be confirmed the best stays.
+        """
+        self.confirmations = tuple(sorted(confirmations, key=lambda c: -c.mean if math.isfinite(c.mean) else math.inf))
+        means = {c.configuration: c for c in confirmations if math.isfinite(c.mean)}
+        best = answer.best(
+            self._problem,
+            [replace(c.selected, score=c.mean) for c in means.values()],
+            self._ladder.highest,
+            baselines=self._baselines,
+            utility=self._utility,
+        )
+        if best is not None:
+            self.best = means[best.configuration].selected
 
     def _judge(self) -> None:
         self.best = answer.best(

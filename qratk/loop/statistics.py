@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qratk.core.evaluation import Evaluation, History
 from qratk.core.problem import Problem
-from qratk.core.result import Comparison
+from qratk.core.result import Comparison, Confirmed
 from qratk.surrogates.base import PromotionSurrogate
 
 
@@ -47,6 +47,31 @@ def mean_interval(values: Sequence[float], *, samples: int = 10_000, confidence:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(array.size, size=(samples, array.size))
     return _quantiles(array[draws].mean(axis=1), confidence)
+
+
+def mean_over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of scores of equal runs with different seeds, and its interval by Student's t; NaN where there is none.
+
+    Of three values a bootstrap would be narrower than it says; that of Student holds for any number of normal ones
+    (Student 1908): m +- t(n - 1) s / sqrt(n).
+    """
+    from scipy.special import stdtrit
+
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        return float(array.mean()) if array.size else float("nan"), float("nan"), float("nan")
+    mean, error = float(array.mean()), float(array.std(ddof=1)) / array.size**0.5
+    half = float(stdtrit(array.size - 1, (1 + confidence) / 2)) * error
+    return mean, mean - half, mean + half
+
+
+def seed_comparison(best: Confirmed, baseline: Confirmed, *, confidence: float = 0.95) -> Comparison | None:
+    """Mean difference in score by the seeds that both were run with, and its interval over these; None without any."""
+    theirs = {e.replicate: e.score for e in baseline.replicates if e.ok}
+    differences = [e.score - theirs[e.replicate] for e in best.replicates if e.ok and e.replicate in theirs]
+    if not differences:
+        return None
+    return Comparison(baseline.selected, *mean_over_seeds(differences, confidence=confidence), confidence, over="seeds")
 
 
 def hierarchical_interval(

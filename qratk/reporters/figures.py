@@ -302,10 +302,12 @@ def progress_figure(records: Sequence[Record], steps: int, *, baseline: Evaluati
     references = [r for r in done if r.candidate.phase == "reference"]
     rungs = sorted({r.evaluation.steps for r in done})
     for number, rung in enumerate(rungs):
-        points = [r for r in done if r.evaluation.steps == rung and r not in references]
+        points = [r for r in done if r.evaluation.steps == rung and r.searched]
         shade = BLUE if rung == steps else str(0.78 - 0.4 * number / max(1, len(rungs) - 1))
         _scatter(axes, points, label=f"{rung} steps", color=shade, marker=_MARKERS[number % len(_MARKERS)], s=20)
     _scatter(axes, references, label="reference", marker="v", facecolors="white", edgecolors=BLACK, s=28)
+    fresh = [r for r in done if r.evaluation.replicate]
+    _scatter(axes, fresh, label="fresh seeds", marker="D", facecolors="white", edgecolors=RED, s=18)
     failed = [r.index + 1 for r in records if not r.evaluation.ok]
     if failed:
         bottom = axes.get_xaxis_transform()
@@ -347,7 +349,7 @@ def _best_so_far(records: Sequence[Record], steps: int) -> tuple[list[int], list
     y: list[float] = []
     for record in records:
         evaluation = record.evaluation
-        if evaluation.ok and evaluation.steps == steps and record.candidate.phase != "reference":
+        if evaluation.ok and evaluation.steps == steps and record.searched:
             x.append(record.index + 1)
             y.append(max(evaluation.score, y[-1] if y else evaluation.score))
     if x:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,15 @@ from qratk.core.memory import format_bytes
 from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain
 from qratk.core.problem import Problem
-from qratk.core.result import GenerationSummary, Progress, Record, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.result import (
+    Confirmed,
+    GenerationSummary,
+    Progress,
+    Record,
+    RefinementSummary,
+    SearchPlan,
+    SearchResult,
+)
 from qratk.core.secrets import without_secrets
 from qratk.core.shared import setting_text, shared_text
 from qratk.core.space import SearchSpace
@@ -31,7 +40,7 @@ from qratk.run.atomic import write_atomically
 from qratk.run.document import FrontDocument, ResultDocument, to_json
 
 COLUMNS: Final = (
-    "phase", "generation", "origin", "bits", "ranks", "steps", "score", "storage_bytes", "average_bits",
+    "phase", "generation", "origin", "bits", "ranks", "steps", "replicate", "score", "storage_bytes", "average_bits",
     "average_rank", "seconds", "status", "reason",
 )  # fmt: skip
 """Columns of every `evaluations.csv`; behind them come the figures that the scoring said, by their names."""
@@ -116,7 +125,7 @@ class RunFiles(Reporter):
         with self._writing():
             self._write_table()
             self._write_front(result.front)
-            self._write_best(result.best)
+            self._write_best(result.best, result.confirmed)
             write_atomically(self._folder / files.RESULT, to_json(ResultDocument.of(result)))
 
     def close(self) -> None:
@@ -149,9 +158,9 @@ class RunFiles(Reporter):
     def _write_front(self, front: ParetoFront) -> None:
         write_atomically(self._folder / files.FRONT, to_json(FrontDocument.of(self._known().plan, front)))
 
-    def _write_best(self, best: Evaluation | None) -> None:
+    def _write_best(self, best: Evaluation | None, confirmed: Confirmed | None = None) -> None:
         if best is not None:
-            text = best_text(self._known().plan.problem, best, self._destination.fit_config)
+            text = best_text(self._known().plan.problem, best, self._destination.fit_config, confirmed)
             write_atomically(self._folder / files.BEST, text)
 
     @contextlib.contextmanager
@@ -210,6 +219,7 @@ def evaluation_row(problem: Problem, record: Record, figures: Sequence[str] = ()
         " ".join(map(str, configuration.ranks)),
         *(setting_text(configuration.settings.get(ladder.name, "")) for ladder in problem.space.shared),
         evaluation.steps,
+        evaluation.replicate,
         evaluation.score if evaluation.ok else "",
         evaluation.footprint.storage_bytes,
         round(problem.memory.average_bits(configuration), 6),
@@ -221,7 +231,9 @@ def evaluation_row(problem: Problem, record: Record, figures: Sequence[str] = ()
     )
 
 
-def best_text(problem: Problem, best: Evaluation, fit_config: Mapping[str, Any]) -> str:
+def best_text(
+    problem: Problem, best: Evaluation, fit_config: Mapping[str, Any], confirmed: Confirmed | None = None
+) -> str:
     """YAML of `fit_config` with the best's configuration, after comments that say what was measured of it.
 
     Its shared settings are written as what they are: options of the model.
@@ -242,6 +254,17 @@ def best_text(problem: Problem, best: Evaluation, fit_config: Mapping[str, Any])
         f"# average bits: {problem.memory.average_bits(best.configuration):.4g}, "
         f"average rank: {problem.memory.average_rank(best.configuration):.4g}",
     )
+    if confirmed is not None:
+        lines = (
+            *lines,
+            f"# mean score over {len(confirmed.scores)} fresh seeds: {confirmed.mean!r}{_between(confirmed)}",
+        )
     if best.configuration.shared:
         lines = (*lines, f"# shared settings: {shared_text(best.configuration.shared)}")
     return "\n".join(lines) + "\n" + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _between(confirmed: Confirmed) -> str:
+    if not math.isfinite(confirmed.low):
+        return ""
+    return f", {confirmed.confidence:.0%} interval [{confirmed.low:.6g}, {confirmed.high:.6g}] (Student's t)"

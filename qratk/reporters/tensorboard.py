@@ -73,8 +73,9 @@ class TensorBoardReporter(Reporter):
         self._scalars("evaluation", self._figures(evaluation), record.index)
         self._scalars("evaluation", {"seconds": evaluation.seconds, "failed": float(not evaluation.ok)}, record.index)
         if evaluation.ok:
-            self._scalars("score", {f"at_{evaluation.steps}_steps": evaluation.score}, record.index)
-            self._scalars(f"figures_at_{evaluation.steps}_steps", evaluation.figures, record.index)
+            fresh = "_fresh_seeds" if evaluation.replicate else ""
+            self._scalars("score", {f"at_{evaluation.steps}_steps{fresh}": evaluation.score}, record.index)
+            self._scalars(f"figures_at_{evaluation.steps}_steps{fresh}", evaluation.figures, record.index)
         best = self._tracker.best
         if best is not None:
             self._scalars("best", {"score": best.score, **self._figures(best)}, record.index)
@@ -120,6 +121,9 @@ class TensorBoardReporter(Reporter):
             return
         self._tracker.hear(result.best)
         self._images(FrontParts.of_result(result))
+        for rank, own in enumerate(result.confirmations):  # the best mean first
+            figures = {"mean": own.mean, "low": own.low, "high": own.high, "selected_by": own.selected.score}
+            self._scalars("confirmed", figures, rank)
         self._hyper_parameters(result)
         self._writer.flush()
 
@@ -191,6 +195,8 @@ def hyper_parameters(plan: SearchPlan) -> dict[str, str | float]:
 
 def _outcome(result: SearchResult) -> dict[str, float]:
     outcome = {"hparam/best_score": result.best.score, "hparam/evaluations": float(len(result.history))}
+    if result.confirmed is not None:
+        outcome["hparam/confirmed_score"] = result.confirmed.mean
     outcome["hparam/best_MiB"] = budget_bytes(result.plan.problem, result.best) / MIB
     if result.generations:
         outcome["hparam/hypervolume"] = result.generations[-1].hypervolume

@@ -18,6 +18,7 @@ from qratk.core.memory import format_bytes
 from qratk.core.problem import Problem
 from qratk.core.result import (
     Comparison,
+    Confirmed,
     GenerationSummary,
     Progress,
     Record,
@@ -379,8 +380,8 @@ def _bar(share: float, width: int, style: str, ascii_only: bool) -> Text:
 
 
 def _stage_text(progress: Progress) -> str:
-    number = f" {progress.generation}" if progress.phase in ("global", "local") else ""
-    unit = {"global": "generation", "local": "step"}.get(progress.phase, "")
+    unit = {"global": "generation", "local": "step", "confirmation": "seed"}.get(progress.phase, "")
+    number = f" {progress.generation}" if unit else ""
     return f"{progress.phase}{' ' + unit if unit else ''}{number}, {progress.rung} steps"
 
 
@@ -428,7 +429,13 @@ def _refinement_line(summary: RefinementSummary) -> str:
 
 
 def _outcome_rows(result: SearchResult) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """Rows of (what, configuration, score, bytes of the budget, average bits and rank, difference of the best)."""
+    """Rows of (what, configuration, score, bytes of the budget, average bits and rank, difference of the best).
+
+    The score is that of the run that the search decided by, and behind it the mean of fresh seeds where there are any.
+    """
+    means = {
+        c.configuration: f"; {_score(c.mean)} over {len(c.scores)} seeds" for c in result.confirmations if c.scores
+    }
     compared = {c.baseline.configuration: c for c in result.comparisons}
     groups = (
         ("best", (result.best,)),
@@ -443,11 +450,23 @@ def _outcome_rows(result: SearchResult) -> Iterator[tuple[str, str, str, str, st
             yield (
                 kind,
                 full_label(e.configuration),
-                _score(e.score) if e.ok else "failed",
+                (_score(e.score) if e.ok else "failed") + means.get(e.configuration, ""),
                 _short_size(result.plan.problem, e),
                 averages,
                 _interval(comparison) if comparison is not None and kind != "best" else "",
             )
+
+
+def _confirmed_text(confirmed: Confirmed) -> str:
+    count, selected = len(confirmed.scores), f"it was selected by {_score(confirmed.selected.score)}"
+    if not math.isfinite(confirmed.mean):
+        failed = next((e.reason for e in confirmed.replicates if not e.ok), "no reason given")
+        return f"{count} of {len(confirmed.replicates)} fresh seeds: {clean(failed)}; {selected}"
+    known = math.isfinite(confirmed.low)
+    bounds = (
+        f", {confirmed.confidence:.0%} interval [{_score(confirmed.low)}, {_score(confirmed.high)}]" if known else ""
+    )
+    return f"{_score(confirmed.mean)} over {count} fresh seed{'s' * (count > 1)}{bounds}; {selected}"
 
 
 def _short_size(problem: Problem, evaluation: Evaluation) -> str:
@@ -456,7 +475,8 @@ def _short_size(problem: Problem, evaluation: Evaluation) -> str:
 
 
 def _interval(comparison: Comparison) -> str:
-    return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
+    over = " over seeds" if comparison.over == "seeds" else ""
+    return f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]{over}"
 
 
 def _first(figures: Mapping[str, float]) -> str:
@@ -472,15 +492,21 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
     if best.configuration.shared:
         yield "shared settings", shared_text(best.configuration.shared)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
+    if result.confirmed is not None:
+        yield "confirmed score", _confirmed_text(result.confirmed)
+    for other in result.confirmations:
+        if other is not result.confirmed:
+            yield f"behind it, {full_label(other.configuration)}", _confirmed_text(other)
     if best.figures:
         yield "best figures", _first(best.figures)
     uniform = [c for c in result.comparisons if c.baseline in result.baselines]
     top = max(uniform, key=lambda c: c.baseline.score, default=None)
     if top is not None:
-        sure = "" if top.low <= 0 <= top.high else ", which excludes 0"
+        sure = ", which excludes 0" if top.low > 0 or top.high < 0 else ""
+        over = " over seeds" if top.over == "seeds" else ""
         yield (
             f"best minus the best uniform, {full_label(top.baseline.configuration)}",
-            f"{top.difference:+.4f}, {top.confidence:.0%} interval [{top.low:+.4f}, {top.high:+.4f}]{sure}",
+            f"{top.difference:+.4f}, {top.confidence:.0%} interval{over} [{top.low:+.4f}, {top.high:+.4f}]{sure}",
         )
     for name, scores in result.test_scores.items():
         yield f"test, {clean(name)}", _first(scores)

@@ -17,8 +17,8 @@ def budget_bytes(problem: Problem, evaluation: Evaluation) -> int:
 class Tracker:
     """Running state of one search, fed by a reporter's own calls.
 
-    `best` is what the loop said last; None before it said any. Candidates of the phase "reference" never count, since
-    they answer other questions.
+    `best` is what the loop said last; None before it said any. References and replicates with fresh seeds never count,
+    since they answer other questions.
     """
 
     def __init__(self, plan: SearchPlan) -> None:
@@ -31,7 +31,7 @@ class Tracker:
         """Take in a record; `measured` keeps those at the highest rung."""
         self.records.append(record)
         evaluation = record.evaluation
-        if evaluation.ok and evaluation.steps == self.plan.ladder.highest and record.candidate.phase != "reference":
+        if evaluation.ok and evaluation.steps == self.plan.ladder.highest and record.searched:
             self.measured.append(evaluation)
         if progress is not None:
             self.hear(progress.best)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import yaml
@@ -23,7 +23,7 @@ from qratk.core.memory import Budget, Scope
 from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain, typed
 from qratk.core.problem import Problem
-from qratk.core.result import Comparison, GenerationSummary, RefinementSummary, SearchPlan, SearchResult
+from qratk.core.result import Comparison, Confirmed, GenerationSummary, RefinementSummary, SearchPlan, SearchResult
 from qratk.core.text import clean
 from qratk.core.utility import Utility
 from qratk.run.environment import Environment
@@ -38,7 +38,7 @@ T = TypeVar("T")
 class EvaluationEntry:
     """One evaluation; `bytes` are those of the budget's scope, the score is NaN when it failed.
 
-    `figures` are all that the scoring said, by name.
+    `figures` are all that the scoring said, by name. `replicate` counts runs with fresh seeds; 0 is the search's own.
     """
 
     configuration: Configuration
@@ -58,6 +58,7 @@ class EvaluationEntry:
     reason: str
     checkpoint: str | None
     figures: Mapping[str, float] = field(default_factory=dict)
+    replicate: int = 0
 
     def __post_init__(self) -> None:
         if self.digest != self.configuration.digest:
@@ -85,6 +86,7 @@ class EvaluationEntry:
             reason=clean(evaluation.reason),
             checkpoint=evaluation.checkpoint,
             figures=dict(evaluation.figures),
+            replicate=evaluation.replicate,
         )
 
 
@@ -110,13 +112,14 @@ class FrontDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonEntry:
-    """The best minus a baseline, with the interval of the difference."""
+    """The best minus a baseline, with the interval of the difference, over validation items or over fresh seeds."""
 
     baseline: EvaluationEntry
     difference: float
     low: float
     high: float
     confidence: float
+    over: Literal["items", "seeds"] = "items"
 
     @classmethod
     def of(cls, problem: Problem, comparison: Comparison) -> ComparisonEntry:
@@ -127,6 +130,35 @@ class ComparisonEntry:
             low=comparison.low,
             high=comparison.high,
             confidence=comparison.confidence,
+            over=comparison.over,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmedEntry:
+    """A contender run again with fresh seeds: the mean score of the replicates alone, and its interval over seeds.
+
+    `selected` is the evaluation that the search chose it by, which is not in the mean. The mean is NaN where a
+    replicate failed.
+    """
+
+    selected: EvaluationEntry
+    replicates: tuple[EvaluationEntry, ...]
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+    @classmethod
+    def of(cls, problem: Problem, confirmed: Confirmed) -> ConfirmedEntry:
+        """The entry of a confirmation."""
+        return cls(
+            selected=EvaluationEntry.of(problem, confirmed.selected),
+            replicates=tuple(EvaluationEntry.of(problem, e) for e in confirmed.replicates),
+            mean=confirmed.mean,
+            low=confirmed.low,
+            high=confirmed.high,
+            confidence=confirmed.confidence,
         )
 
 
@@ -269,7 +301,8 @@ class ResultDocument:
     """`result.json`: what a search ended with.
 
     `test_scores` are by configuration and metric, `evaluations_by_rung` counts failed ones too, `proposals` counts by
-    what became of them, some of them layer by layer.
+    what became of them, some of them layer by layer. `confirmations` are the contenders that were run again with fresh
+    seeds, the largest mean first.
     """
 
     name: str
@@ -292,6 +325,7 @@ class ResultDocument:
     utility: UtilityEntry | None = None
     problem: ProblemEntry
     environment: Environment = field(default_factory=Environment)
+    confirmations: tuple[ConfirmedEntry, ...] = ()
     format: int = FORMAT
 
     @classmethod
@@ -319,7 +353,14 @@ class ResultDocument:
             utility=UtilityEntry.of(result.utility, result.best),
             problem=ProblemEntry.of(plan),
             environment=Environment.here(),
+            confirmations=tuple(ConfirmedEntry.of(problem, c) for c in result.confirmations),
         )
+
+    @property
+    def confirmed(self) -> ConfirmedEntry | None:
+        """What fresh seeds say of the best; None where it was not confirmed."""
+        own = (c for c in self.confirmations if c.selected.configuration == self.best.configuration)
+        return next((c for c in own if np.isfinite(c.mean)), None)
 
     def tested(self, configuration: Configuration) -> Mapping[str, float]:
         """Test scores of a configuration by metric, those that are known; empty where it was not tested."""

@@ -63,8 +63,8 @@ class Run:
 
     @cached_property
     def history(self) -> History:
-        """What was measured for the search: all but the references."""
-        return History(r.evaluation for r in self.records if r.candidate.phase != "reference")
+        """What was measured for the search: all but the references, and but the replicates with fresh seeds."""
+        return History(r.evaluation for r in self.records if r.searched)
 
     @cached_property
     def result(self) -> ResultDocument:
@@ -120,7 +120,7 @@ class Run:
 
     @cached_property
     def _index(self) -> History:
-        return History(record.evaluation for record in self.records)
+        return History(record.evaluation for record in self.records if not record.evaluation.replicate)
 
     def _recorded(self, entries: Iterable[EvaluationEntry]) -> tuple[Evaluation, ...]:
         """What the journal holds of entries; raises `RunDirectoryError` when it says otherwise."""

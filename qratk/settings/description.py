@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,8 @@ class _Writer:
             return [self.plain(item, f"{where}.{n}") for n, item in enumerate(value)]
         if isinstance(value, Path):
             return str(value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return self.plain({own.name: getattr(value, own.name) for own in fields(value)}, where)
         if value is None or type(value) in (bool, int, float, str):
             return value
         return self._named(value, where)
