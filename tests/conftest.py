@@ -45,6 +45,15 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return kind
 
 
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Peaks of equal models are traced once: for tests that need a model's bytes and are not about them."""
+    import tracing
+
+    with tracing.traced_once():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_process_group_is_left() -> Iterator[None]:
     """A process group that a test leaves behind would make Lightning warn in every later one of the same worker."""

@@ -195,8 +195,11 @@ def requests(*configurations: Configuration, steps: int = 6) -> list[Request]:
 ALL = (MIXED, OTHER, NARROWER, Configuration.from_text("4:4*3"))
 
 
-@pytest.mark.parametrize("options", [{}, {"allocation": "block"}, {"metric": "plain"}])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rslora"),
+    [({}, False), ({"allocation": "block"}, True), ({"metric": "plain"}, False)],
+    ids=["default", "by block, rank-stabilised", "plain metric"],
+)
 def test_candidates_side_by_side_are_trained_at_the_width_and_cut_each(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str], options: dict[str, Any], rslora: bool
 ) -> None:

@@ -14,10 +14,13 @@ import torch
 from lightning import Trainer
 from safetensors.torch import load_file
 
+from qratk.components import REGISTRIES
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext, Evaluator
 from qratk.evaluators.finetune import FineTuneEvaluator
+from qratk.loop import SearchLoop
+from qratk.reporters.terminal import TerminalReporter
 from qratk.run.journal import Journal
 from qratk.training.module import FineTuneModule
 from qratk.training.trainers import quiet_lightning
@@ -95,40 +98,41 @@ def same_tensors(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from lightning import Trainer
-from qratk.training.module import FineTuneModule
-from qratk.training.trainers import quiet_lightning
-from qratk.components import REGISTRIES as R
-from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.loop import SearchLoop
-from qratk.reporters.terminal import TerminalReporter
-torch.set_num_threads(1)
-run_dir, model, train, validation, test, cohort = sys.argv[1:]
-make = lambda kind, name, **options: R[kind].create(name, **options)
-module = FineTuneModule(model, learning_rate=1e-2, lora_dropout=0.1)
-data = MultipleChoiceData(train, validation=validation, test=test, batch_size=4, score="log_likelihood")
-loop = SearchLoop(
-    evaluator=make("evaluators", "finetune", cohort=int(cohort)), searcher=make("searchers", "nsga2", offspring=3),
-    refiner=make("refiners", "trust_region", max_evaluations=2), surrogate=make("surrogates", "huber"),
-    mutations=[make("mutations", "sensitivity"), make("mutations", "coupled")], repair=make("repairs", "greedy"),
-    bits_importance=make("estimators", "fisher_residual"), rank_importance=make("estimators", "gradient_spectrum"),
-    bits=[2, 4], ranks=[2, 4], like=[4, 2], steps=[1, 2], generations=2, high_fidelity_candidates=1,
-)
-loop.run(run_dir=Path(run_dir), reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
-"""
+def search(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: int) -> None:
+    """A whole search of two generations and a refinement, told line by line; where there is one, it goes on."""
+    make: Any = lambda kind, name, **options: REGISTRIES[kind].create(name, **options)  # noqa: E731
+    loop = SearchLoop(
+        evaluator=FineTuneEvaluator(cohort=cohort),
+        searcher=make("searchers", "nsga2", offspring=3),
+        refiner=make("refiners", "trust_region", max_evaluations=2),
+        surrogate=make("surrogates", "huber"),
+        mutations=[make("mutations", "sensitivity"), make("mutations", "coupled")],
+        repair=make("repairs", "greedy"),
+        bits_importance=make("estimators", "fisher_residual"),
+        rank_importance=make("estimators", "gradient_spectrum"),
+        bits=[2, 4],
+        ranks=[2, 4],
+        like=[4, 2],
+        steps=[1, 2],
+        generations=2,
+        high_fidelity_candidates=1,
+    )
+    module = FineTuneModule(str(model_dir), learning_rate=1e-2, lora_dropout=0.1)
+    data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
+    with quiet_lightning():
+        loop.run(run_dir=run_dir, reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
 
 
 def start(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: int) -> subprocess.Popen[str]:
-    paths = [str(run_dir), str(model_dir), *(data_files[name] for name in ("train", "validation", "test")), str(cohort)]
+    """The same search in a process of its own, to the bit."""
+    call = f"search({run_dir!r}, {model_dir!r}, {data_files!r}, {cohort})"
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, *paths],
+        [sys.executable, "-W", "ignore", "-c", f"from pathlib import *; from finetune_runs import search; {call}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
 
 
