@@ -112,7 +112,13 @@ class Row:
 
     def as_dict(self) -> dict[str, object]:
         """The row as plain data, ready for one line of JSON."""
-        return {**asdict(self), "choices": list(self.choices)}
+        return {
+            "id": self.id,
+            "context": self.context,
+            "question": self.question,
+            "choices": list(self.choices),
+            "label": self.label,
+        }
 
 
 def _inverted(groups: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -314,10 +320,9 @@ _MEETINGS = (
 )
 
 
-def _meeting(world: World, meeting: _Meeting, guest: Person, host: Person, rng: random.Random) -> _Draft:
-    """A question on one meeting; the guest's own fact is among the wrong choices."""
+def _meeting(values: set[str], meeting: _Meeting, guest: Person, host: Person, rng: random.Random) -> _Draft:
+    """A question on one meeting, given all values of its fact; the guest's own is among the wrong choices."""
     right, lure = getattr(host, meeting.fact), getattr(guest, meeting.fact)
-    values = {getattr(person, meeting.fact) for person in world.people}
     others = rng.sample(sorted(values - {right, lure}), CHOICES - 2)
     context = rng.choice(meeting.stories).format(guest=guest.name, host=host.name)
     question = meeting.question.format(guest=guest.name, host=host.name)
@@ -328,13 +333,14 @@ def _drafts(world: World, split: Split, seed: int) -> list[_Draft]:
     """The questions of a split in random order; every person is host equally often."""
     people = split_people(world, split, seed)
     rng = random.Random(f"{split}-{seed}")
+    values = {meeting.fact: {getattr(person, meeting.fact) for person in world.people} for meeting in _MEETINGS}
     drafts = []
     for host in people:
         for meeting in _MEETINGS:
             fact = getattr(host, meeting.fact)
             guests = [p for p in people if getattr(p, meeting.fact) != fact]
             for guest in rng.sample(guests, ROWS_PER_HOST[split]):
-                drafts.append(_meeting(world, meeting, guest, host, rng))
+                drafts.append(_meeting(values[meeting.fact], meeting, guest, host, rng))
     rng.shuffle(drafts)
     return drafts
 
