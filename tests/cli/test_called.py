@@ -16,7 +16,8 @@ from qratk.searchers.random import RandomSearch
 from qratk.testing import ToyEvaluator
 
 README = (Path(qratk.__file__).parents[1] / "README.md").read_text()
-SIMULATED = 'evaluator={"simulated": {"num_layers": 4}}, reporters=["files"]'
+REFINER = {"trust_region": {"max_evaluations": 1, "pool_size": 20}}
+SIMULATED = f'evaluator={{"simulated": {{"num_layers": 4}}}}, reporters=["files"], refiner={REFINER}'
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
@@ -26,7 +27,10 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def called(run_dir: str = "run", **settings: Any) -> SearchResult:
-    defaults = {"evaluator": {"simulated": {"num_layers": 4}}, "reporters": ["files"], "like": (4, 8), "generations": 1}
+    defaults = {
+        "evaluator": {"simulated": {"num_layers": 4}}, "reporters": ["files"], "like": (4, 8), "generations": 1,
+        "refiner": REFINER,
+    }  # fmt: skip
     data = EmbeddedData(batch_size=8)
     return qratk.search(FineTuneModule("embedded"), data, run_dir=run_dir, **{**defaults, **settings})
 
@@ -77,7 +81,8 @@ def test_what_no_file_can_hold_is_searched_all_the_same() -> None:
 def test_secrets_of_a_call_are_in_no_file_of_the_run(tmp_path: Path) -> None:
     module = FineTuneModule("https://me:8675309@host/x")
     evaluator, like = ToyEvaluator(4, seed=1), (4, 8)
-    qratk.search(module, EmbeddedData(), run_dir="run", reporters=["files"], evaluator=evaluator, like=like)
+    small: dict[str, Any] = {"generations": 1, "refiner": REFINER}
+    qratk.search(module, EmbeddedData(), run_dir="run", reporters=["files"], evaluator=evaluator, like=like, **small)
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and b"8675309" in path.read_bytes()]
     assert holding == []
 

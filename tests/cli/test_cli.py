@@ -31,7 +31,7 @@ TINY = {
     },
     "search": {
         "evaluator": {
-            "class_path": "finetune", "init_args": {"calibration_batches": 1, "calibration_batch_size": 2},
+            "class_path": "finetune", "init_args": {"calibration_batches": 1, "calibration_batch_size": 2, "cohort": 2},
         },
         "searcher": {"class_path": "nsga2", "init_args": {"population": 4, "offspring": 3}},
         "refiner": "none", "bits": [2, 4], "ranks": [2], "like": [4, 2], "steps": [1, 2], "generations": 1,
@@ -178,7 +178,8 @@ def test_search_then_resume_repeat_fit_and_test(capsys, config, tmp_path):
 
     # The saved configuration repeats the search, to the bit.
     again = tmp_path / "again"
-    assert main(["search", "--config", str(run / "config.yaml"), "--run_dir", str(again)]) == 0
+    command = ["search", "--config", str(run / "config.yaml"), "--run_dir", str(again)]
+    assert main([*command, "--search.reporters=[files]"]) == 0
     repeated = json.loads((again / "result.json").read_text())
     assert repeated["best"]["score"] == result["best"]["score"]
     assert repeated["best"]["configuration"] == result["best"]["configuration"]

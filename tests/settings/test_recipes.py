@@ -20,7 +20,7 @@ SWEEPS = CONFIGS / "sweeps" / "one_factor.yaml"
 BASELINES = sorted(CONFIGS.glob("baselines/*.yaml"))
 SMALL: dict[str, Any] = {
     "generations": 1,
-    "max_evaluations": 6,
+    "max_evaluations": 3,
     "steps": [10, 30],
     "evaluator": {"init_args": {"num_layers": 5}},
 }
