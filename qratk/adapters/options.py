@@ -28,9 +28,9 @@ class AdapterOptions:
         alpha: numerator of the scaling with `rslora`; of no effect without it.
         dropout: probability of dropping an adapter's input in training.
         dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
-        init: "default" (A random, B zero, as PEFT), or the name of a start: "loftq" and "lq_lora" make up for the
-            quantisation error, which projections left at 16 bits have none of, so that these begin as by default; "eva"
-            begins A at the directions that inputs vary most in.
+        init: "default" (A random, B zero, as PEFT), or the name of a start: "loftq", "lq_lora" and "cloq" make up for
+            the quantisation error, which projections left at 16 bits have none of, so that these begin as by default;
+            "eva" begins A at the directions that inputs vary most in.
         init_iterations: of quantising and approximating in turn; 1 takes the bank's own quantised weights, with more
             they are quantised anew for each rank.
         input_groups: size of the groups of inputs that are summed into one before the adapter (QA-LoRA, Xu et al.

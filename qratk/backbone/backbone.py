@@ -16,7 +16,7 @@ from qratk.adapters.base import AdapterMethod, Adapters, stored_bytes
 from qratk.adapters.lora import Lora
 from qratk.adapters.matrices.factors import Factors, Told
 from qratk.adapters.options import AdapterOptions
-from qratk.adapters.starts.making import FirstValues
+from qratk.adapters.starts.making import FirstValues, Inputs
 from qratk.backbone.layers import (
     Coverage,
     Granularity,
@@ -236,10 +236,11 @@ class Backbone:
         The bank and the digest depend on them. The model runs over them, at full precision and without adapters, when
         `build_bank` packs a weight that no store holds. Raises `QuantizationError` when the bank was built with others.
         """
-        if self.table.calibrated:
-            layers = [dict(layer.modules) for layer in self.layers]
-            if self._packer.calibrate(Calibration(self.model, layers, batches)):
-                self._digest = None
+        if self.table.calibrated and self._packer.calibrate(self._calibration(batches)):
+            self._digest = None
+
+    def _calibration(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Calibration:
+        return Calibration(self.model, [dict(layer.modules) for layer in self.layers], batches)
 
     def build_bank(self, bits: Sequence[int]) -> None:
         """Quantise every projection at each bit-width that is not in the bank yet, or map what a store has of it."""
@@ -273,14 +274,21 @@ class Backbone:
         choices: Iterable[tuple[int, int]],
         *,
         weightings: Mapping[str, Told] | None = None,
+        calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
         init: str | None = None,
     ) -> None:
         """Make first values of adapters for these (bits, rank); or map what a store has.
 
-        The start is `init`, or that of the adapters' options. The bank must be built at these bits, and the
-        full-precision reference be there.
+        The start is `init`, or that of the adapters' options; `calibration` holds the sequences that one such as "cloq"
+        is fitted to. The bank must be built at these bits, and the full-precision reference be there.
         """
-        self._starting(init).build(choices, weightings, self._store)
+        if calibration is None:
+            self._starting(init).build(choices, weightings, self._store)
+            return
+        gathered = self._calibration(calibration)
+        digest = sha256_of([gathered.digest, *self._decisive()])[:16]
+        inputs = Inputs(digest, lambda name: self._packer.moments(gathered, name))
+        self._starting(init).build(choices, weightings, self._store, inputs)
 
     def initial_factors(self, name: str, bits: int, rank: int, *, init: str | None = None) -> Factors | None:
         """First values of a projection's adapter, before scaling; None where it begins as by default.

@@ -153,12 +153,16 @@ class Packer:
 
     def _moments(self, name: str) -> Moments:
         assert self.calibration is not None  # `_plan` has looked
+        return self.moments(self.calibration, name)
+
+    def moments(self, calibration: Calibration, name: str) -> Moments:
+        """Moments of a projection's inputs in the full-precision model, without adapters."""
         active = {bank: (bank.active, bank.active_rank) for bank in self._banks.values()}
         for bank in active:
             bank.activate(16)
         try:
             with self._bare():
-                return self.calibration.moments(name)
+                return calibration.moments(name)
         finally:
             for bank, (bits, rank) in active.items():
                 bank.activate(bits, rank)

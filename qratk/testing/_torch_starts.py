@@ -10,7 +10,7 @@ import torch
 from qratk.adapters.matrices.factors import Directions, Factors, Told, Weighting, expanded
 from qratk.adapters.starts.base import Residual, Start
 from qratk.bank.table import Chosen
-from qratk.quantizers.base import quantizers
+from qratk.quantizers.base import Moments, quantizers
 
 _SHAPE, _BITS, _RANK = (48, 64), 4, 6
 
@@ -20,7 +20,13 @@ def some_residual(start: Start, *, group: int = 1) -> Residual:
     weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0))
     chosen = Chosen(quantizers.create("nf4"), _BITS)
     told = _told(start) if start.weighted else None
-    return Residual(weight, chosen.quantizer.quantize(weight, _BITS), chosen, group, told)
+    packed = chosen.quantizer.quantize(weight, _BITS)
+    return Residual(weight, packed, chosen, group, told, _moments() if start.calibrated else None)
+
+
+def _moments() -> Moments:
+    x = torch.randn(256, _SHAPE[1], generator=torch.Generator().manual_seed(1))
+    return Moments(x.T @ x / len(x), x.abs().mean(dim=0), len(x))
 
 
 def _told(start: Start) -> Told:

@@ -68,8 +68,9 @@ class FineTuneModule(ScoredModule):
         rslora: scale by alpha / sqrt(rank) instead.
         lora_dropout: dropout before the adapters.
         adapter_dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
-        init: how adapters begin: "default" (no change of the output), "loftq" or "lq_lora" (they make up for the
-            quantisation error, by its largest singular values, the latter weighted with Fisher information).
+        init: how adapters begin: "default" (no change of the output), "loftq", "lq_lora" or "cloq" (they make up for
+            the quantisation error, by its largest singular values, plain, weighted with Fisher information, or in the
+            metric of the inputs' second moment).
         init_iterations: of quantising and approximating in turn; more than 1 packs the weights anew for each rank.
         init_batches, init_batch_size: training batches for the Fisher information of "lq_lora".
         input_groups: size of the groups of inputs that are summed before an adapter (QA-LoRA); null is none.
@@ -85,7 +86,7 @@ class FineTuneModule(ScoredModule):
         gradient_checkpointing: trade time for activation memory.
         trust_remote_code: run code that comes with the model; only for sources you trust.
         tokenizer: name or directory of the tokenizer, by default the model's.
-        calibration_sequences: training sequences that quantisers such as GPTQ are fitted to, where one is chosen.
+        calibration_sequences: training sequences that quantisers such as GPTQ, and the start "cloq", are fitted to.
         seed: seed of adapter initialisation and dropout.
     """
 

@@ -32,8 +32,12 @@ def calibrate(backbone: Backbone, options: FineTuneOptions, data: CalibrationDat
     They depend on the data's options and on `calibration_sequences` alone: the same in a search and in a fit.
     """
     if backbone.table.calibrated:
-        size = min(options.calibration_sequences, _CALIBRATION_BATCH)
-        backbone.calibrate(data.calibration_batches(-(-options.calibration_sequences // size), size))
+        backbone.calibrate(_sequences(options, data))
+
+
+def _sequences(options: FineTuneOptions, data: CalibrationData) -> list[dict[str, Tensor]]:
+    size = min(options.calibration_sequences, _CALIBRATION_BATCH)
+    return data.calibration_batches(-(-options.calibration_sequences // size), size)
 
 
 def build_initial(
@@ -45,16 +49,18 @@ def build_initial(
     """Make what adapters begin with at these (bits, rank), from a bank built at them; nothing for the default.
 
     The start is that of the options. `data` returns those that Fisher information is measured on, at 16 bits and
-    without adapters, where it is needed.
+    without adapters, or that the start is calibrated on, where one of these is needed.
     """
     if not backbone.needs_initial(choices, init=options.init):
         return
-    start, weightings = options.adapters.start, None
+    start, weightings, calibration = options.adapters.start, None, None
     if start is not None and start.weighted:
         backbone.activate(Configuration.uniform(16, 0, len(backbone.layers)), seed=options.seed)
         batches = data().calibration_batches(options.init_batches, options.init_batch_size)
         weightings = start.weightings(backbone.model, backbone.banks, batches)
-    backbone.build_initial(choices, weightings=weightings, init=options.init)
+    if start is not None and start.calibrated:
+        calibration = _sequences(options, data())
+    backbone.build_initial(choices, weightings=weightings, calibration=calibration, init=options.init)
 
 
 def asked_configuration(options: FineTuneOptions) -> Configuration:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qratk.adapters.matrices.covariance import damped, low_rank_for_inputs, output_error
 from qratk.adapters.matrices.drawing import initial_a, initial_weights
 from qratk.adapters.matrices.factors import Directions, Weighting, expanded, low_rank, pooled
 from qratk.adapters.matrices.fisher import fisher_weightings
@@ -41,8 +42,14 @@ def started(tiny_backbone: Callable[..., Backbone], *, bits: tuple[int, ...] = (
     weightings = None
     if backbone.adapters.options.init == "lq_lora":
         weightings = {n: weighting(bank.out_features, bank.in_features) for n, bank in backbone.banks.items()}
-    backbone.build_initial([(b, r) for b in bits for r in RANKS], weightings=weightings)
+    calibration = sequences(1) if backbone.adapters.options.init == "cloq" else None
+    backbone.build_initial([(b, r) for b in bits for r in RANKS], weightings=weightings, calibration=calibration)
     return backbone
+
+
+def sequences(seed: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
 def product(backbone: Backbone, name: str) -> torch.Tensor:
@@ -144,6 +151,55 @@ def test_fisher_weights_are_the_means_of_squared_gradients_of_each_sequence(
     torch.testing.assert_close(found.columns.float(), columns.clamp(min=1e-3 * columns.mean()), rtol=1e-3, atol=1e-9)
 
 
+def correlated(d_in: int, *, seed: int = 4) -> torch.Tensor:
+    """Second moment of inputs of a fifth of the dimensions, some larger than others."""
+    x = matrix(200, d_in // 5, seed=seed) @ matrix(d_in // 5, d_in, seed=seed + 1) * torch.linspace(0.2, 3, d_in)
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("shape", [(20, 35), (35, 20)])
+def test_factors_for_inputs_are_those_of_the_papers_closed_form(shape: tuple[int, int]) -> None:
+    residual, second = matrix(*shape).double(), correlated(shape[1])
+    factors = low_rank_for_inputs(residual, 4, second)
+    # Theorem 3.1, in the paper's orientation: the residual is (d_in, d_out), A (d_in, r) and B (d_out, r).
+    values, vectors = np.linalg.eigh(damped(second.double()).numpy())
+    root = np.sqrt(values)[:, None] * vectors.T
+    left, sizes, right = np.linalg.svd(root @ residual.numpy().T, full_matrices=False)
+    a, b = np.linalg.solve(root, left[:, :4] * sizes[:4]), right[:4].T
+    np.testing.assert_allclose((factors.b @ factors.a).numpy(), b @ a.T, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.abs(factors.b.numpy()), np.abs(b), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.abs(factors.a.numpy()), np.abs(a.T), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_factors_for_inputs_are_the_best_that_descent_finds(group: int) -> None:
+    residual, second = matrix(7, 12, seed=3).double(), correlated(12)
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        error = residual - b @ expanded(a, group)
+        return ((error @ damped(second.double())) * error).sum()
+
+    factors = low_rank_for_inputs(residual, 2, second, group=group)
+    found = float(loss(factors.a.double(), factors.b.double()))
+    assert found == pytest.approx(output_error(residual - factors.b @ expanded(factors.a, group), second), rel=1e-5)
+    assert found == pytest.approx(descended(loss, 7, 12 // group, 2), rel=1e-4)
+    plain = low_rank(residual, 2, group=group)
+    assert found < 0.95 * float(loss(plain.a.double(), plain.b.double()))
+
+
+def test_factors_for_inputs_are_nested_in_rank_and_without_inputs_plain_singular_vectors() -> None:
+    residual, second = matrix(20, 30), correlated(30)
+    small, large = (low_rank_for_inputs(residual, rank, second) for rank in (3, 18))
+    assert torch.equal(small.a, large.a[:3])
+    assert torch.equal(small.b, large.b[:, :3])
+    unseen, plain = low_rank_for_inputs(residual, 3, torch.zeros(30, 30)), low_rank(residual, 3)
+    torch.testing.assert_close(unseen.b @ unseen.a, plain.b @ plain.a, rtol=1e-4, atol=1e-5)
+    lower = low_rank_for_inputs(matrix(20, 3).double() @ matrix(3, 30, seed=1).double(), 8, second)
+    assert lower.used.tolist() == [True] * 3 + [False] * 5
+    with pytest.raises(QuantizationError, match="second moment"):
+        low_rank_for_inputs(residual, 3, torch.diag(torch.tensor([-5.0, *[1.0] * 29])))
+
+
 # Adapters of a backbone
 
 
@@ -162,6 +218,36 @@ def test_what_an_adapter_adds_is_the_residuals_best_approximation(
             torch.testing.assert_close(product(backbone, name), factors.b @ factors.a, rtol=1e-4, atol=1e-5)
             if weights is None:
                 assert float((residual - product(backbone, name)).norm()) < float(residual.norm())
+
+
+def test_cloq_is_fitted_to_the_inputs_at_full_precision(tiny_backbone: Callable[..., Backbone]) -> None:
+    from qratk.bank.calibration import gather
+
+    backbone, reference = started(tiny_backbone, init="cloq"), tiny_backbone()
+    moments = gather(reference.model, {UP: reference.banks[UP]}, sequences(1))[UP]
+    backbone.activate(Configuration.uniform(2, 4, 3), seed=0)
+    bank = backbone.banks[UP]
+    factors = low_rank_for_inputs(bank.reference - bank.dequantized(2), 4, moments.second)
+    torch.testing.assert_close(product(backbone, UP), factors.b @ factors.a, rtol=1e-3, atol=1e-5)
+
+
+def test_cloq_of_other_sequences_is_another_file(
+    tiny_backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qratk.adapters.starts.cloq import CLoQ
+
+    def made(seed: int) -> torch.Tensor:
+        backbone = tiny_backbone(bits=(2,), adapter=AdapterOptions(init="cloq"), bank_dir=tmp_path)
+        backbone.build_initial([(2, 4)], calibration=sequences(seed))
+        backbone.activate(Configuration.uniform(2, 4, 3), seed=0)
+        return product(backbone, UP)
+
+    first, other = made(1), made(2)
+    assert not torch.equal(first, other)
+    monkeypatch.setattr(CLoQ, "begin", None)
+    assert torch.equal(made(1), first)
+    with pytest.raises(TypeError):
+        made(3)
 
 
 def test_at_16_bits_and_beyond_the_residuals_rank_adapters_begin_as_by_default(
@@ -190,6 +276,8 @@ def test_an_unmade_start_is_refused(tiny_backbone: Callable[..., Backbone]) -> N
         backbone.build_initial([(2, 4)])
     with pytest.raises(ConfigurationError, match="Fisher"):
         tiny_backbone(bits=(4,), adapter=AdapterOptions(init="lq_lora")).build_initial([(4, 2)])
+    with pytest.raises(ConfigurationError, match="calibration batches"):
+        tiny_backbone(bits=(4,), adapter=AdapterOptions(init="cloq")).build_initial([(4, 2)])
 
 
 @pytest.mark.parametrize("options", [{"init": "pissa"}, {"init_iterations": 0}, {"input_groups": 0}])
@@ -258,9 +346,14 @@ def test_three_iterations_are_pefts_but_for_rounding(tiny_backbone: Callable[...
     assert float(left.norm()) == pytest.approx(float((weight - dense - parts["L"] @ parts["R"]).norm()), rel=1e-3)
 
 
-@pytest.mark.parametrize(("init", "bits"), [("loftq", 4), ("lq_lora", 2)])
+@pytest.mark.parametrize(("init", "bits"), [("loftq", 4), ("lq_lora", 2), ("cloq", 2)])
 def test_more_iterations_leave_a_smaller_error(init: str, bits: int, tiny_backbone: Callable[..., Backbone]) -> None:
     errors = []
+    from qratk.bank.calibration import gather
+
+    reference = tiny_backbone()
+    found = gather(reference.model, reference.banks, sequences(1))
+    second_moments = {name: moments.second for name, moments in found.items()}
     for iterations in (1, 4):
         backbone = started(tiny_backbone, bits=(bits,), init=init, init_iterations=iterations)
         backbone.activate(Configuration.uniform(bits, 16, 3), seed=0)
@@ -270,6 +363,9 @@ def test_more_iterations_leave_a_smaller_error(init: str, bits: int, tiny_backbo
             left = bank.reference - bank.dequantized(bits, rank=16) - product(backbone, name)
             if init == "lq_lora":
                 left = weights.rows[:, None] * left * weights.columns
+            if init == "cloq":
+                error += output_error(left, second_moments[name])
+                continue
             error += float(left.square().sum())
         errors.append(error)
     assert errors[1] < errors[0]

@@ -23,6 +23,7 @@ OTHERS = tuple(Configuration.from_text(text) for text in ("4:2*3", "8:4 2:4 2:2"
 VARIANTS: dict[str, dict[str, Any]] = {
     "loftq twice": {"init": "loftq", "init_iterations": 2},
     "lq_lora": {"init": "lq_lora", "init_iterations": 2, "init_batches": 2, "init_batch_size": 2},
+    "cloq": {"init": "cloq", "calibration_sequences": 4},
     "qa_lora": {"input_groups": 16},
     "qa_lora loftq": {"input_groups": 16, "init": "loftq"},
 }
@@ -61,7 +62,7 @@ def climbed(evaluator: FineTuneEvaluator) -> list[Evaluation]:
     ]
 
 
-@pytest.mark.parametrize("variant", ["loftq twice", "lq_lora", "qa_lora loftq"])
+@pytest.mark.parametrize("variant", ["loftq twice", "lq_lora", "cloq", "qa_lora loftq"])
 def test_a_fit_and_a_search_continued_in_another_process_have_the_same_score(
     variant: str, tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
@@ -137,7 +138,7 @@ class Documents:
 
 def test_the_embedded_model_at_two_bits_begins_nearer_to_its_full_precision() -> None:
     losses = {}
-    for init in ("none", "default", "loftq", "lq_lora"):
+    for init in ("none", "default", "loftq", "lq_lora", "cloq"):
         begin: Any = "default" if init == "none" else init
         module = FineTuneModule("embedded", bank_dir=None, init=begin, init_batches=1)
         backbone = module.backbone
@@ -149,7 +150,7 @@ def test_the_embedded_model_at_two_bits_begins_nearer_to_its_full_precision() ->
             losses[init] = float(module.eval().training_loss(batch))
     lost = losses["default"] - losses["none"]
     assert lost > 0.02
-    for init in ("loftq", "lq_lora"):
+    for init in ("loftq", "lq_lora", "cloq"):
         assert losses[init] - losses["none"] < 0.8 * lost
 
 

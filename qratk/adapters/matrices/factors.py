@@ -94,18 +94,21 @@ def low_rank(residual: Tensor, rank: int, *, weighting: Weighting | None = None,
     norms = matrix.new_full((d_in // group,), float(group)) if columns is None else pooled(columns.square(), group)
     matrix = pooled(matrix, group) / norms.sqrt()
     count = -(-rank // BLOCK) * BLOCK
-    left, right = _components(matrix, count)
+    left, right = components(matrix, count)
     right = right / norms.sqrt()
     left = left if rows is None else left / rows[:, None]
     sign = torch.gather(left, 0, left.abs().argmax(dim=0, keepdim=True)).sign()[0]
     return Factors((right * sign[:, None])[:rank].float().cpu(), (left * sign)[:, :rank].float().cpu().contiguous())
 
 
-def _components(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    # (m, count) and (count, n), each with the square roots of the singular values; zeros where there are none.
+def components(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors of a matrix (m, n), as (m, count) and (count, n), each times the square roots of the values.
+
+    Largest first, `count` a multiple of `BLOCK`; zeros where there are none.
+    """
     m, n = matrix.shape
     if m > n:
-        right, left = _components(matrix.T, count)
+        right, left = components(matrix.T, count)
         return left.T, right.T
     left, right = matrix.new_zeros(m, count), matrix.new_zeros(count, n)
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)

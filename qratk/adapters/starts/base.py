@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qratk.adapters.matrices.factors import Directions, Factors, Weighting
     from qratk.bank.linear import BankLinear, Packed
     from qratk.bank.table import Chosen
+    from qratk.quantizers.base import Moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Residual:
         chosen: what packed it, and packs it anew.
         group: inputs that the adapter sums into one.
         weighting: what errors cost, or the directions of the inputs, for starts that ask.
+        moments: of the projection's inputs, on the weight's device, for starts that ask for them.
     """
 
     weight: Tensor
@@ -34,6 +36,7 @@ class Residual:
     chosen: Chosen
     group: int = 1
     weighting: Weighting | Directions | None = None
+    moments: Moments | None = None
 
 
 class Start(ABC):
@@ -46,6 +49,11 @@ class Start(ABC):
     @abstractmethod
     def weighted(self) -> bool:
         """Whether calibration batches have a say, in what errors cost, say: `weightings` is asked for then."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `Residual.moments` are asked for: those of calibration tokens, as GPTQ's."""
+        return False
 
     @abstractmethod
     def weightings(

@@ -14,6 +14,7 @@ from qratk.quantizers.base import PackedBytes, Quantizer
 if TYPE_CHECKING:
     from qratk.adapters.matrices.factors import Factors, Told
     from qratk.bank.linear import BankLinear, Packed
+    from qratk.quantizers.base import Moments
 
 _A, _B = "initial_a", "initial_b"
 
@@ -22,7 +23,8 @@ _A, _B = "initial_a", "initial_b"
 class InitialPart:
     """In the place of a `Chosen`: the factors of a projection and, where that is quantised anew, its packed weight.
 
-    `weighting` is the digest of its weighting, `packed` that of a packed weight that calibration decides too.
+    `weighting` is the digest of its weighting, `packed` that of a packed weight that calibration decides too, `inputs`
+    that of what decides the moments of its inputs.
     """
 
     chosen: Chosen
@@ -30,6 +32,7 @@ class InitialPart:
     rank: int
     weighting: str = ""
     packed: str = ""
+    inputs: str = ""
 
     @property
     def quantizer(self) -> Quantizer:
@@ -58,7 +61,8 @@ class InitialPart:
         options = self.options
         times, group = options.init_iterations, options.input_group
         about = f"initial 1: {options.init}, rank {self.rank}, iterations {times}, groups of {group}"
-        return f"{self.chosen}; {about}, weights {self.weighting or 'equal'}{', of ' * bool(self.packed)}{self.packed}"
+        fitted = f"{', of ' * bool(self.packed)}{self.packed}{', inputs ' * bool(self.inputs)}{self.inputs}"
+        return f"{self.chosen}; {about}, weights {self.weighting or 'equal'}{fitted}"
 
     def packed_bytes(self, shape: tuple[int, int]) -> PackedBytes:
         """Bytes of the factors, as metadata, and of the packed weight."""
@@ -66,12 +70,12 @@ class InitialPart:
         own = self.chosen.packed_bytes(shape) if self.repacked else PackedBytes(0, 0)
         return PackedBytes(own.weights, own.metadata + factors)
 
-    def build(self, bank: BankLinear, bits: int, weighting: Told | None) -> Packed:
+    def build(self, bank: BankLinear, bits: int, weighting: Told | None, moments: Moments | None) -> Packed:
         """The tensors that are kept, from the bank's reference and its packed weight."""
         start = self.options.start
         assert start is not None  # else there is nothing to keep
         held = bank.require(bits).packed
-        residual = Residual(bank.reference, held, self.chosen, self.options.input_group, weighting)
+        residual = Residual(bank.reference, held, self.chosen, self.options.input_group, weighting, moments)
         packed, factors = start.begin(residual, self.rank, self.options.init_iterations)
         return {**(packed if self.repacked else {}), _A: factors.a, _B: factors.b}
 

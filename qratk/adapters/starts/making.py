@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qratk.adapters.options import AdapterOptions
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
     from qratk.adapters.matrices.factors import Factors, Told
     from qratk.bank.linear import BankLinear, Packed
     from qratk.bank.store import BankStore, Part, Plan
+    from qratk.quantizers.base import Moments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration sequences say of the inputs of projections: a digest of all that decides it, and the moments."""
+
+    digest: str
+    moments: Callable[[str], Moments]
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What data have to say, where the start asks."""
+
+    weightings: Mapping[str, Told]
+    inputs: Inputs | None
 
 
 class FirstValues:
@@ -50,25 +68,38 @@ class FirstValues:
         choices: Iterable[tuple[int, int]],
         weightings: Mapping[str, Told] | None,
         store: Callable[[], BankStore | None],
+        inputs: Inputs | None = None,
     ) -> None:
-        """Make the values for these (bits, rank), or map what the store has; a weighted start needs the weightings.
+        """Make the values for these (bits, rank), or map what the store has.
 
-        Raises `ConfigurationError` without these, `QuantizationError` when the full-precision weights are gone.
+        A weighted start needs the weightings, a calibrated one the inputs. Raises `ConfigurationError` without these,
+        `QuantizationError` when the full-precision weights are gone.
         """
         wanted = sorted({choice for choice in choices if choice[1] and choice not in self._made})
         start = self._options.start
         if not wanted or start is None:
             return
-        self._require(start, weightings, wanted)
+        self._require(start, weightings, inputs, wanted)
+        data = _Data((weightings or {}) if start.weighted else {}, inputs if start.calibrated else None)
         files = store()
         for bits, rank in self._runs(wanted):
-            self._build(bits, rank, (weightings or {}) if start.weighted else {}, files)
+            self._build(bits, rank, data, files)
         self._made.update(wanted)
 
-    def _require(self, start: Start, weightings: Mapping[str, Told] | None, wanted: Sequence[tuple[int, int]]) -> None:
+    def _require(
+        self,
+        start: Start,
+        weightings: Mapping[str, Told] | None,
+        inputs: Inputs | None,
+        wanted: Sequence[tuple[int, int]],
+    ) -> None:
         if start.weighted and weightings is None:
             raise ConfigurationError(
                 f"{self._options.init!r} needs the Fisher weights of calibration batches, and none were given"
+            )
+        if start.calibrated and inputs is None:
+            raise ConfigurationError(
+                f"{self._options.init!r} is fitted to the inputs of projections, and no calibration batches were given"
             )
         if not all(bank.has_reference for bank in self._banks.values()):
             raise QuantizationError(
@@ -85,41 +116,43 @@ class FirstValues:
         largest = dict(wanted)  # sorted: the last of each bit-width
         return [(b, -(-r // BLOCK) * BLOCK) for b, r in largest.items() if r > held.get(b, 0)]
 
-    def _build(self, bits: int, rank: int, weightings: Mapping[str, Told], store: BankStore | None) -> None:
+    def _build(self, bits: int, rank: int, data: _Data, store: BankStore | None) -> None:
         from qratk.bank.store import Plan
 
         layers = tuple(
-            (name, tuple(self._part(name, n, bits, rank, weightings) for n, b in modules if self._begins(b, bits)))
+            (name, tuple(self._part(name, n, bits, rank, data) for n, b in modules if self._begins(b, bits)))
             for name, modules in self._layers
         )
         plan = Plan(bits, layers, next(iter(self._banks.values())).device.type)
         for index, (_, parts) in enumerate(layers):
-            made = self._tensors(plan, index, weightings, store) if parts else {}
+            made = self._tensors(plan, index, data, store) if parts else {}
             for each in parts:
                 self._take(each, bits, rank, made[each.name])
 
-    def _part(self, layer: str, name: str, bits: int, rank: int, weightings: Mapping[str, Told]) -> Part:
+    def _part(self, layer: str, name: str, bits: int, rank: int, data: _Data) -> Part:
         from qratk.bank.digests import checksum
         from qratk.bank.store import Part
 
         bank = self._banks[name]
         own: Chosen = self._table.choose(layer, local_name(layer, name), bank.shape, bits)
-        digest = weightings[name].digest if name in weightings else ""
+        digest = data.weightings[name].digest if name in data.weightings else ""
         fitted = own.quantizer.calibrated
         packed = checksum({k: t.cpu() for k, t in bank.require(bits).packed.items()}) if fitted else ""
-        chosen: Any = InitialPart(own, self._options, rank, digest, packed)
+        chosen: Any = InitialPart(own, self._options, rank, digest, packed, data.inputs.digest if data.inputs else "")
         chosen.check()
         return Part(name, bank.shape, chosen)
 
-    def _tensors(
-        self, plan: Plan, index: int, weightings: Mapping[str, Told], store: BankStore | None
-    ) -> dict[str, Packed]:
+    def _tensors(self, plan: Plan, index: int, data: _Data, store: BankStore | None) -> dict[str, Packed]:
         def build() -> dict[str, Packed]:
             import torch
 
             parts: list[Any] = [(part.name, part.chosen) for part in plan.layers[index][1]]
-            with torch.no_grad():
-                return {n: chosen.build(self._banks[n], plan.bits, weightings.get(n)) for n, chosen in parts}
+            made: dict[str, Packed] = {}
+            for name, chosen in parts:
+                moments = data.inputs.moments(name) if data.inputs else None
+                with torch.no_grad():
+                    made[name] = chosen.build(self._banks[name], plan.bits, data.weightings.get(name), moments)
+            return made
 
         return build() if store is None else store.fetch(plan, index, build)
 
