@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_NOTES_OF_KINETO = "6"  # above all levels: some builds of torch note on stderr that a profile begins and ends
 
 
 def allocated_peak(action: Callable[[], Any], device: torch.device) -> int:
@@ -23,6 +26,7 @@ def allocated_peak(action: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", _NOTES_OF_KINETO)  # read when the first profile begins
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
     events: Any = profiler.profiler.kineto_results.events()
