@@ -22,7 +22,7 @@ from qratk.evaluators.finetune import FineTuneEvaluator
 
 if TYPE_CHECKING:
     from qratk.estimators.base import ImportanceEstimator
-    from qratk.evaluators._divergence import FrozenDivergence
+    from qratk.training.divergence import FrozenDivergence
     from qratk.training.measuring import Trained
 
 Positions = Literal["labelled", "all"]
@@ -85,7 +85,7 @@ class FrozenDivergenceEvaluator(Evaluator):
             )
         import torch
 
-        from qratk.evaluators._divergence import FrozenDivergence
+        from qratk.training.divergence import FrozenDivergence
 
         self._lowest = context.ladder.lowest
         self._finetune.open(context)

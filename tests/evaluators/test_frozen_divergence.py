@@ -15,9 +15,9 @@ from scipy.spatial.distance import jensenshannon
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, FidelityLadder, Request, SearchSpace
 from qratk.data.multiple_choice import MultipleChoiceData
-from qratk.evaluators._divergence import FrozenDivergence, chosen_positions, jensen_shannon
 from qratk.evaluators.base import EvaluationContext, evaluators
 from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator
+from qratk.training.divergence import FrozenDivergence, chosen_positions, jensen_shannon
 from qratk.training.module import FineTuneModule
 
 OTHER_RANKS = Configuration.of(MIXED.bits, (4, 4, 4))
@@ -224,7 +224,7 @@ def test_logits_in_chunks_give_the_same(
     proxy: tuple[FrozenDivergenceEvaluator, Evaluation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator, measured = proxy
-    monkeypatch.setattr("qratk.evaluators._divergence._CHUNK_BYTES", 4 * 96 * 2)
+    monkeypatch.setattr("qratk.training.divergence._CHUNK_BYTES", 4 * 96 * 2)
     frozen(evaluator)._scores.clear()
     assert evaluated(evaluator, MIXED, 2).score == pytest.approx(measured.score, rel=1e-6)
 

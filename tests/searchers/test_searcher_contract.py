@@ -7,8 +7,9 @@ import pytest
 from qratk.searchers.base import searchers
 from qratk.testing import SearcherContract, toy_problem
 
-# Plugins test their own; "decoupled" has a suite below, and "fixed" proposes what it is told, whatever the problem.
-OWN = [name for name in searchers.names() if searchers.owner(name) == "qratk" and name not in ("decoupled", "fixed")]
+# Plugins test their own; two have a suite below, and "fixed" proposes what it is told, whatever the problem.
+ONCE = ("amq", "decoupled", "fixed")
+OWN = [name for name in searchers.names() if searchers.owner(name) == "qratk" and name not in ONCE]
 
 
 class TestRegisteredSearchers(SearcherContract):
@@ -30,10 +31,11 @@ class TestAgeingEvolutionWithAShortQueue(SearcherContract):
         return partial(searchers.create, "ageing_evolution", warm_start=False, population=3, sample=2, offspring=4)
 
 
-class TestDecoupled(SearcherContract):
-    @pytest.fixture
-    def make(self):
-        return partial(searchers.create, "decoupled")
+class TestSearchersThatAskOnce(SearcherContract):
+    @pytest.fixture(params=["amq", "decoupled"])
+    def make(self, request):
+        small = {"initial": 8, "iterations": 1, "population": 10, "generations": 2} if request.param == "amq" else {}
+        return partial(searchers.create, request.param, **small)
 
     def test_tiny_space_is_exhausted_and_ends(self, make):
         """It proposes a few configurations and no more, whatever the size of the space."""
