@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from qratk.reporters.standard import standard_reporters as standard_reporters
     from qratk.run.run import Run as Run
     from qratk.searchers.base import GlobalSearcher as GlobalSearcher
+    from qratk.searchers.brackets import BracketSearcher as BracketSearcher
     from qratk.searchers.generations import GenerationSearcher as GenerationSearcher
     from qratk.settings.recipe import autoqra as autoqra
     from qratk.surrogates.base import PromotionSurrogate as PromotionSurrogate
@@ -229,6 +230,7 @@ _HOMES = {
     "qratk.reporters.standard": ("standard_reporters",),
     "qratk.run.run": ("Run",),
     "qratk.searchers.base": ("GlobalSearcher",),
+    "qratk.searchers.brackets": ("BracketSearcher",),
     "qratk.searchers.generations": ("GenerationSearcher",),
     "qratk.settings.recipe": ("autoqra",),
     "qratk.surrogates.base": ("PromotionSurrogate",),

@@ -10,9 +10,9 @@ import numpy as np
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, History
-from qratk.searchers._brackets import BracketSearcher
 from qratk.searchers._kernel_density import LadderDensity, importance_bandwidths
 from qratk.searchers.base import searchers
+from qratk.searchers.brackets import BracketSearcher
 
 REPAIRED = 8
 """Drawn configurations that are repaired for one proposal; the best of them by density ratio is proposed."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Candidate, History
-from qratk.searchers._brackets import BracketSearcher
 from qratk.searchers.base import searchers
+from qratk.searchers.brackets import BracketSearcher
 
 
 @searchers.register("hyperband")

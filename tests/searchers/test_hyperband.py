@@ -8,8 +8,8 @@ from searcher_toys import LADDER, ONE_RUNG, begun
 
 from qratk.core import FidelityLadder, History
 from qratk.core.errors import ConfigurationError
-from qratk.searchers._brackets import bracket_size, cost, halving
 from qratk.searchers.base import searchers
+from qratk.searchers.brackets import bracket_size, cost, halving
 from qratk.testing import toy_problem
 
 LADDERS = [LADDER, FidelityLadder((10, 20, 40, 80, 160), 2.0), ONE_RUNG, FidelityLadder((50, 75), 4.0)]

@@ -1,4 +1,4 @@
-"""Brackets of Hyperband: how many candidates begin at which rung."""
+"""Brackets of Hyperband, a base also for plugins: how many candidates begin at which rung."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class BracketSearcher(GenerationSearcher):
     def schedule(self, ladder: FidelityLadder, candidates: int, high: int) -> Schedule:
         """The bracket of the generation just asked for, from its first rung up; `high` is not used."""
         return halving(ladder, candidates, self.generation % len(ladder.steps))
+
+    @property
+    def bracket_cost(self) -> int:
+        """Optimiser steps of the first bracket, once `begin` was called."""
+        return cost(halving(self.ladder, self.offspring, 0))
 
     def planned_evaluations(self, ladder: FidelityLadder, high: int, generations: int) -> dict[int, int]:
         """Sum over the brackets of so many generations."""
