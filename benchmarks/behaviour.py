@@ -206,6 +206,7 @@ def of_journal(path: Path) -> Parts:
     evaluations.sort(key=lambda e: (PHASES.index(e["phase"]), e["generation"], e["steps"], e["configuration"]))
     names = ("phase", "generation", "origin", "configuration", "digest", "steps", "score", "status", "reason")
     importance = decisions.pop("importance", None)
+    decisions.pop("compute_dtype", None)  # recorded since the record was made
     return {
         "evaluations": text_of(
             [

@@ -82,7 +82,7 @@ class Backbone:
         self.table = QuantizerTable(quantizers)
         self.granularity: Granularity = granularity
         self.target_modules = target_modules
-        self.compute_dtype = resolve_dtype(compute_dtype)
+        self.compute_dtype = resolve_dtype(compute_dtype, stored=model.dtype)
         self.configuration: Configuration | None = None
         self._digest: str | None = None
         self._digests: dict[str, str] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,39 @@ _SPECIAL = ("pad", "bos", "eos")
 _MOST_BLOCKS = 10_000
 
 
-def resolve_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
-    """The compute dtype; "auto" is bfloat16 where CUDA has it, and float32 elsewhere (16-bit matmul on CPU is slow)."""
+def resolve_dtype(compute_dtype: str | torch.dtype, *, stored: torch.dtype = torch.float32) -> torch.dtype:
+    """The compute dtype of a model whose checkpoint is stored in a dtype.
+
+    "auto" is bfloat16 where CUDA has it. On a CPU it is bfloat16 for a checkpoint in bfloat16, which loses nothing by
+    that, where the processor multiplies such numbers by itself, and float32 otherwise: 16-bit products that are
+    imitated are slow.
+    """
     if isinstance(compute_dtype, torch.dtype):
         return compute_dtype
     if compute_dtype == "auto":
-        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if cuda else torch.float32
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16() else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if compute_dtype not in known:
         raise ConfigurationError(f"compute_dtype must be 'auto' or one of {tuple(known)}, got {compute_dtype!r}")
     return known[compute_dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `resolve_dtype` takes."""
+    return str(dtype).removeprefix("torch.")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 that torch uses: AVX512-BF16, or Arm's BF16."""
+    onednn: Any = torch.backends.mkldnn
+    if not onednn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN takes bfloat16 on every AVX512, and imitates it where these instructions are missing.
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import replicate_seed
@@ -54,6 +55,7 @@ class FineTuning:
             )
         module, data, trainers = context.module, context.datamodule, QuietTrainers(context.trainer or Trainer)
         module.schedule_steps = module.schedule_steps or context.ladder.highest
+        _settle_compute_dtype(module, context)
         device, precision = _placed(module, trainers)
         data.attach(module.tokenizer, context_length=module.context_length)
         data.setup("fit")
@@ -136,6 +138,19 @@ class FineTuning:
         """Where a state lies, in the run folder."""
         path = self.rungs.of_replicate(replicate).path(configuration, steps)
         return str(path.relative_to(self.context.run_dir))
+
+
+def _settle_compute_dtype(module: FineTuneModule, context: EvaluationContext) -> None:
+    """Have the module compute as the search began to, where "auto" would go by the machine that it is resumed on."""
+    if module.options.compute_dtype != "auto":
+        return
+    known = context.recorded("compute_dtype")
+    if known is None and context.recorded("importance") is not None:  # a search from before that was recorded
+        known = dtype_name(resolve_dtype("auto"))
+    if known is None:
+        context.decided("compute_dtype", lambda: dtype_name(module.backbone.compute_dtype))
+    else:
+        module.options = replace(module.options, compute_dtype=known)
 
 
 def _placed(module: FineTuneModule, trainers: QuietTrainers) -> tuple[torch.device, str]:

@@ -25,6 +25,7 @@ class FitCheckpoint:
         allocation: state of what follows each step, such as AdaLoRA's allocator; empty for nothing.
         random: state of the CPU's generator; None in checkpoints that have none.
         device_random: state of the CUDA device's.
+        compute_dtype: what activations were computed in; None in checkpoints that do not say.
     """
 
     configuration: str
@@ -32,6 +33,7 @@ class FitCheckpoint:
     allocation: Mapping[str, Tensor]
     random: Tensor | None
     device_random: Tensor | None
+    compute_dtype: str | None = None
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Put it into a checkpoint of Lightning's, in place of the weights; secrets of model and data are left out."""
@@ -40,6 +42,7 @@ class FitCheckpoint:
         checkpoint["allocation"] = self.allocation
         checkpoint["random"] = self.random
         checkpoint["device_random"] = self.device_random
+        checkpoint["compute_dtype"] = self.compute_dtype
         for saved in (LightningModule, LightningDataModule):
             if (key := saved.CHECKPOINT_HYPER_PARAMS_KEY) in checkpoint:
                 checkpoint[key] = without_secrets(checkpoint[key])
@@ -59,4 +62,5 @@ class FitCheckpoint:
         weights, checkpoint["state_dict"] = checkpoint["state_dict"], {}
         adapter = {name.removeprefix(_PREFIX): v for name, v in weights.items() if name.startswith(_PREFIX)}
         allocation = checkpoint.get("allocation", {})
-        return cls(configuration, adapter, allocation, checkpoint.get("random"), checkpoint.get("device_random"))
+        random, device_random = checkpoint.get("random"), checkpoint.get("device_random")
+        return cls(configuration, adapter, allocation, random, device_random, checkpoint.get("compute_dtype"))

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from qratk.adapters.base import AfterStep, Way
 from qratk.backbone.backbone import Backbone
+from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.backbone.logits import (
     labelled_logits,
     model_inputs,
@@ -78,7 +79,9 @@ class FineTuneModule(ScoredModule):
         warmup_steps: optimiser steps of linear warm-up.
         schedule: what follows the warm-up, down to 0 at `schedule_steps`.
         schedule_steps: optimiser steps of the whole schedule; by default the trainer's total, in a search T_S.
-        compute_dtype: type of activations; "auto" is float32 on CPU and bfloat16 on CUDA.
+        compute_dtype: type of activations and products; adapters are trained in float32 all the same. "auto" is
+            bfloat16 on CUDA, and for a checkpoint in bfloat16 on a CPU with instructions for it; float32 otherwise. A
+            search records it and goes on with it, wherever it is resumed.
         dense_cache: keep dequantised weights in memory, "off", "on" or "auto" (while there is room): faster, the same
             results.
         bank_dir: folder that keeps packed weights for later runs; "auto" is $QRATK_CACHE or else qratk/banks in the
@@ -334,6 +337,7 @@ class FineTuneModule(ScoredModule):
             self._after.state() if self._after is not None else {},
             torch.get_rng_state(),
             device_random_state(self.device),
+            dtype_name(self.backbone.compute_dtype),
         ).write(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -342,8 +346,19 @@ class FineTuneModule(ScoredModule):
         if path and Path(path).is_file():
             require_intact_archive(Path(path))
         loaded = FitCheckpoint.take(checkpoint, str(self.configuration))
+        self._note_dtype(loaded.compute_dtype)
         self.backbone.load_adapter_state(loaded.adapter)
         self.continuation = Continuation(loaded=replace(loaded, adapter={}))
+
+    def _note_dtype(self, trained: str | None) -> None:
+        own = dtype_name(self.backbone.compute_dtype)
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fits and own != (trained or dtype_name(resolve_dtype("auto"))):
+            before = trained or "a dtype that it does not say, float32 unless another was given,"
+            self.backbone.say(
+                f"the checkpoint was trained in {before} and goes on in {own}; give --model.compute_dtype=float32, or "
+                "whatever it was, to go on as it began"
+            )
 
     # Scoring
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qratk.backbone import loading
 from qratk.backbone.backbone import Backbone
-from qratk.backbone.loading import load_model
+from qratk.backbone.loading import load_model, multiplies_bfloat16, resolve_dtype
 from qratk.core.errors import UnsupportedModelError
 
 
@@ -120,6 +121,43 @@ def test_large_weights_that_overflow_a_sum_are_finite(tiny_model: Callable[..., 
     with torch.no_grad():
         model.lm_head.weight.fill_(3e38)
     assert Backbone.from_model(model, quantizers={}, compute_dtype="float32").digest()
+
+
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("stored_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it_for_checkpoints_in_it(
+    stored_dtype: torch.dtype, able: bool, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: able)
+    expected = torch.bfloat16 if able and stored_dtype == torch.bfloat16 else torch.float32
+    assert resolve_dtype("auto", stored=stored_dtype) == expected
+    backbone = Backbone.from_model(tiny_model(layers=1).to(stored_dtype), quantizers={})
+    assert backbone.compute_dtype == expected
+    assert backbone.fixed_tensors()["model.norm.weight"].dtype == expected
+
+
+def test_auto_is_bfloat16_on_cuda_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_it=has_it: has_it)
+        assert resolve_dtype("auto", stored=torch.float32) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512_bf16", "elsewhere", "expected"),
+    [("x86_64", True, True, True), ("AMD64", False, True, False), ("aarch64", False, True, True),
+     ("aarch64", True, False, False)],
+)  # fmt: skip
+def test_products_that_one_dnn_imitates_do_not_count(
+    machine: str, avx512_bf16: bool, elsewhere: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: elsewhere)
+    monkeypatch.setattr(torch.ops, "mkldnn", operators, raising=False)
+    assert multiplies_bfloat16() is expected
 
 
 @pytest.mark.parametrize("kind", ["pad", "bos", "eos"])
