@@ -65,7 +65,8 @@ def prepared(document: argparse.ArgumentParser, arguments: Sequence[str] | None 
 def quiet() -> None:
     """Silence notes that say nothing about the figures."""
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "lm_eval", "accelerate"):
+    chatty = ("transformers", "datasets", "lm_eval", "accelerate", "bitsandbytes")
+    for name in ("lightning.pytorch", "lightning.fabric", *chatty):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers.utils.logging
