@@ -132,4 +132,4 @@ def test_it_is_found_by_its_name_and_its_recipe_is_of_it() -> None:
 
     assert isinstance(REGISTRIES["searchers"].create("priorband", offspring=3), PriorBand)
     recipe = yaml.safe_load((Path(__file__).parents[1] / "priorband.yaml").read_text())
-    assert recipe["search"]["searcher"] == "priorband"
+    assert recipe["search"]["searcher"]["class_path"] == "priorband"
