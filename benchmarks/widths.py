@@ -32,7 +32,9 @@ from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
 
 Row = dict[str, Any]
-COLUMNS = ("model", "rate", "seed", "trained", "stored", "metric", "allocation", "bytes", "validation", "test", "acc")
+COLUMNS = (
+    "model", "rate", "seed", "trained", "stored", "metric", "allocation", "dtype", "bytes", "validation", "test", "acc",
+)  # fmt: skip
 
 
 def opened(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, **options: Any) -> FineTuneEvaluator:
@@ -60,11 +62,18 @@ def scored(evaluator: FineTuneEvaluator, ranks: list[int], steps: int) -> Iterat
 
 def measured(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, rate: float) -> Iterator[Row]:
     """Rows of one model, seed and rate."""
-    head = {"model": chosen.name, "rate": rate, "seed": seed}
-    options = {"learning_rate": rate}
+    for dtype in given.dtypes:
+        options = {"learning_rate": rate, "adapter_dtype": dtype}
+        for row in _by_method(chosen, folder / dtype, given, seed, options):
+            yield {"model": chosen.name, "rate": rate, "seed": seed, "dtype": dtype, **row}
+
+
+def _by_method(
+    chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, options: dict[str, Any]
+) -> Iterator[Row]:
     narrow = opened(chosen, folder / "narrow", given, seed, **options)
     for rank, row in scored(narrow, sorted({*given.ranks, given.width}), given.steps):
-        yield {**head, "trained": rank, "metric": "", "allocation": "", **row}
+        yield {"trained": rank, "metric": "", "allocation": "", **row}
     for metric in given.metrics:
         for allocation in given.allocations:
             how = {"width": given.width, "metric": metric, "allocation": allocation}
@@ -72,14 +81,14 @@ def measured(chosen: Subject, folder: Path, given: argparse.Namespace, seed: int
             # One folder: what is trained is the same, and its moments were taken for the first.
             wide = opened(chosen, folder / "wide", given, seed, adapter=method, **options)
             for _, row in scored(wide, given.ranks, given.steps):
-                yield {**head, "trained": given.width, "metric": metric, "allocation": allocation, **row}
+                yield {"trained": given.width, "metric": metric, "allocation": allocation, **row}
 
 
 def told(rows: list[Row]) -> str:
     """Means over seeds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("model", "rate", "trained", "stored", "metric", "allocation"))
+        key = tuple(row[name] for name in ("model", "rate", "trained", "stored", "metric", "allocation", "dtype"))
         groups.setdefault(key, []).append(row)
     lines = [
         [
@@ -91,7 +100,19 @@ def told(rows: list[Row]) -> str:
         ]
         for key, own in groups.items()
     ]
-    heads = ["model", "rate", "trained at", "stored at", "metric", "allocation", "bytes", "test", "by seed", "acc"]
+    heads = [
+        "model",
+        "rate",
+        "trained at",
+        "stored at",
+        "metric",
+        "allocation",
+        "in",
+        "bytes",
+        "test",
+        "by seed",
+        "acc",
+    ]
     return table(heads, lines)
 
 
@@ -111,6 +132,7 @@ def main() -> None:
     )
     options.add_argument("--metrics", nargs="+", default=list(reversed(get_args(Metric))), choices=get_args(Metric))
     options.add_argument("--allocations", nargs="+", default=list(get_args(Allocation)), choices=get_args(Allocation))
+    options.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="types that adapters are stored in")
     options.add_argument("--accelerator", default="cpu", help="as of Lightning's Trainer")
     options.add_argument("--csv", type=Path, help="file for every figure")
     given = prepared(options)

@@ -89,7 +89,12 @@ class AdaLora(AdapterMethod):
             raise ConfigurationError(f"orth_reg_weight must not be negative, got {self.orth_reg_weight}")
 
     def check(self, options: AdapterOptions) -> None:
-        """Raise `ConfigurationError` for a start, and for pooled inputs."""
+        """Raise `ConfigurationError` for a start, for pooled inputs, and for 8 bits."""
+        if options.number_bytes != _STORED_BYTES:
+            raise ConfigurationError(
+                f"adalora stores adapters in 16 bits, got {options.dtype!r}: give adapter_dtype=bfloat16, or train "
+                "plain LoRA"
+            )
         if options.init != PLAIN or options.input_group > 1:
             raise ConfigurationError(
                 f"adalora begins with P and Q of its own, on all inputs: leave out init={options.init!r} and "

@@ -75,7 +75,10 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def stored_numbers(self, shape: tuple[int, int], rank: int, options: AdapterOptions) -> int:
-        """Numbers that are stored of a projection (d_out, d_in) at a rank, 2 bytes each; 0 at rank 0."""
+        """Numbers that are stored of a projection (d_out, d_in) at a rank; 0 at rank 0.
+
+        Those beyond rank * (d_in + d_out) have 2 bytes each, the others what `options` say.
+        """
 
     @property
     @abstractmethod
@@ -190,7 +193,7 @@ class Adapters(ABC):
 
     @abstractmethod
     def stored_precision(self) -> AbstractContextManager[None]:
-        """Context in which the adapters have the values that are stored (16 bits); the masters return afterwards."""
+        """Context in which the adapters have the values that are stored; the masters return afterwards."""
 
     @abstractmethod
     def stored_tensors(self) -> dict[str, Tensor]:
@@ -228,4 +231,7 @@ def check_inputs(banks: Mapping[str, BankLinear], options: AdapterOptions) -> No
 
 def stored_bytes(method: AdapterMethod, options: AdapterOptions, shapes: Sequence[tuple[int, int]], rank: int) -> int:
     """Bytes of the adapters of projections (d_out, d_in) at a rank, as they are stored."""
-    return 2 * sum(method.stored_numbers(shape, rank, options) for shape in shapes)
+    numbers = sum(method.stored_numbers(shape, rank, options) for shape in shapes)
+    pairs = sum(rank * (d_in // options.input_group + d_out) for d_out, d_in in shapes)
+    # What is no pair, such as magnitudes, has 16 bits.
+    return 2 * (numbers - pairs) + options.number_bytes * pairs + options.direction_bytes * rank * len(shapes)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qratk.adapters.base import AdapterMethod, Adapters, Way, adapters
 from qratk.adapters.lora import Lora, LoraAdapters
@@ -35,7 +35,6 @@ Metric = Literal["plain", "inputs"]
 Allocation = Literal["projection", "block", "model"]
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_TRAINED_PER_STORED: Final = 8  # 16 bytes of a number in training (master, gradient, two moments) to 2 stored
 _BLOCK = re.compile(r"\.\d+\.")
 _REFUSALS: Mapping[Way, str] = {
     "side by side": "",
@@ -122,11 +121,9 @@ class Cut(AdapterMethod):
         """The memory model; an estimated training peak counts the adapters at the width, as a traced one does."""
         if memory.training.source == "trace":
             return memory
-        ranks = memory.space.ranks
+        ranks, each = memory.space.ranks, 1 + memory.training.per_adapter_byte
         more = tuple(
-            tuple(
-                _TRAINED_PER_STORED * (self.trained_rank(r) - r) * (layer.adapters[r] // r) if r else 0 for r in ranks
-            )
+            tuple(round(each * (self.trained_rank(r) - r) * (layer.adapters[r] // r)) if r else 0 for r in ranks)
             for layer in memory.layers
         )
         return replace(memory, training=replace(memory.training, by_rank=more))
@@ -149,8 +146,9 @@ class Cut(AdapterMethod):
         }
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for names in _together(found, self.allocation):
-            limit = sum(ranks[name] * found[name].cost for name in names)
-            for name, kept in zip(names, dealt([found[name] for name in names], limit), strict=True):
+            costs = [found[name].cost * options.number_bytes + options.direction_bytes for name in names]
+            limit = sum(ranks[name] * cost for name, cost in zip(names, costs, strict=True))
+            for name, kept in zip(names, dealt([found[name] for name in names], costs, limit), strict=True):
                 if kept:
                     a, b = found[name].first(kept)
                     trained = len(state[name + _A])
@@ -267,13 +265,17 @@ class CutAdapters(Adapters):
 
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
-        """Within it there are the adapters that are stored: plain LoRA of the directions kept, in 16 bits."""
+        """Within it there are the adapters that are stored: plain LoRA of the directions kept."""
         if self._is_cut:
             yield
             return
-        dtype = self.options.torch_dtype
-        pairs = self.method.cut(self.state(), self._ranks, self.options)
-        rounded = {name: (a.to(dtype).float(), b.to(dtype).float()) for name, (a, b) in pairs.items()}
+        from qratk.adapters.matrices.stored import stored_values
+
+        pairs, kind = self.method.cut(self.state(), self._ranks, self.options), self.options.dtype
+        rounded = {
+            name: (stored_values(name + _A, a, kind).float(), stored_values(name + _B, b, kind).float())
+            for name, (a, b) in pairs.items()
+        }
         with self.pairs.replaced(rounded):
             self._is_cut = True
             try:

@@ -199,11 +199,14 @@ class DoraAdapters(Adapters):
         """Context in which the masters have the values that are stored; norms are those of the rounded pair."""
         from qratk.adapters.matrices.masters import rounded
 
-        return rounded(self.parameters(), self.options.torch_dtype)
+        return rounded(self.parameters(), self.options.dtype)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """A, B and magnitudes in the stored type."""
-        return {n: p.detach().to("cpu", self.options.torch_dtype) for n, p in self.parameters()}
+        """A and B in the stored type, of 8 bits codes and their scales, and magnitudes in 16 bits."""
+        from qratk.adapters.matrices.stored import stored_parts
+
+        parts = [stored_parts(name, p.detach(), self.options.dtype) for name, p in self.parameters()]
+        return {name: tensor.cpu() for each in parts for name, tensor in each.items()}
 
     def delta(self, name: str) -> Tensor:
         """Rescaled W + scaling * B A, less W, (d_out, d_in); 0 at rank 0."""
@@ -227,9 +230,11 @@ class DoraAdapters(Adapters):
     def save(self, directory: str | Path) -> None:
         """Write pairs and magnitudes for plain PEFT, in the stored type."""
         from qratk.adapters.matrices.layers import write
+        from qratk.adapters.matrices.stored import stored_values
 
         config = self.peft_config()
-        tensors = self.stored_tensors()  # PEFT's files name a magnitude without its last word
+        # PEFT's files name a magnitude without its last word.
+        tensors = {n: stored_values(n, p.detach(), self.options.dtype).cpu() for n, p in self.parameters()}
         write(directory, {n.removesuffix(".weight") if _MAGNITUDE in n else n: t for n, t in tensors.items()}, config)
 
     def describe(self) -> dict[str, str]:

@@ -185,14 +185,25 @@ class LoraAdapters(Adapters):
         """Context in which the masters have the values that are stored."""
         from qratk.adapters.matrices.masters import rounded
 
-        return rounded(self.parameters(), self.options.torch_dtype)
+        return rounded(self.parameters(), self.options.dtype)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """A and B in the stored type, pooled where inputs are pooled."""
+        """A and B in the stored type, pooled where inputs are pooled; of 8 bits, codes and their scales."""
+        from qratk.adapters.matrices.stored import stored_parts
+
+        parts = [stored_parts(name, value, self.options.dtype) for name, value in self._masters().items()]
+        return {name: tensor.cpu() for each in parts for name, tensor in each.items()}
+
+    def stored_values(self) -> dict[str, Tensor]:
+        """A and B as `stored_tensors`, in the 16-bit type that holds the stored values, on the CPU."""
+        from qratk.adapters.matrices.stored import stored_values
+
+        return {name: stored_values(name, value, self.options.dtype).cpu() for name, value in self._masters().items()}
+
+    def _masters(self) -> Mapping[str, Tensor]:
         from qratk.adapters.matrices.shards import whole
 
-        masters = self._whole or {name: whole(parameter) for name, parameter in self.parameters()}
-        return {name: value.to("cpu", self.options.torch_dtype) for name, value in masters.items()}
+        return self._whole or {name: whole(parameter.detach()) for name, parameter in self.parameters()}
 
     def delta(self, name: str) -> Tensor:
         """Scaling * B A, (d_out, d_in); 0 at rank 0."""
@@ -221,9 +232,7 @@ class LoraAdapters(Adapters):
         from qratk.adapters.matrices.layers import write
 
         config, group = self.peft_config(), self.options.input_group
-        tensors = {
-            n: expanded(t, group) if n.endswith("lora_A.weight") else t for n, t in self.stored_tensors().items()
-        }
+        tensors = {n: expanded(t, group) if n.endswith("lora_A.weight") else t for n, t in self.stored_values().items()}
         write(directory, tensors, config)
 
     def describe(self) -> dict[str, str]:

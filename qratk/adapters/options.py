@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from qratk.adapters.starts.base import Start, starts
 from qratk.core.errors import ConfigurationError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PLAIN = "default"
 """The start of an adapter that changes nothing at first: A random, B zero."""
+StoredType = Literal["bfloat16", "float16", "int8"]
 _OPTIONS: Final = {"alpha_over_rank": "alpha_over_rank", "rslora": "rslora", "lora_dropout": "dropout", "init": "init"}
 
 
@@ -27,7 +28,8 @@ class AdapterOptions:
         rslora: scale by `alpha` / sqrt(rank) instead (rank-stabilised LoRA).
         alpha: numerator of the scaling with `rslora`; of no effect without it.
         dropout: probability of dropping an adapter's input in training.
-        dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+        dtype: type that adapters are stored, counted and scored in; they are trained in float32. "int8" has a scale for
+            each direction of A and B (`qratk.adapters.matrices.stored`).
         init: "default" (A random, B zero, as PEFT), or the name of a start: "loftq", "lq_lora" and "cloq" make up for
             the quantisation error, which projections left at 16 bits have none of, so that these begin as by default;
             "eva" begins A at the directions that inputs vary most in.
@@ -41,7 +43,7 @@ class AdapterOptions:
     alpha_over_rank: float = 2.0
     rslora: bool = False
     dropout: float = 0.0
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    dtype: StoredType = "bfloat16"
     alpha: float = 16.0
     init: str = PLAIN
     init_iterations: int = 1
@@ -60,8 +62,8 @@ class AdapterOptions:
             raise ConfigurationError(f"alpha must be positive, got {self.alpha_over_rank} and {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigurationError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.dtype not in ("bfloat16", "float16"):
-            raise ConfigurationError(f"adapters are stored in 'bfloat16' or 'float16', got {self.dtype!r}")
+        if self.dtype not in get_args(StoredType):
+            raise ConfigurationError(f"adapters are stored in one of {get_args(StoredType)}, got {self.dtype!r}")
 
     def with_shared(self, shared: Shared) -> AdapterOptions:
         """The options with what shared settings of a configuration say of adapters in the place of their own."""
@@ -70,11 +72,21 @@ class AdapterOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The stored type."""
+        """The 16-bit type that holds the stored values: of "int8", what the codes stand for."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.dtype)
+        dtype: torch.dtype = torch.bfloat16 if self.dtype == "int8" else getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a stored number of A and B."""
+        return 1 if self.dtype == "int8" else 2
+
+    @property
+    def direction_bytes(self) -> int:
+        """Bytes that a stored pair takes for each rank, beside its numbers: scales of A and B."""
+        return 2 if self.dtype == "int8" else 0
 
     @property
     def start(self) -> Start | None:

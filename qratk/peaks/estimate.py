@@ -11,7 +11,6 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.memory import LayerBytes, LayerShape, MemoryModel, PeakBytes
 from qratk.core.space import SearchSpace
 
-_ADAPTER_ITEM = 2  # stored in 16 bits, p_r of Eq. 21
 _TRAINED_ITEM = 4 + 4 + 8  # float32 master, gradient, and AdamW's two moments
 _LOGIT_COPIES = 2  # the loss keeps a float32 copy of the logits, and makes their gradient
 
@@ -59,6 +58,7 @@ def bytes_and_estimates(
     facts: ModelFacts,
     *,
     adapter_bytes: Callable[[LayerShape, int], int],
+    number_bytes: int = 2,
     batch_size: int = 1,
     sequence_length: int = 512,
     gradient_checkpointing: bool = False,
@@ -68,7 +68,8 @@ def bytes_and_estimates(
 
     The code tables that quantizers share (1,088 bytes for nf4) are part of `fixed_bytes`, counted once. The peaks are
     for one configuration at a time, not for the whole bank: `training` if given, as traced, and an estimate otherwise
-    (`training_peak`); `serving_peak` is an estimate. `adapter_bytes` are those of a layer at a rank, as stored.
+    (`training_peak`); `serving_peak` is an estimate. `adapter_bytes` are those of a layer at a rank, as stored,
+    and `number_bytes` those of one of their numbers (p_r of Eq. 21).
     """
     if space.layer_names != tuple(shape.name for shape in shapes):
         raise ConfigurationError(
@@ -85,7 +86,8 @@ def bytes_and_estimates(
         layers=tuple(_layer_bytes(shape, space, table, adapter_bytes) for shape in shapes),
         parameters=tuple(shape.parameters for shape in shapes),
         fixed_bytes=fixed,
-        training=training or training_peak(shapes, facts, tokens, sequence_length, workspace, gradient_checkpointing),
+        training=training
+        or training_peak(shapes, facts, tokens, sequence_length, workspace, gradient_checkpointing, number_bytes),
         serving=serving_peak(facts, tokens, batch_size, workspace),
     )
 
@@ -115,10 +117,12 @@ def training_peak(
     sequence_length: int,
     workspace: int,
     gradient_checkpointing: bool,
+    number_bytes: int = 2,
 ) -> PeakBytes:
     """Peak of a training step over storage and fixed bytes, estimated.
 
-    An adapter weight takes 16 bytes in training (float32 master, gradient, two moments of AdamW) where 2 are stored.
+    An adapter weight takes 16 bytes in training (float32 master, gradient, AdamW's two moments) where `number_bytes`
+    are stored.
     Kept of each block: input and output of every projection (LoRA needs the one, the next operation the other), the
     residual stream at four places, the activation function's intermediate, and (T, T) scores where attention is not
     fused; with gradient checkpointing only the input of each block and one block's activations. Logits with a float32
@@ -136,7 +140,7 @@ def training_peak(
     else:
         activations = all_blocks
     logits = tokens * facts.vocabulary * (facts.item_size + 4 * _LOGIT_COPIES)
-    return PeakBytes(activations + logits + workspace, (_TRAINED_ITEM - _ADAPTER_ITEM) / _ADAPTER_ITEM)
+    return PeakBytes(activations + logits + workspace, (_TRAINED_ITEM - number_bytes) / number_bytes)
 
 
 def serving_peak(facts: ModelFacts, tokens: int, batch_size: int, workspace: int) -> PeakBytes:

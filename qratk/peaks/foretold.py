@@ -56,6 +56,7 @@ def memory_model(
         backbone.table,
         facts,
         adapter_bytes=backbone.adapter_bytes,
+        number_bytes=backbone.adapters.options.number_bytes,
         training=training,
         **options,
     )

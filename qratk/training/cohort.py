@@ -16,6 +16,7 @@ from qratk.adapters.base import AdapterMethod
 from qratk.adapters.matrices.drawing import initial_weights
 from qratk.adapters.matrices.factors import Factors, expanded, pooled
 from qratk.adapters.matrices.moments import MOMENT, second_moment
+from qratk.adapters.matrices.stored import stored_values
 from qratk.adapters.options import AdapterOptions
 from qratk.bank.linear import VariantKey
 from qratk.core.configuration import Configuration
@@ -409,19 +410,19 @@ class Cohort:
 
     @contextmanager
     def stored_precision(self) -> Iterator[None]:
-        """Within it the adapters have the 16-bit values that are stored; the masters return afterwards."""
-        dtype = self._options[0].torch_dtype
-        masters = [(parameter, parameter.data) for _, parameter in self.parameters()]
+        """Within it the adapters have the values that are stored; the masters return afterwards."""
+        kind = self._options[0].dtype
+        masters = [(name, parameter, parameter.data) for name, parameter in self.parameters()]
         cuts = [self._cut(member) for member in range(len(self))]
-        for parameter, master in masters:
-            parameter.data = master.to(dtype).to(master.dtype)
+        for name, parameter, master in masters:
+            parameter.data = stored_values(name, master, kind).to(master.dtype)
         for member, cut in enumerate(cuts):
             if cut is not None:
                 self._put_cut(member, cut)
         try:
             yield
         finally:
-            for parameter, master in masters:
+            for _, parameter, master in masters:
                 parameter.data = master
 
     def _cut(self, member: int) -> Mapping[str, tuple[Tensor, Tensor]] | None:
@@ -431,14 +432,15 @@ class Cohort:
     @torch.no_grad()
     def _put_cut(self, member: int, cut: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put what is stored of a candidate in the place of its masters, with zeros for what is cut away."""
-        dtype, scaling = self._options[member].torch_dtype, self._options[member].scaling
+        kind, scaling = self._options[member].dtype, self._options[member].scaling
         for name, linear in self._linears.items():
             if linear.lora_a is None or linear.lora_b is None:
                 continue
             linear.lora_a[member] = 0.0
             linear.lora_b[member] = 0.0
             if name in cut:
-                a, b = (tensor.to(dtype).to(linear.lora_a) for tensor in cut[name])
+                sides = zip(cut[name], ("lora_A.weight", "lora_B.weight"), strict=True)
+                a, b = (stored_values(side, tensor, kind).to(linear.lora_a) for tensor, side in sides)
                 rank = len(a)
                 linear.lora_a[member, :rank] = a
                 linear.lora_b[member, :, :rank] = b * (scaling(rank) / scaling(linear.ranks[member]))

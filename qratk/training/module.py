@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from qratk.adapters.base import AfterStep, Way
+from qratk.adapters.options import StoredType
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.backbone.logits import (
@@ -68,7 +69,8 @@ class FineTuneModule(ScoredModule):
         alpha_over_rank: LoRA's scaling; constant, so that rank alone differs between layers.
         rslora: scale by alpha / sqrt(rank) instead.
         lora_dropout: dropout before the adapters.
-        adapter_dtype: 16-bit type that adapters are stored, counted and scored in; they are trained in float32.
+        adapter_dtype: type that adapters are stored, counted and scored in; they are trained in float32. "int8" takes
+            half of the bytes: codes with a scale for each direction. PEFT files hold their values in bfloat16.
         init: how adapters begin: "default" (no change of the output), "loftq", "lq_lora" or "cloq" (they make up for
             the quantisation error, by its largest singular values, plain, weighted with Fisher information, or in the
             metric of the inputs' second moment).
@@ -105,7 +107,7 @@ class FineTuneModule(ScoredModule):
         alpha_over_rank: float = 2.0,
         rslora: bool = False,
         lora_dropout: float = 0.0,
-        adapter_dtype: Literal["bfloat16", "float16"] = "bfloat16",
+        adapter_dtype: StoredType = "bfloat16",
         init: str = "default",
         init_iterations: int = 1,
         init_batches: int = 8,
@@ -217,6 +219,11 @@ class FineTuneModule(ScoredModule):
         """Shard the adapters where the strategy asks for it."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
             self._require("sharded", "leave --trainer.strategy out, or give ddp")
+            if self.options.adapter_dtype == "int8":
+                raise ConfigurationError(
+                    "adapters in 8 bits have a scale for each whole direction, and shards hold parts: leave "
+                    "--trainer.strategy out, or give ddp or adapter_dtype=bfloat16"
+                )
             shard(self.backbone, self.trainer.strategy)
 
     # Training

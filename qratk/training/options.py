@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-from qratk.adapters.options import AdapterOptions
+from qratk.adapters.options import AdapterOptions, StoredType
 from qratk.core.checks import Checks
 from qratk.core.errors import ConfigurationError
 from qratk.core.shared import Setting, Shared, SharedLadder
@@ -35,7 +35,7 @@ class FineTuneOptions:
     alpha_over_rank: float
     rslora: bool
     lora_dropout: float
-    adapter_dtype: Literal["bfloat16", "float16"]
+    adapter_dtype: StoredType
     init: str
     init_iterations: int
     init_batches: int

@@ -110,7 +110,7 @@ def test_bytes_are_dealt_out_within_the_limit_and_within_one_direction_of_the_be
     draw = np.random.default_rng(limit)
     costs = [3, 5, 9]
     of = [found_of(sorted(draw.exponential(size=4), reverse=True), cost) for cost in costs]
-    ranks = dealt(of, limit)
+    ranks = dealt(of, costs, limit)
     assert sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= limit
     fitting = [
         list(choice)

@@ -59,18 +59,20 @@ def directions(a: Tensor, b: Tensor, moment: Tensor | None = None) -> Directions
     return Directions(right.float(), (left * root).float().contiguous(), values.numpy())
 
 
-def dealt(found: Sequence[Directions], limit: int) -> list[int]:
-    """How many directions of each to keep within so many numbers: by squared value for each number, greedily.
+def dealt(found: Sequence[Directions], costs: Sequence[int], limit: int) -> list[int]:
+    """How many directions of each to keep within so many bytes: by squared value for each byte, greedily.
+
+    `costs` are bytes of a direction of each.
 
     A direction that does not fit is passed over, and with it the smaller ones of the same pair. What is lost against
     the best choice is less than one direction.
     """
-    density = np.concatenate([np.nan_to_num(each.values) ** 2 / each.cost for each in found])
+    density = np.concatenate([np.nan_to_num(each.values) ** 2 / cost for each, cost in zip(found, costs, strict=True)])
     owner = np.repeat(np.arange(len(found)), [len(each.values) for each in found])
     ranks = [0] * len(found)
     for entry in np.argsort(-density, kind="stable"):
         index = int(owner[entry])
-        if found[index].cost <= limit:
+        if costs[index] <= limit:
             ranks[index] += 1
-            limit -= found[index].cost
+            limit -= costs[index]
     return ranks

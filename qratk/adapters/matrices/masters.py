@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qratk.adapters.matrices.shards import local, shard_like, whole
+from qratk.adapters.matrices.stored import stored_values
+from qratk.adapters.options import StoredType
 from qratk.core.errors import ConfigurationError
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -35,16 +37,16 @@ def put_back(named: Named, state: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def rounded(parameters: Named, dtype: torch.dtype) -> Iterator[None]:
-    """Within it the parameters have values of this type; the masters return afterwards."""
+def rounded(parameters: Named, kind: StoredType) -> Iterator[None]:
+    """Within it the parameters have the values that are stored; the masters return afterwards."""
     # In place: a sharded parameter is gathered from the memory that it had at first.
-    masters = [(local(parameter), local(parameter).clone()) for _, parameter in parameters]
-    for values, master in masters:
-        values.copy_(master.to(dtype))
+    masters = [(name, local(parameter), local(parameter).clone()) for name, parameter in parameters]
+    for name, values, master in masters:
+        values.copy_(stored_values(name, master, kind))
     try:
         yield
     finally:
-        for values, master in masters:
+        for _, values, master in masters:
             values.copy_(master)
 
 
