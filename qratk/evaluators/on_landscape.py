@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qratk.core.checks import Checks
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation
-from qratk.core.memory import LayerShape, MemoryModel
+from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext, Evaluator
@@ -72,6 +72,7 @@ class LandscapeEvaluator(Evaluator):
         self.landscape = Landscape(self.num_layers, seed, total_steps, self.options)
         self._shapes = simulated_shapes(self.num_layers, seed)
         self._difficulty = np.random.default_rng([seed, 3]).normal(size=self.items)  # of the items
+        self._memory: MemoryModel | None = None  # over all that was measured so far
 
     def open(self, context: EvaluationContext) -> None:
         """Take T_S from the ladder, and the seed of the search unless one was given."""
@@ -91,6 +92,16 @@ class LandscapeEvaluator(Evaluator):
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Synthetic exact bytes; see `simulated_memory`."""
         return simulated_memory(self._shapes, space)
+
+    def footprint(self, configuration: Configuration) -> Footprint:
+        """Exact bytes of a configuration, on or off the ladders of the search."""
+        bits, ranks = set(configuration.bits), set(configuration.ranks)
+        if self._memory is not None:
+            bits, ranks = bits.union(self._memory.space.bits), ranks.union(self._memory.space.ranks)
+        space = SearchSpace(tuple(sorted(bits)), tuple(sorted(ranks)), tuple(shape.name for shape in self.shapes))
+        if self._memory is None or space != self._memory.space:
+            self._memory = self.memory_model(space)
+        return self._memory.footprint(configuration)
 
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> Array:
         """The landscape's truth of what the estimator measures, blurred; ones where it measures nothing.

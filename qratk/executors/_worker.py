@@ -113,22 +113,22 @@ class _Worker:
         self._known: dict[str, Any] = {}
         self._decided: dict[str, Any] = {}
         self._said: list[str] = []
+        if workplace.threads is not None:  # of libraries that are loaded from here on
+            os.environ["OMP_NUM_THREADS"] = str(workplace.threads)
 
     def answer(self, task: Task) -> Done:
         self._known = dict(task.decisions)
         self._decided, self._said = {}, []
         evaluator, work = self._evaluator, task.work
+        self._limit_threads()
         result = evaluator.test(work) if isinstance(work, Evaluation) else tuple(evaluator.evaluate(work))
         return Done(result, self._fingerprint, self._decided, tuple(self._said))
 
     @cached_property
     def _evaluator(self) -> Evaluator:
         place = self._workplace
-        if place.threads is not None:
-            import torch
-
-            torch.set_num_threads(place.threads)
         equipment = place.blueprint.build()
+        self._limit_threads()
         context = EvaluationContext(
             place.run_dir,
             place.ladder,
@@ -146,6 +146,12 @@ class _Worker:
         equipment.evaluator.open(context)
         equipment.evaluator.memory_model(place.space)
         return equipment.evaluator
+
+    def _limit_threads(self) -> None:
+        """Have torch compute in as many threads as at the other end; it is not loaded for that alone."""
+        torch = sys.modules.get("torch")
+        if torch is not None and self._workplace.threads is not None:
+            torch.set_num_threads(self._workplace.threads)
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:

@@ -142,7 +142,7 @@ def test_a_group_that_kills_its_process_each_time_is_lost_with_the_reason_and_tr
     changes: dict[str, Any] = {"refiner": "none", "generations": 1, "references": [], "test": False}
     first = search(
         tmp_path / "run",
-        OneByOne(tmp_path, best - 0.2, for_ever=True),
+        OneByOne(tmp_path, best - 0.1, for_ever=True),
         {"processes": {"workers": 2, "attempts": 2}},
         **changes,
     )

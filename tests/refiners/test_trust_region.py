@@ -27,7 +27,8 @@ from qratk.refiners.base import refiners
 from qratk.refiners.cocabo import CoCaBO
 from qratk.refiners.none import NoRefiner
 from qratk.refiners.trust_region import TrustRegion
-from qratk.testing import RefinerContract, ToyEvaluator
+from qratk.testing import CASES, RefinerContract, ToyEvaluator
+from qratk.testing import toy_problem as problem_of
 
 HIGH, LOW = LADDER.highest, LADDER.lowest
 
@@ -40,7 +41,15 @@ class TestTrustRegionContract(RefinerContract):
         return lambda: refiners.create("trust_region", pool_size=60, max_evaluations=4)
 
 
-class TestInformedTrustRegionContract(RefinerContract):
+class OptionsContract(RefinerContract):
+    """For other options of the trust region, which keeps the whole contract: problems that its parts differ on."""
+
+    @pytest.fixture(params=["one layer", "rank 0 and 16 bits", "capped and budgeted", "four shared settings"])
+    def problem(self, request: pytest.FixtureRequest) -> Problem:
+        return problem_of(**{"num_layers": 4, **CASES[request.param]})
+
+
+class TestInformedTrustRegionContract(OptionsContract):
     steps = 2
 
     @pytest.fixture
@@ -50,7 +59,7 @@ class TestInformedTrustRegionContract(RefinerContract):
         )
 
 
-class TestCoCaBOContract(RefinerContract):
+class TestCoCaBOContract(OptionsContract):
     steps = 1
 
     @pytest.fixture

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from qratk.searchers.base import searchers
-from qratk.testing import SearcherContract, toy_problem
+from qratk.testing import CASES, SearcherContract, toy_problem
 
 # Plugins test their own; two have a suite below, and "fixed" proposes what it is told, whatever the problem.
 ONCE = ("amq", "decoupled", "fixed")
@@ -19,13 +19,21 @@ class TestRegisteredSearchers(SearcherContract):
         return partial(searchers.create, request.param, **dict.fromkeys(small, 8))
 
 
-class TestNSGA2WithoutWarmStart(SearcherContract):
+class OptionsContract(SearcherContract):
+    """For other options of a searcher that keeps the whole contract already: problems that its parts differ on."""
+
+    @pytest.fixture(params=["one layer", "rank 0 and 16 bits", "capped and budgeted", "four shared settings"])
+    def problem(self, request):
+        return toy_problem(**{"num_layers": 4, **CASES[request.param]})
+
+
+class TestNSGA2WithoutWarmStart(OptionsContract):
     @pytest.fixture
     def make(self):
         return partial(searchers.create, "nsga2", warm_start=False, population=5, offspring=4)
 
 
-class TestAgeingEvolutionWithAShortQueue(SearcherContract):
+class TestAgeingEvolutionWithAShortQueue(OptionsContract):
     @pytest.fixture
     def make(self):
         return partial(searchers.create, "ageing_evolution", warm_start=False, population=3, sample=2, offspring=4)
