@@ -128,8 +128,15 @@ def test_rate_that_fits_is_worth_more_than_bits_and_ranks_at_a_poor_one(tmp_path
     assert np.mean(gains) > 0.3  # a decade off costs 0.5
 
 
-@pytest.mark.parametrize("refiner", ["hill_climb", "trust_region"])
-@pytest.mark.parametrize("limit", [3, 45])
+@pytest.mark.parametrize(
+    ("limit", "refiner"),
+    [
+        (3, "hill_climb"),
+        (45, "trust_region"),
+        pytest.param(45, "hill_climb", marks=pytest.mark.slow),
+        pytest.param(3, "trust_region", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_search_goes_on_to_the_same_end(tmp_path: Path, limit: int, refiner: str) -> None:
     class Interrupted(ToyEvaluator):
         def evaluate(self, group: Sequence[Request]) -> Sequence[Evaluation]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-import qratk
 from qratk.__main__ import main
 from qratk.cli.search import search
 from qratk.compare.grid import Grid
@@ -163,17 +160,11 @@ def test_missing_recipe_is_one_line(files, capsys):
     assert capsys.readouterr().err.startswith("qratk: error: nowhere.yaml cannot be read")
 
 
-def test_comparison_from_end_to_end(files):
-    """One story in a process of its own: two recipes run, one fails, the report follows, and nothing runs twice."""
-    root = str(Path(qratk.__file__).parents[1])
-    command = [
-        *(sys.executable, "-W", "ignore", "-m", "qratk", "compare", "--config", "base.yaml", "--recipes"),
-        *("random.yaml", "broken.yaml", "--seeds", "0", "--budgets", "[4, 16]", "--run_dir", "out", "--no_figures"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "Did you mean 'search.steps'?" in done.stdout
+def test_comparison_from_end_to_end(files, capsys):
+    """One story: two recipes run in processes of their own, one fails, the report follows, and nothing runs twice."""
+    arguments = ["--config", "base.yaml", "--recipes", "random.yaml", "broken.yaml", "--seeds", "0"]
+    assert main(["compare", *arguments, "--budgets", "[4, 16]", "--run_dir", "out", "--no_figures"]) == 1
+    assert "Did you mean 'search.steps'?" in capsys.readouterr().out
     cell = files / "out" / "random" / "like-4-16" / "0"
     assert "best score" in (cell / "log.txt").read_text()
     assert not (cell / "tensorboard").exists()

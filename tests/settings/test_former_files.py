@@ -157,7 +157,8 @@ def test_run_directory_of_before_goes_on_and_ends_as_it_would_have(former_run: P
 
 def test_what_a_new_run_saves_holds_no_import_path(former_run: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    assert main(["search", "--config", str(former_run / "config.yaml"), "--run_dir", str(new)]) == 0
+    shorter = ["--search.refiner.max_evaluations=1", "--search.generations=1"]
+    assert main(["search", "--config", str(former_run / "config.yaml"), "--run_dir", str(new), *shorter]) == 0
     known = {"qratk.testing.toy.ToyEvaluator"}  # a class without a name
     for name in ("config.yaml", "best.yaml"):
         assert paths_in(yaml.safe_load((new / name).read_text(encoding="utf-8"))) == known
