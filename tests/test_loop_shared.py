@@ -17,6 +17,7 @@ from qratk.core import Configuration, ConfigurationError, Request
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import SearchResult
 from qratk.core.shared import SharedLadder
+from qratk.evaluators.base import Evaluator
 from qratk.evaluators.finetune import FineTuneEvaluator
 from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator
 from qratk.loop import SearchLoop
@@ -222,9 +223,20 @@ def test_what_cannot_be_shared_is_refused_with_its_name_before_a_search(shared: 
         settings(shared=shared)
 
 
-def test_evaluator_that_trains_nothing_at_first_takes_no_shared_settings() -> None:
-    with pytest.raises(ConfigurationError, match="'frozen_divergence', which scores bits and ranks alone"):
-        settings(evaluator=FrozenDivergenceEvaluator())
+def test_an_evaluator_that_trains_nothing_at_first_has_settings_tuned_above_that() -> None:
+    loop = settings(evaluator=FrozenDivergenceEvaluator())
+    assert loop.tuned_above
+    assert loop.settings_race == ((30, 6), (90, 1))
+    assert not settings(evaluator=FrozenDivergenceEvaluator(), shared={}).tuned_above
+
+
+def test_an_evaluator_that_knows_no_settings_refuses_them() -> None:
+    class Plain(ToyEvaluator):
+        def check_shared(self, ladder: SharedLadder) -> None:
+            Evaluator.check_shared(self, ladder)
+
+    with pytest.raises(ConfigurationError, match="'Plain', which scores bits and ranks alone"):
+        settings(evaluator=Plain(num_layers=5))
 
 
 @pytest.mark.parametrize("name", sorted(SHAREABLE))

@@ -44,10 +44,13 @@ class Utility:
         return self.at(evaluation.score, evaluation.footprint.bytes(self.scope))
 
     def at(self, score: float, size_bytes: float) -> float:
-        """Utility of a score and a number of bytes. A range without extent counts as 0."""
-        return self.alpha * _scaled(score, self.scores) - (1 - self.alpha) * _scaled(size_bytes, self.bytes)
+        """Utility of a score and a number of bytes.
 
-
-def _scaled(value: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    return (value - low) / (high - low) if high > low else 0.0
+        A range of bytes without extent counts as 0. Scores without one, as of a single measurement, count as they are:
+        what is measured later must be told apart.
+        """
+        low, high = self.scores
+        worth = (score - low) / (high - low if high > low else 1.0)
+        low, high = self.bytes
+        size = (size_bytes - low) / (high - low) if high > low else 0.0
+        return self.alpha * worth - (1 - self.alpha) * size

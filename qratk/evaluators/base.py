@@ -95,6 +95,18 @@ class Evaluator(ABC):
         """
         return False
 
+    @property
+    def trains_at_lowest(self) -> bool:
+        """Whether the lowest rung trains; where it does not, neither ranks nor shared settings decide its scores.
+
+        Then the search asks there for configurations without settings, and tunes those that go up.
+        """
+        return True
+
+    def training(self, configuration: Configuration) -> str:
+        """Digest of what is trained for a configuration, as `Evaluation.training` will say; after `open`."""
+        return configuration.digest
+
     @abstractmethod
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes over a space of these layers; called before anything is measured."""

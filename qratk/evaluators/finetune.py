@@ -120,6 +120,10 @@ class FineTuneEvaluator(Evaluator):
         """A replicate has fresh seeds of the order of the training rows, of adapters and of dropout."""
         return True
 
+    def training(self, configuration: Configuration) -> str:
+        """Digest of the configuration that is trained for this one."""
+        return self.parts.rungs.trained(configuration).digest
+
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """Exact bytes; the peaks are for the datamodule's batch size and length.
 

@@ -15,6 +15,7 @@ from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
+from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
 from qratk.evaluators._outcomes import Measured, OutOfMemory, caught, free_memory
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
@@ -112,6 +113,19 @@ class FrozenDivergenceEvaluator(Evaluator):
     def replicates(self) -> bool:
         """As for fine-tuning; the lowest rung draws nothing."""
         return True
+
+    @property
+    def trains_at_lowest(self) -> bool:
+        """The divergence is of the frozen weights."""
+        return False
+
+    def training(self, configuration: Configuration) -> str:
+        """As for fine-tuning."""
+        return self._finetune.training(configuration)
+
+    def check_shared(self, ladder: SharedLadder) -> None:
+        """As for fine-tuning; no setting decides the lowest rung."""
+        self._finetune.check_shared(ladder)
 
     def memory_model(self, space: SearchSpace) -> MemoryModel:
         """As for fine-tuning."""

@@ -11,12 +11,14 @@ from typing import final
 
 import numpy as np
 
-from qratk.core.evaluation import Candidate, Evaluation, Request
+from qratk.core.evaluation import Candidate, Evaluation, History, Request
 from qratk.core.result import GenerationSummary
+from qratk.core.space import SearchSpace
 from qratk.evaluators.base import EvaluationContext
 from qratk.loop.asking import Asking
 from qratk.loop.measuring import Measuring
 from qratk.loop.promotion import Promotion, Trust, going, promote
+from qratk.loop.purse import Purse
 from qratk.loop.racing import group, leading, race
 from qratk.loop.settings import Schedule, SearchSettings
 from qratk.loop.state import SearchState, Stage
@@ -34,6 +36,7 @@ class Exploring:
     proposer: Proposer
     measuring: Measuring
     asking: Asking
+    purse: Purse
 
     @property
     def _state(self) -> SearchState:
@@ -50,6 +53,9 @@ class Exploring:
             requests = self.asking.asked(f"generation/{number}", searcher, rng, partial(self._ask_searcher, stage))
             if not requests:
                 return "nothing new could be proposed"
+            requests = requests[: self._affordable([r.candidate for r in requests])]
+            if not requests:
+                return self.purse.spent
             schedule = settings.race(len(requests))
             candidates, tuning = self._tuned([r.candidate for r in requests], schedule[0][0], stage)
             measured, trust = self._race(candidates, schedule, stage)
@@ -64,7 +70,7 @@ class Exploring:
         )
 
     def _ask_searcher(self, stage: Stage, rng: np.random.Generator) -> tuple[Request, ...]:
-        candidates = self.settings.searcher.ask(self._state.history, rng)
+        candidates = self.settings.searcher.ask(self._history, rng)
         if not candidates:
             return ()
         (first, _), *_ = self.settings.race(len(candidates))
@@ -76,7 +82,57 @@ class Exploring:
         records = self._state.records
         ran = [r.candidate for r in records if r.candidate.phase == "global" and r.evaluation.steps == lowest]
         _, *higher = self.settings.last_race
-        self._race(ran, ((lowest, len(ran)), *higher), Stage("global"))
+        for most in range(max(size for _, size in self.settings.last_race), 0, -1):
+            schedule = ((lowest, len(ran)), *((steps, min(size, most)) for steps, size in higher))
+            if self._price_above(schedule) <= self.purse.left_to_search:
+                self._race(ran, schedule, Stage("global"))
+                return
+
+    @property
+    def _history(self) -> History:
+        """What the searcher hears of: where it knows no shared settings, what was measured without."""
+        if not self.settings.tuned_above:
+            return self._state.history
+        return History(e for e in self._state.history if not e.configuration.shared)
+
+    def _affordable(self, candidates: Sequence[Candidate]) -> int:
+        """How many of the candidates can be raced with what is left to train."""
+        if not self.purse.limited:
+            return len(candidates)
+        left = self.purse.left_to_search
+        if self.settings.promotion == "last":
+            left -= min(self._price_above(self.settings.last_race), left / 2)
+        sizes = range(len(candidates), 0, -1)
+        return next((size for size in sizes if self._price(candidates[:size]) <= left), 0)
+
+    def _price(self, candidates: Sequence[Candidate]) -> int:
+        """The most that a generation of these takes."""
+        schedule, space = self.settings.race(len(candidates)), self._space
+        (first, _), *_ = schedule
+        if self.settings.tuned_above and first != self.settings.untrained:
+            return schedule[-1][1] * self.purse.of_tuning()
+        above = self._price_above(schedule)
+        if self._tuned_before(candidates):
+            tuning = tuple((steps, size) for steps, size in self.settings.settings_race if steps <= first)
+            return above + self.purse.of_race([group(c, space.all_shared) for c in candidates], tuning)
+        trainings = self.purse.trainings(candidate.configuration for candidate in candidates)
+        most = self._price_above(schedule, len(trainings))
+        return most + self._state.effort.lacking(trainings, first)
+
+    def _price_above(self, schedule: Schedule, most: float = math.inf) -> int:
+        """The most that the rungs above the first take, of at most so many trainings."""
+        if self.settings.tuned_above:
+            return schedule[-1][1] * self.purse.of_tuning() if len(schedule) > 1 else 0
+        return self.purse.of_rungs(schedule, most=most)
+
+    @property
+    def _space(self) -> SearchSpace:
+        return self.measuring.plan.problem.space
+
+    def _tuned_before(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether candidates without shared settings get the best of these before they race."""
+        bare = any(not candidate.configuration.shared for candidate in candidates)
+        return bool(self._space.shared) and bare and not self.settings.tuned_above
 
     def _tuned(
         self, candidates: Sequence[Candidate], first: int, stage: Stage
@@ -85,10 +141,9 @@ class Exploring:
 
         They race up to the rung `first`, where the race of the candidates begins.
         """
-        space = self.proposer.problem.space
-        if not space.shared or all(candidate.configuration.shared for candidate in candidates):
+        if not self._tuned_before(candidates):
             return candidates, []
-        groups = [group(candidate, space.all_shared) for candidate in candidates]
+        groups = [group(candidate, self._space.all_shared) for candidate in candidates]
         schedule = tuple((steps, size) for steps, size in self.settings.settings_race if steps <= first)
         rungs = race(groups, schedule, self.settings, self.measuring, stage)
         winners = {c.configuration: c for members in groups for c in leading(members, 1, rungs[-1])}
@@ -97,7 +152,12 @@ class Exploring:
     def _race(
         self, candidates: Sequence[Candidate], schedule: Schedule, stage: Stage
     ) -> tuple[list[Evaluation], Trust]:
-        """All that was measured of the candidates: each rung continues the most promising of the rung below."""
+        """All that was measured of the candidates: each rung continues the most promising of the rung below.
+
+        Where the lowest rung knows no shared settings, those that would reach T_S go up with all of them at once.
+        """
+        if self.settings.tuned_above:
+            return self._race_and_tune(candidates, schedule, stage)
         running, measured, below, trust = list(candidates), list[Evaluation](), 0, Trust()
         for steps, size in schedule:
             left = room(self.settings, self._state, steps)
@@ -108,6 +168,22 @@ class Exploring:
                 running = running[:left]
             measured += self.measuring.measure([Request(candidate, steps) for candidate in running], stage)
             below = steps
+        return measured, trust
+
+    def _race_and_tune(
+        self, candidates: Sequence[Candidate], schedule: Schedule, stage: Stage
+    ) -> tuple[list[Evaluation], Trust]:
+        """All that was measured without settings; of the best every combination races up the rungs above."""
+        running, measured, trust = list(candidates), list[Evaluation](), Trust()
+        (first, _), *higher = schedule
+        if first == self.settings.untrained:
+            measured = self.measuring.measure([Request(candidate, first) for candidate in running], stage)
+            if not higher:
+                return measured, trust
+            decision = self._promotion(running, first, schedule[-1][1], stage)
+            running, trust = going(decision, running), trust.after(decision)
+        groups = [group(candidate, self._space.all_shared) for candidate in running]
+        race(groups, self.settings.settings_race, self.settings, self.measuring, stage)
         return measured, trust
 
     def _promotion(self, candidates: Sequence[Candidate], low: int, size: int, stage: Stage) -> Promotion:

@@ -14,6 +14,7 @@ from qratk.core.result import RefinementSummary
 from qratk.core.utility import Utility
 from qratk.loop.asking import Asking
 from qratk.loop.measuring import Measuring
+from qratk.loop.purse import Purse
 from qratk.loop.settings import SearchSettings
 from qratk.loop.state import SearchState, Stage
 from qratk.loop.stopping import cap_reached
@@ -29,6 +30,7 @@ class Refining:
     proposer: Proposer
     measuring: Measuring
     asking: Asking
+    purse: Purse
 
     @property
     def _state(self) -> SearchState:
@@ -47,6 +49,8 @@ class Refining:
             requests = self.asking.asked(f"refinement/{stage.number}", refiner, rng, partial(self._ask_refiner, stage))
             if not requests:
                 return refiner.stop_reason or "nothing new could be proposed"
+            if self.purse.of_requests(requests) > self.purse.left_to_search:
+                return self.purse.spent
             refiner.tell(self.measuring.measure(requests, stage))
             improved = state.best is not before
             seconds = time.monotonic() - began

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from qratk.core.errors import SearchError
+from qratk.core.errors import ConfigurationError, SearchError
 from qratk.core.evaluation import Candidate
 from qratk.core.memory import format_bytes
 from qratk.core.problem import Importance, Problem
@@ -24,9 +24,11 @@ from qratk.loop.asking import Asking
 from qratk.loop.confirming import confirm
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
-from qratk.loop.racing import group, race
+from qratk.loop.purse import Purse
+from qratk.loop.racing import Group, group, race
 from qratk.loop.refining import Refining
 from qratk.loop.settings import SearchSettings
+from qratk.loop.spending import Spending
 from qratk.loop.state import Clock, SearchState, Stage
 from qratk.mutations.proposer import Proposer
 from qratk.reporters.base import Reporter
@@ -126,26 +128,52 @@ def _search(
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
     reporter.started(plan)
     proposer = Proposer(problem, settings.operators, settings.repair)
-    contenders = settings.confirm.candidates if settings.confirm else 0
-    state = SearchState(problem, settings.ladder, baselines, settings.alpha, contenders)
+    state = SearchState(problem, settings.ladder, baselines, settings.alpha, settings.contenders, settings.untrained)
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
-    asking = Asking(journal, proposer, clock)
+    asking, purse = Asking(journal, proposer, clock), Purse(settings, measuring)
+    _require_affordable(groups, settings, purse)
     # The promise never to be worse, and the first pairs.
     race(groups, settings.settings_race, settings, measuring, Stage("baseline"))
-    exploring = Exploring(settings, context, proposer, measuring, asking)
+    exploring = Exploring(settings, context, _searched(proposer, settings), measuring, asking, purse)
     stop_reasons = {"global": exploring.run()}
     if settings.promotion == "last":
         exploring.promote_last()
     utility = _frozen_utility(settings, state)
-    stop_reasons["local"] = Refining(settings, proposer, measuring, asking).run(utility)
-    if settings.confirm:
-        confirm(settings.confirm.seeds, measuring)
+    stop_reasons["local"] = Refining(settings, proposer, measuring, asking, purse).run(utility)
+    if purse.limited:
+        Spending(settings, measuring, purse).run()
+    confirm(settings, measuring, purse)
+    if purse.limited:
+        stop_reasons["budget"] = f"{state.effort.full_runs:.2f} of {settings.full_runs:g} full runs are trained"
     measuring.prune(over=True)
     result = conclude(
         settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=tests
     )
     reporter.finished(result)
     return result
+
+
+def _searched(proposer: Proposer, settings: SearchSettings) -> Proposer:
+    """The proposer of the global searcher: without shared settings where its lowest rung cannot tell them apart."""
+    if not settings.tuned_above:
+        return proposer
+    memory = proposer.problem.memory
+    bare = replace(proposer.problem, memory=replace(memory, space=replace(memory.space, shared=())))
+    return Proposer(bare, settings.operators, settings.repair, counts=proposer.counts)
+
+
+def _require_affordable(groups: Sequence[Group], settings: SearchSettings, purse: Purse) -> None:
+    """Raise `ConfigurationError` where the baselines alone exceed the budget of full runs."""
+    if not groups or not purse.limited:
+        return
+    price, left = purse.of_race(groups, settings.settings_race), purse.left_to_search
+    if price > left:
+        highest = settings.ladder.highest
+        raise ConfigurationError(
+            f"full_runs is {settings.full_runs:g}, which leaves {left / highest:.1f} to search by, and the uniform "
+            f"baselines alone ({len(groups)}) take {price / highest:.1f}; raise it, or leave them out "
+            "(uniform_baselines: false)"
+        )
 
 
 def _pose(settings: SearchSettings, journal: Journal, reporter: Reporter, clock: Clock) -> Problem:
@@ -186,6 +214,11 @@ def _frozen_utility(settings: SearchSettings, state: SearchState) -> Utility:
     if not measured:
         reasons = Counter(e.reason for e in state.history if not e.ok).most_common(1)
         why = f"; most often: {reasons[0][0]}" if reasons else ""
+        if not reasons and settings.full_runs is not None:
+            raise SearchError(
+                f"nothing reached {highest} steps within {settings.full_runs:g} full runs; raise full_runs"
+                + (f", of which confirm takes {settings.planned_replicates}" if settings.confirm else "")
+            )
         raise SearchError(
             f"no configuration could be measured at {highest} steps{why}. "
             "See evaluations.csv for every reason; a smaller learning rate or batch size is the usual cure."

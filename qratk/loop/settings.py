@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qratk.core.checks import Checks
 from qratk.core.configuration import LayerChoice
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from qratk.data.base import TaskData
     from qratk.training.module import FineTuneModule
+
+LAYOUTS: Final = 3
+"""Of how many of the best layers further settings are tried with what a budget of full runs leaves."""
 
 Schedule = tuple[tuple[int, int], ...]
 """Rungs of a race, ascending, and how many candidates run at each."""
@@ -106,6 +109,10 @@ class SearchSettings(ABC):
         max_evaluations: cap on the evaluations at T_S in both phases, baselines included; confirmation is besides.
         confirm: whether the best few, and the best uniform baseline, are run again at T_S with fresh seeds after both
             phases, as {candidates: 3, seeds: 3}: the answer is then chosen, and reported, by the mean over these.
+        full_runs: how many full runs of training (to T_S) the search spends in all, on short runs, tuning and fresh
+            seeds too; references and scoring are apart. Phases I and II end where the next step would exceed it. What
+            they leave goes to further settings of the best layers, and to fresh seeds of the best few, by whose mean
+            the answer is then chosen.
         generations: cap on the generations of phase I.
         hypervolume_tolerance: epsilon_hv; phase I stops when the hypervolume grows by less, relatively,
         hypervolume_patience: for this many generations in a row (Eq. 28).
@@ -144,6 +151,7 @@ class SearchSettings(ABC):
     uniform_baselines: bool = True
     max_evaluations: int | None = None
     confirm: Confirmation | None = None
+    full_runs: float | None = None
     generations: int = 12
     hypervolume_tolerance: float = 1e-3
     hypervolume_patience: int = 3
@@ -159,7 +167,7 @@ class SearchSettings(ABC):
         checks = Checks()
         checks.at_least(0, generations=self.generations, seed=self.seed)
         checks.at_least(1, high_fidelity_candidates=self.high_fidelity_candidates, max_evaluations=self.max_evaluations)
-        checks.at_least(1, hypervolume_patience=self.hypervolume_patience)
+        checks.at_least(1, hypervolume_patience=self.hypervolume_patience, full_runs=self.full_runs)
         for option, known in (("promotion", ("each", "last")), ("promote_by", ("score", "front"))):
             given = getattr(self, option)
             checks.require(given in known, option, given, f"must be one of {', '.join(map(repr, known))}")
@@ -182,6 +190,10 @@ class SearchSettings(ABC):
             object.__setattr__(self, "confirm", Confirmation.of(self.confirm))
         except ConfigurationError as error:
             checks.note("confirm", str(error))
+        if self.full_runs is not None and self.planned_replicates >= self.full_runs:
+            checks.note(
+                "full_runs", f"must be over {self.planned_replicates}, which confirm takes; got {self.full_runs:g}"
+            )
         if self.confirm and not self.evaluator.replicates:
             name = getattr(self.evaluator, "component_name", None) or type(self.evaluator).__name__
             checks.note(
@@ -246,10 +258,29 @@ class SearchSettings(ABC):
         return tuple(zip(self.ladder.steps, sizes, strict=True))
 
     @property
+    def combinations(self) -> int:
+        """How many combinations of shared settings there are; one without any."""
+        return math.prod(len(ladder.values) for ladder in self.shared_ladders)
+
+    @property
+    def untrained(self) -> int | None:
+        """Rung that trains nothing; None where each does."""
+        bare = not self.evaluator.trains_at_lowest and len(self.ladder.steps) > 1
+        return self.ladder.lowest if bare else None
+
+    @property
+    def tuned_above(self) -> bool:
+        """Whether the lowest rung is without shared settings: it trains nothing, and there are some."""
+        return bool(self.shared_ladders) and self.untrained is not None
+
+    @property
     def settings_race(self) -> Schedule:
-        """Rungs, and how many combinations of shared settings of one uniform choice run at each: one at the highest."""
-        combinations = math.prod(len(ladder.values) for ladder in self.shared_ladders)
-        return tuple(zip(self.ladder.steps, self.ladder.sizes(combinations, 1), strict=True))
+        """Rungs, and how many combinations of shared settings of one uniform choice run at each: one at the highest.
+
+        A rung that trains nothing cannot tell settings apart, and is left out.
+        """
+        steps = self.ladder.steps[1:] if self.tuned_above else self.ladder.steps
+        return tuple(zip(steps, FidelityLadder(steps, self.reduction_factor).sizes(self.combinations, 1), strict=True))
 
     @property
     def reference_race(self) -> Schedule:
@@ -271,21 +302,48 @@ class SearchSettings(ABC):
         if self.promotion == "last":
             (lowest, _), *higher = self.last_race
             phases = [{lowest: self.generations * self.searcher.generation_size}, dict(higher), self._planned_tuning()]
+        if self.tuned_above:
+            phases = self._planned_above(phases[0])
         for phase in (*phases, self.refiner.planned_evaluations(self.ladder)):
             counts.update(phase)
         if self.max_evaluations is not None:
             counts[highest] = min(counts[highest], self.max_evaluations)
+        counts[highest] += self.planned_replicates
+        if self.full_runs is not None:
+            counts = self._within_budget(counts, self.full_runs)
         for steps, size in self.reference_race:
             counts[steps] += size * len(self.reference_choices)
-        counts[highest] += self.planned_replicates
         return dict(sorted(counts.items()))
+
+    def _planned_above(self, searched: Mapping[int, int]) -> list[dict[int, int]]:
+        """Phases where the lowest rung is without settings: of what would reach T_S all of them race above it."""
+        highest, lowest = self.ladder.highest, self.ladder.lowest
+        picked = self.last_race[-1][1] if self.promotion == "last" else searched[highest]
+        return [{lowest: searched.get(lowest, 0)}, {steps: picked * size for steps, size in self.settings_race}]
+
+    def _within_budget(self, counts: Mapping[int, int], full_runs: float) -> Counter[int]:
+        """At most as many at each rung as a budget pays for, whatever of it the recipe leaves spent too."""
+        found, highest = Counter(counts), self.ladder.highest
+        for steps, _ in self.settings_race[:-1] if self.shared_ladders else ():
+            found[steps] += LAYOUTS * self.combinations
+        for steps in set(self.ladder.steps) - {self.untrained}:
+            most = int(full_runs * highest / steps)
+            found[steps] = most if steps == highest else min(most, found[steps])
+        return found
 
     @property
     def planned_replicates(self) -> int:
         """Largest number of runs with fresh seeds, each from nothing to the highest rung."""
         if self.confirm is None:
             return 0
-        return (self.confirm.candidates + self.uniform_baselines) * self.confirm.seeds
+        return (self.confirm.candidates + bool(self.uniform_baselines)) * self.confirm.seeds
+
+    @property
+    def contenders(self) -> int:
+        """How many of the best may be run again with fresh seeds: by the confirmation, or by what a budget leaves."""
+        if self.confirm is not None:
+            return self.confirm.candidates
+        return Confirmation().candidates if self.full_runs is not None and self.evaluator.replicates else 0
 
     def _planned_tuning(self) -> dict[int, int]:
         """Evaluations that find the settings of candidates without any, besides those that the candidates race by."""

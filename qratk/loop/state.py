@@ -12,13 +12,14 @@ from typing import Literal
 
 from qratk.core import answer
 from qratk.core.configuration import Configuration
+from qratk.core.effort import Effort
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Problem
 from qratk.core.result import Confirmed, GenerationSummary, Progress, Record, RefinementSummary, SearchPlan
 from qratk.core.utility import Utility
 
-Phase = Literal["baseline", "global", "local", "confirmation", "reference"]
+Phase = Literal["baseline", "global", "local", "tuning", "confirmation", "reference"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class SearchState:
         best: the answer so far; None before anything that fits was measured at the highest rung.
         discarded: checkpoints that were deleted, by configuration and steps.
         confirmations: what fresh seeds say of the contenders, once they are confirmed; the largest mean first.
+        effort: what was trained, without references.
 
     Args:
         contenders: how many of the best may be confirmed; none where the answer is not.
+        untrained: rung that trains nothing, if any.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class SearchState:
         baselines: Sequence[Configuration],
         alpha: float,
         contenders: int = 0,
+        untrained: int | None = None,
     ) -> None:
         self._problem, self._ladder = problem, ladder
         self._baselines = frozenset(baselines)
@@ -89,6 +93,7 @@ class SearchState:
         self.best: Evaluation | None = None
         self.discarded: set[tuple[Configuration, int]] = set()
         self.confirmations: tuple[Confirmed, ...] = ()
+        self.effort = Effort(ladder.highest, untrained)
         self._contenders = contenders
         self._measured: Counter[int] = Counter()  # of the history, by rung
         self._recorded: Counter[int] = Counter()  # of the records, by rung
@@ -108,6 +113,8 @@ class SearchState:
         self.records.append(record)
         evaluation = record.evaluation
         self._recorded[evaluation.steps] += 1
+        if record.candidate.phase != "reference":
+            self.effort.add(evaluation)
         if evaluation.ok:
             seconds, steps = self._spent
             self._spent = (seconds + evaluation.seconds, steps + evaluation.steps)
@@ -117,18 +124,20 @@ class SearchState:
         self._utility = utility
         self._judge()
 
-    def contenders(self) -> list[Evaluation]:
+    def contenders(self, most: int | None = None) -> list[Evaluation]:
         """What may be confirmed by now: the best that fit, and behind them the best baseline unless it is one of them.
 
-        None where the answer is not confirmed.
+        None where the answer is not confirmed. `most` leaves out the last of the best, and never the baseline.
         """
-        if not self._contenders:
+        if not self._contenders or most == 0:
             return []
         highest = self._ladder.highest
         leading = answer.ranked(self._problem, self.history, highest, utility=self._utility)
         uniform = max((e for e in leading if e.configuration in self._baselines), key=lambda e: e.score, default=None)
-        chosen = leading[: self._contenders]
-        return chosen if uniform is None or uniform in chosen else [*chosen, uniform]
+        chosen = leading[: self._contenders if most is None else min(most, self._contenders)]
+        if uniform is None or uniform in chosen:
+            return chosen
+        return [*chosen[: None if most is None else most - 1], uniform]
 
     def confirm(self, confirmations: Sequence[Confirmed]) -> None:
         """Take in what fresh seeds say; the best is from here on the best by their means.

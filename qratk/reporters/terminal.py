@@ -380,7 +380,7 @@ def _bar(share: float, width: int, style: str, ascii_only: bool) -> Text:
 
 
 def _stage_text(progress: Progress) -> str:
-    unit = {"global": "generation", "local": "step", "confirmation": "seed"}.get(progress.phase, "")
+    unit = {"global": "generation", "local": "step", "tuning": "round", "confirmation": "seed"}.get(progress.phase, "")
     number = f" {progress.generation}" if unit else ""
     return f"{progress.phase}{' ' + unit if unit else ''}{number}, {progress.rung} steps"
 

@@ -19,6 +19,10 @@ UNDECIDING: Final = frozenset({
 """Settings that say where and how a search computes, what is shown and what is asked at its end: no measurement."""
 
 
+LATER: Final = frozenset({"search.full_runs"})
+"""Settings that run directories from before they were thought of lack, and that null does not set."""
+
+
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what a search measures: all but those of `UNDECIDING`."""
     return _without(config, "")
@@ -34,7 +38,7 @@ def comparable(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         if not any(key == other or key.startswith(f"{other}.") for other in UNDECIDING):
             compared.update(flatten(named_document(without_secrets(_nested(key, value)))))
-    return {key: value for key, value in compared.items() if value != {}}
+    return {key: value for key, value in compared.items() if value != {} and not (key in LATER and value is None)}
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

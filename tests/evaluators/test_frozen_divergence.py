@@ -14,6 +14,7 @@ from lightning import Trainer
 from scipy.spatial.distance import jensenshannon
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.core.shared import SharedLadder
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext, evaluators
 from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator
@@ -181,6 +182,20 @@ def test_another_process_measures_the_same(
     torch.manual_seed(12345)
     evaluated(later, Configuration.uniform(4, 2, 3), 4)  # training in between, and released weights
     assert evaluated(later, MIXED, 2).outcomes == proxy[1].outcomes
+
+
+def test_settings_decide_what_is_trained_and_not_the_proxy(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str], proxy: tuple[FrozenDivergenceEvaluator, Evaluation]
+) -> None:
+    evaluator = proxied(tmp_path, model_dir, data_files)
+    rates = SharedLadder("learning_rate", (1e-4, 1e-1))
+    evaluator.check_shared(rates)
+    names = tuple(shape.name for shape in evaluator.shapes)
+    evaluator.memory_model(SearchSpace((2, 4, 8), (2, 4), names, (rates,)))
+    tuned = [MIXED.with_shared({"learning_rate": rate}) for rate in rates.values]
+    assert {evaluated(evaluator, c, 2).score for c in (MIXED, *tuned)} == {proxy[1].score}
+    assert len({evaluated(evaluator, c, 4).score for c in (MIXED, *tuned)}) == 3
+    assert not evaluator.trains_at_lowest
 
 
 def test_a_fit_of_as_many_steps_has_the_score_of_the_highest_rung(

@@ -1,0 +1,80 @@
+"""What is left of a budget of full runs, spent on further settings of the best layers.
+
+Recipes that are compared at equal effort end at different points: one without a search has measured what it proposes
+and goes on to tune that. Half of what is left goes to settings here, the rest to fresh seeds of the best few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Candidate, Request
+from qratk.loop.confirming import FEWEST_CONTENDERS, FEWEST_SEEDS
+from qratk.loop.measuring import Measuring
+from qratk.loop.purse import Purse
+from qratk.loop.settings import LAYOUTS, SearchSettings
+from qratk.loop.state import Stage
+from qratk.loop.stopping import room
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Takes the next best settings of the best layers up the ladder, round after round.
+
+    Which layers, is settled before the first round.
+    """
+
+    settings: SearchSettings
+    measuring: Measuring
+    purse: Purse
+
+    def run(self) -> None:
+        """Until half of what is left is spent, or all where half of it is too little for fresh seeds."""
+        if not self.settings.shared_ladders:
+            return
+        highest, half, number = self.settings.ladder.highest, self.purse.left_to_search / 2, 0
+        kept = half if half >= FEWEST_CONTENDERS * FEWEST_SEEDS * highest else 0
+        origins = {r.evaluation.configuration.layers: r.candidate for r in self.measuring.state.records if r.searched}
+        best = sorted(self.measuring.state.fitting(highest), key=lambda e: -e.score)
+        layouts = list(dict.fromkeys(e.configuration.layers for e in best))[:LAYOUTS]
+        while chosen := self._next([origins[layers] for layers in layouts]):
+            chosen = chosen[: room(self.settings, self.measuring.state, highest)]
+            wanted = [Request(candidate, highest) for candidate in chosen]
+            chosen = [r.candidate for r in self.purse.affordable(wanted, self.purse.left_to_search - kept)]
+            if not chosen:
+                return
+            number += 1
+            stage = Stage("tuning", number)
+            for steps, _ in self.settings.settings_race:
+                going = [c for c in chosen if self._goes_on(c.configuration, steps)]
+                self.measuring.measure([Request(stage.placed(c), steps) for c in going], stage)
+
+    def _goes_on(self, configuration: Configuration, steps: int) -> bool:
+        return self._reached(configuration) < steps and not self._failed(configuration)
+
+    def _next(self, layouts: Sequence[Candidate]) -> list[Candidate]:
+        """Of each layout the settings that come next: those that got farthest, and scored best there."""
+        highest, chosen = self.settings.ladder.highest, []
+        for origin in layouts:
+            every = [origin.configuration.with_shared(s) for s in self.measuring.plan.problem.space.all_shared]
+            untried = [configuration for configuration in every if self._goes_on(configuration, highest)]
+            if untried:
+                best = max(untried, key=self._standing)
+                chosen.append(replace(origin, configuration=best))
+        return chosen
+
+    def _standing(self, configuration: Configuration) -> tuple[int, float]:
+        reached = self._reached(configuration)
+        evaluation = self.measuring.state.history.get(configuration, reached)
+        return reached, 0.0 if evaluation is None else evaluation.score
+
+    def _reached(self, configuration: Configuration) -> int:
+        """The highest rung at which it was measured; 0 for none."""
+        steps = (s for s, _ in self.settings.settings_race[::-1])
+        return next((s for s in steps if self.measuring.state.history.get(configuration, s) is not None), 0)
+
+    def _failed(self, configuration: Configuration) -> bool:
+        evaluation = self.measuring.state.history.get(configuration, self._reached(configuration))
+        return evaluation is not None and not evaluation.ok
