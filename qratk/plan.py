@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
 from qratk.core.memory import Budget, Footprint, MemoryModel
+from qratk.core.shared import Setting
 from qratk.data.attached import DEFAULT_LENGTH, Attached
 from qratk.data.splits import SPLITS
 
@@ -70,9 +71,10 @@ class Plan:
     """Figures of a search before it begins.
 
     `evaluations` is the largest number of evaluations at each rung, `replicates` how many of the highest one have fresh
-    seeds; `steps` the optimiser steps they take in all, each of the others continuing the rung below; `seconds` an
-    estimate from the arithmetic of the projections and the head alone. Training peaks are those of `batch`, sequences
-    and tokens in each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate".
+    seeds; `steps` the optimiser steps they take in all, each of the others continuing the rung below, within the budget
+    of `full_runs`, if there is one; `shared` the ladders of settings that all layers share; `seconds` an estimate from
+    the arithmetic of the projections and the head alone. Training peaks are those of `batch`, sequences and tokens in
+    each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate".
     """
 
     num_layers: int
@@ -92,6 +94,8 @@ class Plan:
     batch: tuple[int, int] = (1, DEFAULT_LENGTH)
     search_memory: SearchMemory | None = None
     replicates: int = 0
+    shared: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
+    full_runs: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -128,6 +132,9 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     evaluations = loop.planned_evaluations(baselines)
     references = 0 if loop.shared else len(loop.reference_choices)
     steps = total_steps(evaluations, afresh=references + loop.planned_replicates)
+    if loop.full_runs is not None:  # the rungs' counts are each within it, and so are all of them together
+        apart = total_steps({steps: size * len(loop.reference_choices) for steps, size in loop.reference_race})
+        steps = min(steps, int(loop.full_runs * loop.ladder.highest) + apart)
     work = workload(datamodule, length, tokenizer=backbone.tokenizer is not None)
     speed = matmul_flops_per_second(backbone, tokens=datamodule.batch_size * length)
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
@@ -152,6 +159,8 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         batch=(datamodule.batch_size, length),
         search_memory=search_memory(backbone, loop, _dense_cache(module)),
         replicates=loop.planned_replicates,
+        shared={ladder.name: ladder.values for ladder in loop.shared_ladders},
+        full_runs=loop.full_runs,
     )
 
 

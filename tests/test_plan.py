@@ -77,6 +77,21 @@ def test_steps_count_what_each_rung_adds_and_references_in_full():
     assert plan.total_steps({7: 3}) == 21
 
 
+def test_plan_tells_ladders_of_settings_a_budget_of_runs_and_fresh_seeds(module, data):
+    shared = {"learning_rate": [1e-3, 1e-2], "rslora": [False, True]}
+    loop = make_loop(shared=shared, full_runs=40, confirm={"candidates": 2, "seeds": 3})
+    made = plan.make_plan(module, data, loop)
+    text = as_text(made)
+    assert "settings     learning_rate 0.001/0.01, rslora false/true: 4 combinations" in text
+    assert "effort       40 full runs of training in all" in text
+    assert "; 9 of them run the best again with fresh seeds" in text
+    assert made.steps <= 40 * loop.ladder.highest
+    assert json.loads(json.dumps(made.as_dict()))["shared"] == shared
+    plain = as_text(plan.make_plan(module, data, make_loop()))
+    assert "settings" not in plain
+    assert "fresh seeds" not in plain
+
+
 def test_budget_under_the_smallest_names_the_smallest_feasible_figure(module, data, made):
     smallest = made.rows[0].footprint.storage_bytes
     with pytest.raises(InfeasibleBudgetError, match=str(smallest)):

@@ -58,6 +58,7 @@ def compare(arguments: Sequence[str]) -> int:
         sweeps=[Path(configuration(name)) for name in given.sweep],
         extra=extra,
         tune=given.tune,
+        runs=given.runs,
         base=not given.no_base,
     )
     if given.reference is not None and given.reference not in {recipe.name for recipe in grid.recipes}:
@@ -132,6 +133,8 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace, extra: Se
         parser.error("--config is needed: the file that holds model, data and search")
     if given.target is not None and not 0 <= given.target <= 1:
         parser.error(f"--target is a quantile between 0 and 1, got {given.target:g}")
+    if given.runs is not None and not 1 <= given.runs < float("inf"):
+        parser.error(f"--runs must be at least 1, got {given.runs:g}")
     if given.jobs < 1 or any(seed < 0 for seed in given.seeds):
         parser.error("--jobs must be at least 1 and --seeds at least 0")
 
@@ -150,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tune",
         metavar="LADDERS",
         help="settings that every recipe tunes, by the same ladders, as in '{learning_rate: [1e-3, 3e-3, 1e-2]}'",
+    )
+    add(
+        "--runs",
+        type=float,
+        metavar="N",
+        help="full runs of training that every recipe spends in all: a search ends there, and what one leaves goes to "
+        "more settings and to fresh seeds of its best few",
     )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--run_dir", type=Path, required=True, help="folder of the cells, the tables and the figures")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from qratk.cli.application import SearchingCLI, run
 from qratk.core.memory import format_bytes
+from qratk.core.shared import setting_text
 from qratk.core.text import duration
 from qratk.data.base import TaskData
 from qratk.plan import Plan, PlanRow, make_plan
@@ -51,6 +53,7 @@ def as_text(plan: Plan) -> str:
         "",
         *_peaks(plan),
         "",
+        *_settings(plan),
         f"evaluations  {', '.join(f'{count} of {steps} steps' for steps, count in plan.evaluations.items())} at most"
         + (f"; {plan.replicates} of them run the best again with fresh seeds" if plan.replicates else ""),
         f"steps        {plan.steps:,} in all; each evaluation continues the rung below",
@@ -59,6 +62,18 @@ def as_text(plan: Plan) -> str:
         "             multiplications alone, without dequantising, attention and overhead",
     ]
     return "\n".join([*lines, *(f"note         {text}" for text in (plan.coverage, *plan.fallbacks) if text)])
+
+
+def _settings(plan: Plan) -> list[str]:
+    """The ladders of shared settings, and the budget of full runs, where there are any."""
+    lines = []
+    if plan.shared:
+        ladders = ", ".join(f"{name} {'/'.join(map(setting_text, values))}" for name, values in plan.shared.items())
+        count = math.prod(len(values) for values in plan.shared.values())
+        lines.append(f"settings     {ladders}: {count} combinations, of which each uniform configuration gets the best")
+    if plan.full_runs is not None:
+        lines.append(f"effort       {plan.full_runs:g} full runs of training in all, whatever the evaluations")
+    return lines
 
 
 def _table(rows: Sequence[PlanRow]) -> list[str]:

@@ -168,6 +168,7 @@ class Grid:
         seeds: seeds of the searches.
         extra: arguments of the form --section.setting=value for all cells, over the base and under the recipe.
         tune: shared settings, by name with their ladders, that every recipe tunes: over the recipe.
+        runs: full runs of training that every recipe spends in all; None for as many as it takes by itself.
     """
 
     folder: Path
@@ -177,6 +178,7 @@ class Grid:
     seeds: tuple[int, ...]
     extra: tuple[str, ...] = ()
     tune: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
+    runs: float | None = None
 
     @classmethod
     def of(
@@ -190,6 +192,7 @@ class Grid:
         sweeps: Sequence[Path] = (),
         extra: Sequence[str] = (),
         tune: str | None = None,
+        runs: float | None = None,
         base: bool = True,
     ) -> Grid:
         """The grid of a command line; with `base`, the base is the first recipe. Raises `ConfigurationError`."""
@@ -207,7 +210,7 @@ class Grid:
         _unique([recipe.name for recipe in found], "recipe")
         _unique([choice.label for choice in choices], "budget")
         _unique(seeds, "seed")
-        return cls(folder, tuple(configs), tuple(found), choices, tuple(seeds), tuple(extra), _ladders(tune))
+        return cls(folder, tuple(configs), tuple(found), choices, tuple(seeds), tuple(extra), _ladders(tune), runs)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -229,12 +232,18 @@ class Grid:
 
     @property
     def tune_file(self) -> Path | None:
-        """The overlay over all recipes; None where nothing is tuned."""
-        return self.folder / _TUNE if self.tune else None
+        """The overlay over all recipes; None where nothing is tuned and the effort is their own."""
+        return self.folder / _TUNE if self._over_all else None
 
     @property
-    def _tuned(self) -> dict[str, Any]:
-        return {"search": {"shared": {name: list(values) for name, values in self.tune.items()}}} if self.tune else {}
+    def _over_all(self) -> dict[str, Any]:
+        """What holds for every recipe, whatever it says: ladders to tune, and full runs to spend."""
+        search: dict[str, Any] = (
+            {"shared": {name: list(values) for name, values in self.tune.items()}} if self.tune else {}
+        )
+        if self.runs is not None:
+            search["full_runs"] = self.runs
+        return {"search": search} if search else {}
 
     def arguments(self, cell: Cell) -> list[str]:
         """Arguments of `qratk search` for a cell."""
@@ -255,7 +264,7 @@ class Grid:
         if self.budgets or cell.recipe.has_budget:
             documents.append(budget.document)
         merged: dict[str, Any] = {}
-        for document in (*documents, cell.recipe.document, self._tuned):
+        for document in (*documents, cell.recipe.document, self._over_all):
             merged = laid_over(merged, named_document(document))
         return dict(without_secrets({"seed": cell.seed, "settings": deciding(merged)}))
 
@@ -271,7 +280,7 @@ class Grid:
             self._write_budget(cell)
             self._write_sweep(cell.recipe)
         if self.tune_file is not None:
-            write_atomically(self.tune_file, yaml.safe_dump(self._tuned, sort_keys=False))
+            write_atomically(self.tune_file, yaml.safe_dump(self._over_all, sort_keys=False))
         write_atomically(self.folder / COMPARED, to_json(self._compared()))
 
     def _write_sweep(self, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qratk.compare.grid import FAILURE, OWN, FailureDocument, read_compared
 from qratk.core.configuration import Configuration, Knob, LayerChoice
+from qratk.core.effort import Effort
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import Record
 from qratk.run.document import EvaluationEntry, ResultDocument, Settings, read_document
@@ -101,18 +102,16 @@ class Outcome:
     @cached_property
     def costs(self) -> Array:
         """Steps trained up to and with each searched evaluation, in units of T_S; a training's steps count once."""
-        steps = self.result.problem.steps
-        free = steps[0] if self.frozen and len(steps) > 1 else 0
-        trained: dict[str, int] = {}
-        spent = 0
-        costs = []
-        for evaluation in (record.evaluation for record in self.searched):
-            if evaluation.steps != free:
-                before = trained.get(evaluation.training, 0)
-                spent += max(0, evaluation.steps - before)
-                trained[evaluation.training] = max(evaluation.steps, before)
-            costs.append(spent / self.top)
+        effort, costs = self._effort, []
+        for record in self.searched:
+            effort.add(record.evaluation)
+            costs.append(effort.full_runs)
         return np.array(costs)
+
+    @property
+    def _effort(self) -> Effort:
+        steps = self.result.problem.steps
+        return Effort(self.top, steps[0] if self.frozen and len(steps) > 1 else None)
 
     @property
     def cost(self) -> float:
@@ -121,9 +120,23 @@ class Outcome:
 
     @property
     def confirming(self) -> float:
-        """Full runs with fresh seeds; a training that several configurations share counts once."""
-        evaluations = (record.evaluation for record in self.records)
-        return sum(s for _, _, s in {(e.training, e.replicate, e.steps) for e in evaluations if e.replicate}) / self.top
+        """Full runs with fresh seeds."""
+        effort = self._effort
+        for record in self.records:
+            if record.evaluation.replicate:
+                effort.add(record.evaluation)
+        return effort.full_runs
+
+    @property
+    def budget_runs(self) -> float | None:
+        """Full runs that the search was given to spend; None where it was given no number."""
+        found = self.settings.section("search").get("full_runs")
+        return None if found is None else float(found)
+
+    @property
+    def scorings(self) -> int:
+        """Passes over the validation items that the search took, those with fresh seeds among them."""
+        return sum(record.candidate.phase != "reference" for record in self.records)
 
     @property
     def tunes(self) -> bool:

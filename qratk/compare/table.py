@@ -47,9 +47,9 @@ class Difference:
 class RecipeRow:
     """A recipe under a budget; means over its finished seeds, standard deviations where they say so.
 
-    `over` says that its answer takes more bytes than the reference's budget allows. Where settings were tuned,
-    `settings` are those of most answers, `tuning` the full runs, of all, that tried others, and `scorings` how often
-    something was scored.
+    `over` says that its answer takes more bytes than the reference's budget allows. `cost` are the full runs of
+    training, `confirming` those of them with fresh seeds. Where settings were tuned, `settings` are those of most
+    answers, `tuning` the full runs that tried others, and `scorings` how often something was scored.
     """
 
     recipe: str
@@ -71,6 +71,8 @@ class RecipeRow:
     seconds: float = NAN
     tuning: float = NAN
     scorings: float = NAN
+    confirming: float = NAN
+    given_runs: float = NAN
     settings: str = ""
     over: bool = False
     best: bool = False
@@ -136,7 +138,9 @@ def _row(
         cost=_mean([c.cost for c in cells]),
         seconds=_mean([c.seconds for c in cells]),
         tuning=_mean([c.tuning for c in cells if c.tunes]),
-        scorings=_mean([float(len(c.searched)) for c in cells if c.tunes]),
+        scorings=_mean([float(c.scorings) for c in cells if c.tunes or c.budget_runs is not None]),
+        confirming=_mean([c.confirming for c in cells]),
+        given_runs=_mean([NAN if c.budget_runs is None else c.budget_runs for c in cells]),
         settings=_settings(cells),
         over=any(limits.exceeded(c.best.bytes, c.seed) for c in cells),
         reference=name == reference,
@@ -243,6 +247,11 @@ TUNED_COLUMNS: Final[Mapping[str, Callable[[RecipeRow], Any]]] = {
     "scorings": lambda r: r.scorings,
 }
 """Besides, where settings were tuned."""
+EFFORT_COLUMNS: Final[Mapping[str, Callable[[RecipeRow], Any]]] = {
+    "given_runs": lambda r: r.given_runs,
+    "fresh_seed_runs": lambda r: r.confirming,
+}
+"""Besides, where full runs were given out, or spent on fresh seeds."""
 
 
 def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
@@ -258,6 +267,7 @@ def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 def write_tables(cells: Cells, made: Sequence[RecipeRow], folder: Path) -> list[Path]:
     """Write table.csv, cells.csv, table.md and tables.md; their paths."""
     columns = {**CSV_COLUMNS, **(TUNED_COLUMNS if any(row.settings for row in made) else {})}
+    columns |= EFFORT_COLUMNS if any(map(_spends, made)) else {}
     texts = {
         "table.csv": to_csv(list(columns), [[get(row) for get in columns.values()] for row in made]),
         "cells.csv": cells_csv(cells),
@@ -267,6 +277,11 @@ def write_tables(cells: Cells, made: Sequence[RecipeRow], folder: Path) -> list[
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return [folder / name for name in texts]
+
+
+def _spends(row: RecipeRow) -> bool:
+    """Whether full runs were given out, or spent on fresh seeds."""
+    return row.given_runs == row.given_runs or row.confirming > 0
 
 
 def cells_csv(cells: Cells) -> str:
@@ -322,7 +337,8 @@ def text_row(row: RecipeRow) -> dict[str, str]:
         "bits": number(row.average_bits, 2),
         "rank": number(row.average_rank, 1),
         "HF": number(row.high_fidelity, 1),
-        "runs": number(row.cost, 1),
+        "runs": number(row.cost, 1) + ("" if math.isnan(row.given_runs) else f" of {row.given_runs:g}"),
+        "fresh": number(row.confirming, 1) if _spends(row) else "",
         "tuning": number(row.tuning, 1),
         "scored": number(row.scorings, 0),
         "settings": row.settings,
@@ -415,6 +431,11 @@ def legend(made: Sequence[RecipeRow]) -> str:
         lines.append(
             "settings: those of most answers. tuning: what trying other settings for the same layers took of the runs. "
             "scored: evaluations, each a pass over the validation items besides the runs."
+        )
+    if any(map(_spends, made)):
+        lines.append(
+            "fresh: of the runs those with fresh seeds, by whose mean the answer is then chosen; validation is that "
+            "mean. Runs are of training alone; scoring is apart."
         )
     if any(row.over for row in made):
         lines.append("†: takes more than the reference's budget.")

@@ -144,6 +144,7 @@ def test_dry_run_prints_the_searches_and_runs_none(files, capsys):
         (["--run_dir", "out"], "--config is needed"),
         (["--config", "base.yaml", "--run_dir", "out", "--recipees", "x"], "unknown argument '--recipees'"),
         (["--config", "base.yaml", "--run_dir", "out", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--config", "base.yaml", "--run_dir", "out", "--runs", "0.5"], "--runs must be at least 1, got 0.5"),
         (["--config", "base.yaml", "--run_dir", "out", "--reference", "x"], "--reference x: there is no such recipe"),
         (["--config", "base.yaml"], "--run_dir"),
     ],

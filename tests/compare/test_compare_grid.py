@@ -201,6 +201,15 @@ def test_file_that_is_no_sweep_is_refused(files, tmp_path, text):
         Grid.of(tmp_path / "out", [files["base"]], [], [], [0], sweeps=[sweep])
 
 
+def test_full_runs_to_spend_lie_over_every_recipe_too(files):
+    made = grid(files, "random", runs=24.0)
+    made.prepare()
+    assert yaml.safe_load((made.folder / "tune.yaml").read_text()) == {"search": {"full_runs": 24.0}}
+    assert all(made.arguments(cell)[-7:].count(str(made.folder / "tune.yaml")) == 1 for cell in made.cells)
+    with pytest.raises(RunDirectoryError, match=r"search\.full_runs: 24\.0 there, 30\.0 now"):
+        grid(files, "random", runs=30.0).prepare()
+
+
 def test_what_is_tuned_lies_over_every_recipe_and_is_part_of_what_a_cell_is(files):
     files["tuned"] = files["base"].parent / "tuned.yaml"
     files["tuned"].write_text(yaml.safe_dump({"search": {"shared": {"learning_rate": [0.5], "rslora": [True]}}}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +25,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> Cells:
-    folder = tmp_path_factory.mktemp("tuned") / "runs"
+    return compared(tmp_path_factory.mktemp("tuned") / "runs")
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory) -> Cells:
+    return compared(tmp_path_factory.mktemp("equal") / "runs", full_runs=24.0)
+
+
+def compared(folder: Path, **over: Any) -> Cells:
     for name, settings in RECIPES.items():
         for seed in (0, 1):
-            search(folder / name / OWN / str(seed), {"shared": LADDERS, **settings}, seed)
+            search(folder / name / OWN / str(seed), {"shared": LADDERS, **settings, **over}, seed)
     plan = {"base": "full", "recipes": {name: {"own_budget": False} for name in RECIPES}, "budgets": [OWN]}
     (folder / "compare.json").write_text(json.dumps(plan))
     return read_cells(folder)
@@ -71,8 +80,35 @@ def test_report_says_which_settings_won_and_what_tuning_and_scoring_took(tuned, 
     assert table["one"]["settings"] == ""
 
 
+def test_with_full_runs_given_out_every_recipe_takes_as_many_and_the_table_says_what_for(equal, tmp_path):
+    made = {row.recipe: row for row in rows(equal, "full")}
+    for name, row in made.items():
+        assert row.given_runs == 24
+        assert 23 <= row.cost <= 24, name
+        line = text_row(row)
+        assert line["runs"] == f"{row.cost:.1f} of 24"
+        assert line["fresh"] == f"{row.confirming:.1f}"
+    # One configuration without a search: all its settings, and the rest of the runs for seeds of the best of them.
+    fixed = by_name(equal)["fixed"]
+    assert fixed.high_fidelity == 6
+    assert fixed.confirming == pytest.approx(24 - 6, abs=1)
+    assert fixed.validation == fixed.result.confirmed.mean != fixed.best.score
+    fresh = [r.evaluation for r in fixed.records if r.evaluation.replicate]
+    assert fixed.scorings == len(fixed.searched) + len(fresh)
+    assert len(fixed.items) == 32
+    assert sum(fixed.items) / 32 == pytest.approx(fixed.validation)
+    assert "fresh:" in legend(list(made.values()))
+    write_tables(equal, list(made.values()), tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        table = {row["recipe"]: row for row in csv.DictReader(file)}
+    assert {float(row["given_runs"]) for row in table.values()} == {24.0}
+    assert float(table["fixed"]["fresh_seed_runs"]) == pytest.approx(made["fixed"].confirming)
+
+
 def test_nothing_is_said_of_settings_where_none_were_tuned(comparison, tmp_path):
     made = rows(comparison, "full")
     write_tables(comparison, made, tmp_path)
     assert "tuning" not in (tmp_path / "table.csv").read_text().splitlines()[0]
     assert "tuning" not in legend(made)
+    assert "fresh" not in legend(made)
+    assert "given_runs" not in (tmp_path / "table.csv").read_text()
