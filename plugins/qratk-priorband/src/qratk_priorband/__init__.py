@@ -93,8 +93,9 @@ class PriorBand(BracketSearcher):
                 if policy == 1 or incumbent is None
                 else self._around(incumbent, self.mutation_rate, "priorband:incumbent", taken, rng)
             )
-            if candidate is not None:
-                found[candidate.configuration] = candidate
+            if candidate is None:  # nothing new is near either: the rest is drawn at random
+                break
+            found[candidate.configuration] = candidate
         return tuple(found.values())
 
     def shares(
