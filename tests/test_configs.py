@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ CONFIGS = sorted(ROOT.glob("*.yaml"))
 OVERLAYS = [("quickstart.yaml", path) for path in sorted(ROOT.glob("baselines/*.yaml"))] + [
     ("simulated.yaml", path) for path in sorted(ROOT.glob("ablations/*.yaml"))
 ]
+OF_PLUGINS = sorted((ROOT.parent / "plugins").glob("*/*.yaml"))
 
 
 def test_there_are_configs():
@@ -29,6 +31,14 @@ def test_config_is_parsed_and_built(path, monkeypatch):
 def test_recipe_is_parsed_over_its_base(base, path, monkeypatch):
     loop = build([ROOT / base, path], monkeypatch)
     assert loop.name == path.stem
+
+
+@pytest.mark.parametrize("path", OF_PLUGINS, ids=lambda path: path.name)
+def test_recipe_of_a_plugin_is_parsed_and_built(path, monkeypatch):
+    package = path.parent.name
+    if not any(distribution.name == package for distribution in distributions()):
+        pytest.skip(f"{package} is not installed: pip install --no-deps -e plugins/{package}")
+    assert build([ROOT / "quickstart.yaml", path], monkeypatch).name == path.stem
 
 
 def build(paths, monkeypatch):

@@ -104,6 +104,13 @@ class EvaluatorContract:
         assert np.isfinite(scores).all()
         assert (scores >= 0).all()
 
+    def test_what_rungs_mean_is_nothing_or_one_a_layer_and_rung(self, opened: Callable[[], Evaluator]) -> None:
+        evaluator = opened()
+        space = space_of(evaluator)
+        assert evaluator.importance_by_rung(estimators.create("uniform"), space, "bits") is None
+        gains = evaluator.importance_by_rung(estimators.create("explained_variance"), space, "rank")
+        assert gains is None or gains.shape == (space.num_layers, len(space.ranks))
+
     def test_weights_are_one_an_item(self, opened: Callable[[], Evaluator]) -> None:
         evaluator = opened()
         evaluation = next(e for e in evaluator.evaluate(some_requests(evaluator)) if e.ok)

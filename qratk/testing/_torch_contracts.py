@@ -97,6 +97,22 @@ class EstimatorContract:
         assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
         assert [bank.active for layer in module.backbone.layers for _, bank in layer.modules] == active
 
+    def test_what_rungs_mean_is_nothing_or_a_table_of_the_same_each_time(
+        self, make: Callable[[], ImportanceEstimator]
+    ) -> None:
+        module, ladder = tiny_module(), [4, 16] if make().measures == "sensitivity" else [0, 2, 4]
+        before, state = _observed(module.backbone.model), torch.get_rng_state()
+        found, again = (make().by_rung(module, tiny_batches(), ladder=ladder) for _ in range(2))
+        assert _observed(module.backbone.model) == before
+        assert torch.equal(torch.get_rng_state(), state)
+        if found is None:
+            assert again is None
+            return
+        assert found.shape == (len(module.backbone.layers), len(ladder))
+        assert np.isfinite(found).all()
+        assert (found >= 0).all()
+        np.testing.assert_array_equal(found, again)
+
     def test_random_state_is_left_as_found(self, make: Callable[[], ImportanceEstimator]) -> None:
         module = tiny_module()
         state = torch.get_rng_state()
