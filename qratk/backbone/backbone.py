@@ -17,6 +17,7 @@ from qratk.adapters.lora import Lora
 from qratk.adapters.matrices.factors import Factors, Told
 from qratk.adapters.options import AdapterOptions
 from qratk.adapters.starts.making import FirstValues, Inputs
+from qratk.backbone.attention import use_short_backward
 from qratk.backbone.layers import (
     Coverage,
     Granularity,
@@ -90,6 +91,8 @@ class Backbone:
         self.say: Callable[[str], None] = log
         names = find_layers(model, granularity=granularity, target_modules=target_modules)
         _cast(model, self.compute_dtype, keep={name for layer in names for name in layer.projections})
+        if self.compute_dtype == torch.bfloat16:
+            use_short_backward(model)
         self.layers = tuple(_bank_layer(model, layer) for layer in names)
         self._banks = {name: bank for layer in self.layers for name, bank in layer.modules}
         self._fixed_names = _distinct(model)

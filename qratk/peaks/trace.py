@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qratk.backbone.attention import use_fused_backward
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.layers import find_blocks
 from qratk.backbone.logits import labelled_logits, labelled_loss, targets_of
@@ -416,6 +417,8 @@ class PeakTracer:
         self.dense_cache = dense_cache
         self.device: Device = device or default_device(backbone)
         self.twin = twin_of(backbone, gradient_checkpointing=gradient_checkpointing, blocks=blocks)
+        if self.device == "cuda":
+            use_fused_backward(self.twin.base)
 
     def trace(self, configuration: Configuration) -> PeakTrace:
         """Peak of fine-tuning this configuration: its own packed weights, no others of the bank."""
