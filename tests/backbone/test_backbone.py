@@ -35,7 +35,7 @@ def test_predicted_storage_is_measured_storage(family, granularity, tiny_backbon
 
     backbone = tiny_backbone(family, bits=BITS, granularity=granularity, hidden=40, intermediate=100)
     space, rng = space_of(backbone), np.random.default_rng(0)
-    model = memory_model(backbone, space)
+    model = memory_model(backbone, space, trace=False)
     for _ in range(4):
         configuration = space.random(rng)
         backbone.activate(configuration, seed=0)
@@ -50,13 +50,13 @@ def test_fixed_bytes_are_those_of_all_other_tensors_tied_ones_once(family, tiny_
         p.nbytes for b in backbone.banks.values() for p in [b.reference, *([b.bias] if b.bias is not None else [])]
     )
     total = sum(parameter.nbytes for parameter in model.parameters())
-    assert memory_model(backbone, space_of(backbone, bits=(8,))).fixed_bytes == total - inside
+    assert memory_model(backbone, space_of(backbone, bits=(8,)), trace=False).fixed_bytes == total - inside
 
 
 def test_code_tables_of_nf4_are_counted_once_in_fixed(tiny_backbone):
     backbone = tiny_backbone()
-    without = memory_model(backbone, space_of(backbone, bits=(2, 8))).fixed_bytes
-    assert memory_model(backbone, space_of(backbone, bits=(2, 4, 8))).fixed_bytes == without + 1088
+    without = memory_model(backbone, space_of(backbone, bits=(2, 8)), trace=False).fixed_bytes
+    assert memory_model(backbone, space_of(backbone, bits=(2, 4, 8)), trace=False).fixed_bytes == without + 1088
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -94,7 +94,9 @@ def test_peaks_grow_with_batch_and_length_and_checkpointing_lowers_training(tiny
 def test_serving_adds_the_key_value_cache(tiny_backbone):
     backbone = tiny_backbone()  # 2 key-value heads of 16, 3 blocks, float32
     space = space_of(backbone)
-    one, two = (memory_model(backbone, space, sequence_length=n).footprint(space.smallest) for n in (64, 128))
+    one, two = (
+        memory_model(backbone, space, sequence_length=n, trace=False).footprint(space.smallest) for n in (64, 128)
+    )
     assert two.serving_bytes - one.serving_bytes == 64 * 3 * (2 * 2 * 16) * 4
 
 
@@ -128,7 +130,7 @@ def test_shapes_that_a_quantizer_cannot_take_fall_back_visibly_and_exactly(tiny_
     assert "27 x 40" in other.reason
     assert "instead of hqq" in str(other)
     backbone.activate(Configuration.uniform(2, 4, 3), seed=0)
-    footprint = memory_model(backbone, space_of(backbone, bits=(2, 4))).footprint(backbone.configuration)
+    footprint = memory_model(backbone, space_of(backbone, bits=(2, 4)), trace=False).footprint(backbone.configuration)
     assert footprint.storage_bytes == measured_storage(backbone)
     assert bool(backbone.model(**tiny_batch).logits.isfinite().all())
 
