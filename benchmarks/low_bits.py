@@ -107,19 +107,27 @@ def _grouped(quantizer: str, *sizes: int, **options: Any) -> list[Method]:
     return [Method(quantizer, {"group_size": size, **options}) for size in sizes]
 
 
-METHODS = (
+METHODS = (  # in the order in which they are measured
+    *_grouped("affine_gptq", 32, 64),
+    *_grouped("hqq", 16, 64),
+    *_grouped("affine_gptq", 16, 192),
+    *_grouped("slim", 64),
+    *_grouped("slim", 64, range=0.6),
+    *_grouped("gptq", 64),
+    *_grouped("awq", 64),
+    *_grouped("affine", 32, 64),
+    *_grouped("hqq", 32),
     Method("none", bits=(16,)),
     Method("int8", bits=(8,)),
     Method("nf4", bits=(4,)),
-    *_grouped("hqq", 16, 32, 64),
-    *_grouped("affine_gptq", 16, 32, 64, 128, 192),
-    *_grouped("affine", 16, 32, 64, 128, 192),
-    *_grouped("slim", 16, 32, 64, 128),
-    *_grouped("slim", 16, 32, 64, range=0.6),
-    *_grouped("gptq", 16, 32, 64, 128),
-    *_grouped("awq", 16, 32, 64, 128),
+    *_grouped("gptq", 16, 32),
+    *_grouped("awq", 16, 32),
+    *_grouped("slim", 16, 32),
+    *_grouped("slim", 32, range=0.6),
+    *_grouped("affine", 16, 192),
     *_grouped("affine", 32, 64, symmetric=True),
     *_grouped("affine_gptq", 32, 64, symmetric=True),
+    *(method for name in ("affine_gptq", "affine", "slim", "gptq", "awq") for method in _grouped(name, 128)),
 )
 
 
@@ -156,9 +164,9 @@ def units(given: argparse.Namespace, shapes: Sequence[LayerShape]) -> list[Unit]
             for method in METHODS:
                 if (given.methods and method.name not in given.methods) or not method.takes(shapes):
                     continue
-                for bits in (b for b in method.bits if (b not in (2, 3)) == own and (b in given.bits or b > 4)):
-                    layouts = [name for name in given.layouts if name == "all" or bits in (2, 3)]
-                    found += [Unit(method, bits, layout, seed) for layout in layouts]
+                bits = [b for b in method.bits if (b not in (2, 3)) == own and (b in given.bits or b > 4)]
+                for layout in given.layouts:
+                    found += [Unit(method, b, layout, seed) for b in bits if layout == "all" or b in (2, 3)]
     return found
 
 
@@ -228,12 +236,12 @@ class Bench:
         return FineTuneModule(
             self.model, quantizers={int(b): q for b, q in table_of.items()}, learning_rate=given.rates[0],
             warmup_steps=min(4, given.steps), schedule="linear", schedule_steps=given.steps, seed=unit.seed,
-            compute_dtype=given.dtype, bank_dir=str(Path(given.cache) / "banks"),
+            compute_dtype=given.dtype, bank_dir=str(given.banks or Path(given.cache) / "banks"),
             calibration_sequences=given.sequences,
         )  # fmt: skip
 
-    def opened(self, unit: Unit, bits: Sequence[int], folder: Path) -> FineTuneEvaluator:
-        """An evaluator with all weights packed that these bits need, and all first values of adapters."""
+    def opened(self, unit: Unit, folder: Path) -> FineTuneEvaluator:
+        """An evaluator for the units of a table."""
         evaluator, given = FineTuneEvaluator(), self.given
         accelerator = {"cuda": "gpu"}.get(given.device, given.device)
         trainer = partial(Trainer, gradient_clip_val=1.0, accelerator=accelerator, devices=1)
@@ -242,11 +250,15 @@ class Bench:
             EvaluationContext(folder, ladder, unit.seed, self.module(unit), data, trainer, (), lambda text: None)
         )
         data.setup("test")
-        names = tuple(shape.name for shape in evaluator.shapes)
         _ = evaluator.parts.module.shared_length  # at 16 bits, which go with the full-precision weights
-        starts = SharedLadder("init", STARTS if min(bits) < 16 else STARTS[:1])
-        evaluator.parts.preparation.finish(SearchSpace(tuple(sorted(set(bits))), (given.rank,), names, (starts,)))
         return evaluator
+
+    def prepare(self, evaluator: FineTuneEvaluator, unit: Unit) -> None:
+        """Pack what a unit needs and is not packed yet, and make first values of its adapters."""
+        names = tuple(shape.name for shape in evaluator.shapes)
+        bits = {unit.bits, 4} if unit.layout == "one" else {unit.bits}
+        starts = SharedLadder("init", unit.starts)
+        evaluator.parts.preparation.build(SearchSpace(tuple(sorted(bits)), (self.given.rank,), names, (starts,)))
 
 
 def measure(bench: Bench, wanted: Sequence[Unit]) -> None:
@@ -262,8 +274,7 @@ def measure(bench: Bench, wanted: Sequence[Unit]) -> None:
         if late():
             return
         loaded = time.monotonic()
-        bits = [unit.bits for unit in own] + [4] * any(unit.layout == "one" for unit in own)
-        evaluator = bench.opened(own[0], bits, Path(given.cache) / "runs")
+        evaluator = bench.opened(own[0], Path(given.cache) / "runs")
         print(f"{own[0].method.name}: opened in {time.monotonic() - loaded:.1f} s", flush=True)
         for unit in own:
             if late():
@@ -276,6 +287,8 @@ def measure(bench: Bench, wanted: Sequence[Unit]) -> None:
 
 def _measure(bench: Bench, evaluator: FineTuneEvaluator, unit: Unit) -> None:
     given, starts, began = bench.given, bench.missing(unit), time.monotonic()
+    bench.prepare(evaluator, unit)
+    prepared = time.monotonic() - began
     backbone = evaluator.parts.module.backbone
     base = unit.configuration(len(backbone.layers), given.rank)
     before = [base.with_shared({"init": start}) for start in starts]
@@ -297,7 +310,8 @@ def _measure(bench: Bench, evaluator: FineTuneEvaluator, unit: Unit) -> None:
         temporary.replace(path)
     shown = " ".join(f"{start} {_best(trained, start)['test']['log_likelihood']:.3f}" for start in starts)
     spent = time.monotonic() - began
-    print(f"{unit.method.name} {unit.bits} bits, {unit.layout}, seed {unit.seed}: {shown}, {spent:.1f} s", flush=True)
+    where = f"{unit.method.name} {unit.bits} bits, {unit.layout}, seed {unit.seed}"
+    print(f"{where}: {shown}, {spent:.1f} s, of these {prepared:.1f} to pack", flush=True)
 
 
 def _best(trained: Mapping[tuple[str, float], Row], start: str) -> Row:
@@ -472,6 +486,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("what", choices=("measure", "table"))
     options.add_argument("--cache", type=Path, required=True, help="directory for what is measured")
+    options.add_argument("--banks", type=Path, help="directory for packed weights; by default within the cache")
     options.add_argument("--model", type=Path, help="directory of a model; by default the embedded one")
     options.add_argument("--data", type=Path, help="directory with trec/train.jsonl and trec/test.jsonl")
     options.add_argument("--device", default="cpu", help="cpu or cuda")
