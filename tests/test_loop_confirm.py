@@ -22,8 +22,10 @@ from qratk.evaluators.frozen_divergence import FrozenDivergenceEvaluator
 from qratk.loop import SearchLoop
 from qratk.loop.statistics import mean_over_seeds
 from qratk.reporters.base import Destination, Reporter
+from qratk.reporters.figures import progress_figure
 from qratk.reporters.files import RunFiles
 from qratk.reporters.multi import Reporters
+from qratk.reporters.tensorboard import TensorBoardReporter
 from qratk.reporters.terminal import summary_lines
 from qratk.run import files
 from qratk.run.run import Run
@@ -291,6 +293,42 @@ def test_the_files_of_a_run_tell_mean_interval_seeds_and_the_score_that_selected
     assert lines.count("behind it, ") == len(result.confirmations) - 1
     assert "interval over seeds" in lines
     assert f"over 4 fresh seeds: {confirmed.mean:.4f}" in gain_text(run.result, 4)
+
+
+def test_one_fresh_seed_has_a_mean_and_no_interval(tmp_path: Path) -> None:
+    result = search(tmp_path, [RunFiles()], confirm={"candidates": 2, "seeds": 1})
+    confirmed = Run.open(tmp_path).result.confirmed
+    assert confirmed is not None
+    assert math.isnan(confirmed.low)
+    texts = ["\n".join(summary_lines(result)), gain_text(Run.open(tmp_path).result, 4)]
+    texts.append((tmp_path / files.BEST).read_text())
+    for text in texts:
+        assert "fresh seed" in text
+        assert "nan" not in next(line for line in text.splitlines() if "fresh seed" in line)
+
+
+def test_tensorboard_and_the_picture_of_progress_keep_fresh_seeds_apart(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = TensorBoardReporter()
+    result = search(tmp_path, [reporter])
+    reporter.close()
+    events = EventAccumulator(str(tmp_path / files.TENSORBOARD), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found["confirmed/mean"] == pytest.approx([c.mean for c in result.confirmations])
+    assert found["confirmed/selected_by"] == pytest.approx([c.selected.score for c in result.confirmations])
+    assert result.confirmed is not None
+    assert found["hparam/confirmed_score"] == pytest.approx([result.confirmed.mean])
+    fresh = [r.evaluation.score for r in result.records if r.evaluation.replicate]
+    assert found["score/at_90_steps_fresh_seeds"] == pytest.approx(fresh)
+    assert len(found["score/at_90_steps"]) == len(result.history.at(90))
+    axes = progress_figure(result.records, 90).axes[0]
+    points = {own.get_label(): len(own.get_offsets()) for own in axes.collections}
+    assert points["fresh seeds"] == len(fresh)
+    assert points["90 steps"] == len(result.history.at(90))
+    best = next(line for line in axes.lines if line.get_label() == "best so far")
+    assert max(best.get_ydata()) == max(e.score for e in result.history.at(90))
 
 
 def test_a_mean_that_is_not_finite_is_read_back_and_shown(tmp_path: Path) -> None:

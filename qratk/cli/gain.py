@@ -28,7 +28,9 @@ def gain_text(result: ResultDocument, bits: int) -> str:
     lines = [f"best  {best.configuration}: score {best.score:.4f}, {format_bytes(best.bytes)}"]
     if (confirmed := result.confirmed) is not None:
         seeds = sum(entry.status == "ok" for entry in confirmed.replicates)
-        lines.append(f"  over {seeds} fresh seeds: {confirmed.mean:.4f} [{confirmed.low:.4f}, {confirmed.high:.4f}]")
+        known = confirmed.low == confirmed.low  # none over a single seed
+        bounds = f" [{confirmed.low:.4f}, {confirmed.high:.4f}]" if known else ""
+        lines.append(f"  over {seeds} fresh seed{'s' * (seeds > 1)}: {confirmed.mean:.4f}{bounds}")
     head = len(lines)
     for comparison in result.comparisons:
         baseline = comparison.baseline
