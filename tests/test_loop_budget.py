@@ -245,6 +245,19 @@ def test_where_the_lowest_rung_trains_nothing_the_few_that_it_picks_are_tuned_ab
     assert result.best.configuration.shared
 
 
+def test_where_one_reached_the_top_the_next_best_of_the_rungs_below_are_tuned_too(tmp_path: Path) -> None:
+    evaluator = Frozen()
+    result = search(tmp_path, evaluator=evaluator, full_runs=9, **LAST)
+    first, *others = dict.fromkeys(e.configuration.layers for e in result.history.at(90))
+    tuned = [r.evaluation.configuration.layers for r in result.records if r.candidate.phase == "tuning"]
+    problem = result.plan.problem
+    proxies = sorted((e for e in result.history.at(10) if problem.fits(e)), key=lambda e: -e.score)
+    assert proxies[0].configuration.layers == first
+    assert others == [e.configuration.layers for e in proxies[1:3]]
+    assert set(tuned) == {first, *others}
+    assert trained(result, untrained=10) > 8
+
+
 def test_a_rung_that_trains_nothing_is_not_counted(tmp_path: Path) -> None:
     result = search(tmp_path, evaluator=Frozen(), full_runs=20, **LAST)
     assert 19 <= trained(result, untrained=10) <= 20

@@ -36,10 +36,8 @@ class Spending:
             return
         highest, half, number = self.settings.ladder.highest, self.purse.left_to_search / 2, 0
         kept = half if half >= FEWEST_CONTENDERS * FEWEST_SEEDS * highest else 0
-        origins = {r.evaluation.configuration.layers: r.candidate for r in self.measuring.state.records if r.searched}
-        best = sorted(self.measuring.state.fitting(highest), key=lambda e: -e.score)
-        layouts = list(dict.fromkeys(e.configuration.layers for e in best))[:LAYOUTS]
-        while chosen := self._next([origins[layers] for layers in layouts]):
+        layouts = self._layouts()
+        while chosen := self._next(layouts):
             chosen = chosen[: room(self.settings, self.measuring.state, highest)]
             wanted = [Request(candidate, highest) for candidate in chosen]
             chosen = [r.candidate for r in self.purse.affordable(wanted, self.purse.left_to_search - kept)]
@@ -50,6 +48,15 @@ class Spending:
             for steps, _ in self.settings.settings_race:
                 going = [c for c in chosen if self._goes_on(c.configuration, steps)]
                 self.measuring.measure([Request(stage.placed(c), steps) for c in going], stage)
+
+    def _layouts(self) -> list[Candidate]:
+        """The best layers: by score at T_S, and where fewer got there by that of the rungs below."""
+        state, leading = self.measuring.state, list[Configuration]()
+        for steps in reversed(self.settings.ladder.steps):
+            leading += [e.configuration for e in sorted(state.fitting(steps), key=lambda e: -e.score)]
+        origins = {r.evaluation.configuration.layers: r.candidate for r in state.records if r.searched}
+        layers = list(dict.fromkeys(configuration.layers for configuration in leading))
+        return [origins[own] for own in layers[:LAYOUTS]]
 
     def _goes_on(self, configuration: Configuration, steps: int) -> bool:
         return self._reached(configuration) < steps and not self._failed(configuration)
