@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from qratk.core.work import counted
 
 if TYPE_CHECKING:
     from qratk.bank.linear import BankLinear
+
+
+_SMALL: Final = 1 << 22  # logits of a batch
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,13 @@ def sequence_loss(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         mask = batch["attention_mask"].to(device)
         logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits[:, :-1]
         labels = batch["labels"].to(device)[:, 1:]
-        losses = cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-        labelled = (labels != -100).sum(dim=1)
-        return (losses.sum(dim=1) / labelled.clamp(min=1)).sum(), embeddings
+        labelled = labels != -100
+        if logits.numel() <= _SMALL:
+            by_row = cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
+        else:  # most logits predict nothing
+            losses = cross_entropy(logits[labelled].float(), labels[labelled], reduction="none")
+            by_row = torch.zeros(labels.shape, device=device).index_put((labelled,), losses)
+        return (by_row.sum(dim=1) / labelled.sum(dim=1).clamp(min=1)).sum(), embeddings
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qratk.training.module import FineTuneModule
+
+
+_SMALL: Final = 1 << 16  # numbers in a matrix
 
 
 @estimators.register("fisher_residual")
@@ -56,8 +59,13 @@ class FisherResidual(ImportanceEstimator):
 
 def _weighted_residual(x: Tensor, grad: Tensor, squared_residual: Tensor) -> float:
     """Sum over sequences of <G^2, residual^2> with G = grad^T x, (d_out, d_in) of one sequence."""
-    total = 0.0
+    import torch
+
+    total, small = 0.0, squared_residual.numel() <= _SMALL
     for inputs, gradients in zip(x, grad, strict=True):
-        gradient = gradients.float().T @ inputs.float()
-        total += float((gradient.square_() * squared_residual).sum())
+        squared = (gradients.float().T @ inputs.float()).square_()
+        if small:
+            total += float((squared * squared_residual).sum())
+        else:  # without a third matrix, whose memory takes longer to get than all products
+            total += float(torch.dot(squared.flatten(), squared_residual.flatten()))
     return total

@@ -11,8 +11,10 @@ import pytest
 import torch
 from estimator_models import estimate
 
+from qratk.bank import gradients
 from qratk.bank.gradients import gradient_chunks, per_sequence
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
+from qratk.estimators import fisher_residual
 from qratk.estimators.base import estimators
 from qratk.estimators.gradient_spectrum import spectral_energy
 
@@ -187,6 +189,44 @@ def test_spectral_energy_of_a_diagonal_matrix_is_known() -> None:
     matrix[0, 0], matrix[1, 1], matrix[2, 2] = 3.0, -2.0, 1.0
     assert spectral_energy(matrix, 2) == pytest.approx(13.0)
     assert spectral_energy(matrix.T, 8) == pytest.approx(14.0)
+
+
+def spectra() -> dict[str, torch.Tensor]:
+    """Large matrices (300, 700): of a flat spectrum, the worst there is, of decaying ones, and of low rank."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(300, 300, generator=generator), torch.randn(300, 700, generator=generator)
+    powers = torch.arange(1, 301) ** -0.7
+    return {
+        "flat": right,
+        "decaying": left * powers @ right,
+        "of rank 70": left[:, :70] @ right[:70],
+        "of rank 3": left[:, :3] @ right[:3],
+        "tiny": 1e-25 * (left * powers @ right),
+        "zero": torch.zeros(300, 700),
+    }
+
+
+@pytest.mark.parametrize("components", [1, 8, 24])
+@pytest.mark.parametrize("kind", spectra())
+def test_spectral_energy_of_a_large_matrix_is_that_of_its_singular_values(kind: str, components: int) -> None:
+    matrix = spectra()[kind]
+    exact = float(torch.linalg.svdvals(matrix.double())[:components].square().sum())
+    for turned in (matrix, matrix.T):
+        found = spectral_energy(turned, components)
+        assert found == spectral_energy(turned, components)
+        assert found == pytest.approx(exact, rel=1e-3)
+        assert found == pytest.approx(exact, rel=1e-5) or kind in ("flat", "of rank 70")
+
+
+def test_fisher_residual_of_large_projections_equals_dense_gradients_too(
+    models: toys.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher_residual, "_SMALL", 0)
+    monkeypatch.setattr(gradients, "_SMALL", 0)
+    batches = toys.batches()
+    np.testing.assert_allclose(
+        estimate("fisher_residual", models, batches), fisher_by_autograd(models, batches), rtol=2e-4
+    )
 
 
 def test_flattened_tokens_are_told_apart_by_sequence() -> None:
