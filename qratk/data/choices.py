@@ -88,7 +88,7 @@ class ChoiceData(TaskData):
         prompt: str = DEFAULT_PROMPT,
         target_delimiter: str = " ",
         blank: Literal["auto", "substitute", "none"] = "auto",
-        score: ChoiceScore = "log_likelihood",
+        score: ChoiceScore = "prob_per_token",
         **kwargs: Any,
     ) -> None:
         super().__init__(train, **kwargs)

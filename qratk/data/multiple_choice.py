@@ -21,12 +21,13 @@ class MultipleChoiceData(ChoiceData):
         target_delimiter: What stands between prompt and choice.
         blank: `substitute` puts each choice in the place of `_` and scores the rest of the sentence (partial
             evaluation, as lm-eval does for WinoGrande); `auto` does so when every row has such a blank.
-        score: What a search maximises: accuracy (`acc`; `acc_norm` divides by the characters of a choice), the mean
-            log-probability of the right choice among the choices (`log_likelihood`, smooth), its mean probability
-            (`prob`), or its plain mean log-likelihood (`nats`). `_per_token` and `_per_char` behind the former two
-            divide log-likelihoods by a choice's tokens or characters before choices are compared; `_fitted` behind
+        score: What a search maximises: the mean probability of the right choice among the choices (`prob`), its mean
+            log-probability (`log_likelihood`), its plain mean log-likelihood (`nats`), or accuracy (`acc`; `acc_norm`
+            divides by the characters of a choice). `_per_token` and `_per_char` behind the former two divide
+            log-likelihoods by a choice's tokens or characters before choices are compared; `_fitted` behind
             `log_likelihood` or one of these compares at the temperature that suits the items best. All of them are
-            recorded of every evaluation.
+            recorded of every evaluation. `prob_per_token` of few items ranks configurations best by their accuracy on
+            others (docs/score.md).
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class MultipleChoiceData(ChoiceData):
         prompt: str = DEFAULT_PROMPT,
         target_delimiter: str = " ",
         blank: Literal["auto", "substitute", "none"] = "auto",
-        score: ChoiceScore = "log_likelihood",
+        score: ChoiceScore = "prob_per_token",
         **kwargs: Any,
     ) -> None:
         super().__init__(train, prompt=prompt, target_delimiter=target_delimiter, blank=blank, score=score, **kwargs)

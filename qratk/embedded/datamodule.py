@@ -27,7 +27,7 @@ class EmbeddedData(ChoiceData):
         self,
         *,
         data_seed: int = 0,
-        score: ChoiceScore = "log_likelihood",
+        score: ChoiceScore = "prob_per_token",
         batch_size: int = 16,
         eval_batch_size: int | None = 128,
         max_length: int | None = None,
