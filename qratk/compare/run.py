@@ -42,7 +42,9 @@ def run_grid(
     environment["TOKENIZERS_PARALLELISM"] = "false"
     pool = make_pool(jobs, partial(serve, search=search), environment=environment)
     with (
-        progress(len(waiting), len(grid.cells) - len(waiting), jobs) as shown,
+        progress(
+            len(waiting), len(grid.cells) - len(waiting), jobs, logs={str(cell): cell.folder / LOG for cell in waiting}
+        ) as shown,
         closing(pool.run(tasks)) as answers,
     ):
         for number, answer in answers:

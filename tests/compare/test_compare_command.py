@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,21 @@ def test_progress_tells_counts_and_time_left(capsys):
         "[3 of 6 cells, 30.0 s left] a: done",
         "[4 of 6 cells; 1 failed, 20.0 s left] b: failed: out of memory",
     ]
+
+
+def test_cells_that_run_for_long_tell_where_they_are(tmp_path, capsys):
+    (tmp_path / "log.txt").write_text("loading\n[2 s] 3/54 baseline\rscoring: 1/3\n\n")
+    logs = {"a": tmp_path / "log.txt", "b": tmp_path / "not begun" / "log.txt", "c": tmp_path / "log.txt"}
+    with CellProgress(3, 1, 1, logs=logs, every=0.01, stream=sys.stdout) as shown:
+        shown.ended("c", "")
+        deadline = time.monotonic() + 10
+        lines = []
+        while not any("] a: " in line for line in lines) and time.monotonic() < deadline:
+            time.sleep(0.01)
+            lines += capsys.readouterr().out.splitlines()
+    lines = [line for line in lines if "] c: done" not in line]
+    assert "[2 of 4 cells] a: scoring: 1/3" in lines
+    assert not any("] b: " in line for line in lines)
 
 
 def test_dry_run_prints_the_searches_and_runs_none(files, capsys):
