@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _SMALL: Final = 1 << 16  # numbers in a matrix
+_KEPT_BYTES: Final = 1 << 29
 
 
 @estimators.register("fisher_residual")
@@ -46,12 +47,16 @@ class FisherResidual(ImportanceEstimator):
         projections = {name: projection for layer in layers for name, projection in layer.modules}
         layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
         sums = np.zeros(len(layers))
+        kept: dict[str, Tensor] = {}  # squared residuals, for the next batches
 
         def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
             projection = projections[name]
-            residual = projection.reference.float() - projection.dequantized(lowest_bits).float()
+            if (squared := kept.get(name)) is None:
+                squared = (projection.reference.float() - projection.dequantized(lowest_bits).float()).square_()
+                if sum(tensor.nbytes for tensor in kept.values()) + squared.nbytes <= _KEPT_BYTES:
+                    kept[name] = squared
             x, grad = per_sequence(x, grad, name, size.sequences)
-            sums[layer_of[name]] += _weighted_residual(x, grad, residual.square_())
+            sums[layer_of[name]] += _weighted_residual(x, grad, squared)
 
         sizes = stream(module.backbone.model, projections, batches[: self.max_batches], visit)
         return sums / sum(size.labelled for size in sizes)
