@@ -35,6 +35,7 @@ from qratk.core.intact import require_intact_archive
 from qratk.core.secrets import without_secrets
 from qratk.core.shared import SharedLadder
 from qratk.training.accumulation import TokenWeighting
+from qratk.training.allocation import keep_freed_memory
 from qratk.training.building import built_adapter, built_backbone, context_length
 from qratk.training.continuation import Continuation
 from qratk.training.failure import NonFiniteLossError, not_finite
@@ -152,6 +153,8 @@ class FineTuneModule(ScoredModule):
         """The backbone; loaded when first asked for."""
         if self._backbone is None:
             self._backbone = self.load_backbone()
+            if not torch.cuda.is_available():
+                keep_freed_memory()
             self._backbone.dense_cache(self.options.dense_cache)
             if self.options.gradient_checkpointing:
                 self._backbone.enable_gradient_checkpointing()
