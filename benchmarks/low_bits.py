@@ -11,8 +11,9 @@ of the test items. Bits a weight count codes, scales and zero points exactly.
 
 `measure` keeps a file for each quantiser, bits, layout, seed and start in FOLDER, so that it can be stopped and run
 again; `--part I/N` does the I-th of N shares, for several processes at once, and `--minutes` begins nothing new after
-that time. DIR holds TREC as `trec/{train,test}.jsonl`; without --model it is the embedded model on its own task. Starts
-and rates of one model are trained side by side.
+that time; `--steps 0` measures untrained models alone, for a FOLDER of its own. DIR holds TREC as
+`trec/{train,test}.jsonl`; without --model it is the embedded model on its own task. Starts and rates of one model are
+trained side by side.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ class Bench:
         table_of: dict[int, Any] = dict.fromkeys(unit.method.bits if own else (2, 3), unit.method.specified)
         return FineTuneModule(
             self.model, quantizers={int(b): q for b, q in table_of.items()}, learning_rate=given.rates[0],
-            warmup_steps=min(4, given.steps), schedule="linear", schedule_steps=given.steps, seed=unit.seed,
+            warmup_steps=min(4, given.steps), schedule="linear", schedule_steps=max(1, given.steps), seed=unit.seed,
             compute_dtype=given.dtype, bank_dir=str(given.banks or Path(given.cache) / "banks"),
             calibration_sequences=given.sequences,
         )  # fmt: skip
@@ -245,7 +246,7 @@ class Bench:
         evaluator, given = FineTuneEvaluator(), self.given
         accelerator = {"cuda": "gpu"}.get(given.device, given.device)
         trainer = partial(Trainer, gradient_clip_val=1.0, accelerator=accelerator, devices=1)
-        ladder, data = FidelityLadder((given.steps,)), self.data_of(unit.seed)
+        ladder, data = FidelityLadder((max(1, given.steps),)), self.data_of(unit.seed)
         evaluator.open(
             EvaluationContext(folder, ladder, unit.seed, self.module(unit), data, trainer, (), lambda text: None)
         )
@@ -293,22 +294,26 @@ def _measure(bench: Bench, evaluator: FineTuneEvaluator, unit: Unit) -> None:
     base = unit.configuration(len(backbone.layers), given.rank)
     before = [base.with_shared({"init": start}) for start in starts]
     untrained = _figures(bench, evaluator, before, steps=0)
-    members = [(start, rate) for start in starts for rate in given.rates]
+    rates = given.rates if given.steps else ()
+    members = [(start, rate) for start in starts for rate in rates]
     after = [base.with_shared({"init": start, "learning_rate": rate}) for start, rate in members]
-    trained = dict(zip(members, _figures(bench, evaluator, after, steps=given.steps), strict=True))
+    trained = dict(zip(members, _figures(bench, evaluator, after, steps=given.steps) if after else (), strict=True))
     about = {
         "model": bench.name, "seed": unit.seed, "quantizer": unit.method.quantizer, "options": unit.method.options,
         "method": unit.method.name, "bits": unit.bits, "layout": unit.layout, "rank": given.rank, "steps": given.steps,
         "device": given.device, **_sizes(backbone, base, unit),
     }  # fmt: skip
     for start, first in zip(starts, untrained, strict=True):
-        rates = {f"{rate:g}": trained[start, rate] for rate in given.rates}
+        of_start = {f"{rate:g}": trained[start, rate] for rate in rates}
         path = bench.file(unit, start)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps({**about, "start": start, "before": first, "after": rates}), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**about, "start": start, "before": first, "after": of_start}), encoding="utf-8"
+        )
         temporary.replace(path)
-    shown = " ".join(f"{start} {_best(trained, start)['test']['log_likelihood']:.3f}" for start in starts)
+    best = {start: _best(trained, start) if trained else first for start, first in zip(starts, untrained, strict=True)}
+    shown = " ".join(f"{start} {row['text']:.3f} {row['test']['log_likelihood']:.3f}" for start, row in best.items())
     spent = time.monotonic() - began
     where = f"{unit.method.name} {unit.bits} bits, {unit.layout}, seed {unit.seed}"
     print(f"{where}: {shown}, {spent:.1f} s, of these {prepared:.1f} to pack", flush=True)
@@ -422,7 +427,8 @@ def rows_of(cache: Path) -> list[Row]:
     found = [json.loads(path.read_text()) for path in sorted(cache.glob("*/*/*.json"))]
     rows = []
     for item in found:
-        rate, after = max(item["after"].items(), key=lambda pair: _validated(pair[1]))
+        untrained = ("nan", item["before"])
+        rate, after = max(item["after"].items(), key=lambda pair: _validated(pair[1]), default=untrained)
         first = item["before"]
         options = " ".join(f"{name}={value}" for name, value in item["options"].items())
         rows.append(
