@@ -440,18 +440,17 @@ def rows_of(cache: Path) -> list[Row]:
                 **{f"{name}_after": after["test"][name] for name in FIGURES},
             }
         )  # fmt: skip
-    return sorted(
-        rows, key=lambda r: (r["model"], r["layout"], r["bits_per_weight"], r["quantizer"], r["seed"], r["start"])
-    )
+    order = ("model", "layout", "steps", "bits_per_weight", "quantizer", "options", "seed", "start")
+    return sorted(rows, key=lambda row: tuple(row[name] for name in order))
 
 
 def told(rows: Sequence[Row]) -> str:
-    """Markdown: for each model and layout, every quantiser and start by bits a weight, means over seeds.
+    """Markdown: by model, layout and steps, every quantiser and start in the order of bits a weight, means over seeds.
 
     A star marks the best trained score among all that take no more bits.
     """
     tables = []
-    for (model, layout), own in groupby(rows, key=lambda row: (row["model"], row["layout"])):
+    for (model, layout, steps), own in groupby(rows, key=lambda row: (row["model"], row["layout"], row["steps"])):
         lines, best = [], -math.inf
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in own:
@@ -464,17 +463,17 @@ def told(rows: Sequence[Row]) -> str:
 
             score = mean("log_likelihood_after")
             star, best = ("*" if score > best else ""), max(best, score if math.isfinite(score) else best)
-            names = ("text_before", "log_likelihood_before", "acc_before", "text_after")
+            names = ("text_before", "log_likelihood_before", "acc_before")
+            trained = [f"{mean('text_after'):.3f}", f"{score:.3f}{star}", f"{mean('acc_after'):.3f}"] if steps else []
             lines.append(
                 [
                     f"{size:.2f}", str(bits), quantizer, options, start, str(len(same)),
-                    *(f"{mean(name):.3f}" for name in names), f"{score:.3f}{star}", f"{mean('acc_after'):.3f}",
+                    *(f"{mean(name):.3f}" for name in names), *trained,
                 ]
             )  # fmt: skip
         heads = ["bits a weight", "bits", "quantiser", "options", "start", "seeds", "text", "score", "acc"]
-        tables.append(
-            f"{model}, {layout}\n\n" + table([*heads, "text, trained", "score, trained", "acc, trained"], lines)
-        )
+        heads += ["text, trained", "score, trained", "acc, trained"] if steps else []
+        tables.append(f"{model}, {layout}, {steps} steps\n\n" + table(heads, lines))
     return "\n\n".join(tables)
 
 
