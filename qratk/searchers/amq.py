@@ -212,19 +212,14 @@ class _Proxy:
     def _opened(self) -> Callable[[Bits], float]:
         context, problem, options = self._options._context, self._problem, self._options
         if context is None or context.module is None or context.datamodule is None:
-            table = rounding_error(problem)
-            place = {bits: rung for rung, bits in enumerate(problem.space.bits)}
-            return lambda bits: float(sum(table[layer, place[b]] for layer, b in enumerate(bits)))
+            return self._estimated()
+        backbone = context.module.backbone
+        if tuple(shape.name for shape in backbone.shapes) != problem.space.layer_names:
+            return self._estimated()  # a landscape is searched, and the command's model has no part in it
         import torch
 
         from qratk.training.divergence import FrozenDivergence
 
-        backbone = context.module.backbone
-        if len(backbone.layers) != problem.num_layers:
-            raise ConfigurationError(
-                f"amq: the model has {len(backbone.layers)} layers, but the search is over {problem.num_layers}; use "
-                "the evaluator 'finetune'"
-            )
         batches = context.datamodule.calibration_batches(options.calibration_batches, options.calibration_batch_size)
         device = backbone.model.get_input_embeddings().weight.device
         frozen = FrozenDivergence(
@@ -240,6 +235,11 @@ class _Proxy:
             ) from error
         context.say("Searching bits by the divergence of frozen weights.")
         return lambda bits: -frozen.score(_with_rank(bits, 0)).score
+
+    def _estimated(self) -> Callable[[Bits], float]:
+        table = rounding_error(self._problem)
+        place = {bits: rung for rung, bits in enumerate(self._problem.space.bits)}
+        return lambda bits: float(sum(table[layer, place[b]] for layer, b in enumerate(bits)))
 
 
 def _with_rank(bits: Bits, rank: int) -> Configuration:

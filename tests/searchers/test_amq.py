@@ -67,6 +67,19 @@ def test_measured_divergences_are_decided_once_and_a_resumed_search_measures_non
     assert ask(lambda key, decide: decisions[key]) == first
 
 
+def test_a_landscape_is_searched_although_the_command_has_a_model_of_its_own():
+    problem = toy_problem(6)
+    module = SimpleNamespace(
+        backbone=SimpleNamespace(shapes=[SimpleNamespace(name=f"model.layers.{n}") for n in range(6)])
+    )
+    context = SimpleNamespace(module=module, datamodule=object(), decided=lambda key, decide: decide())
+    searcher = begun("amq", problem, iterations=1)
+    searcher.attach(context)
+    alone = begun("amq", problem, iterations=1)
+    found, expected = (one.ask(History(), np.random.default_rng(0)) for one in (searcher, alone))
+    assert found == expected
+
+
 def test_cap_on_the_average_bits_holds():
     problem = toy_problem(8, like=(8, 16), max_average_bits=3.5)
     for candidate in begun("amq", problem).ask(History(), np.random.default_rng(0)):
