@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @starts.register("cloq")
 @dataclass(frozen=True)
 class CLoQ(Start):
-    """Best approximation of the error in the outputs, in closed form (arXiv:2501.18475, Theorem 3.1).
+    """Best approximation of the error in the outputs, in closed form (arXiv:2501.18475).
 
     The inputs are those of calibration sequences at full precision, as for GPTQ. Iterations end when the error rises.
     """
