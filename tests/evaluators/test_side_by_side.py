@@ -201,7 +201,7 @@ def test_auto_measures_once_and_is_recorded(
     assert [len(group) for group in evaluator.groups(requests(2))] == [2, 2, 1]
     assert [len(group) for group in evaluator.groups(requests(4))] == [2, 2, 1]
     assert tried == [1, 2, 4]
-    assert decided == {"cohort": 2}
+    assert decided["cohort"] == 2
 
 
 def test_auto_really_trains_what_it_times(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
