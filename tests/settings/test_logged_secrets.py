@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
@@ -44,7 +45,9 @@ def test_hyper_parameters_in_the_files_of_a_logger_hold_no_secret(data: GuardedD
 def test_checkpoint_holds_no_secret_of_data_and_model(data: GuardedData, monkeypatch: pytest.MonkeyPatch) -> None:
     module = FineTuneModule("https://me:8675309@host/x?token=8675309", betas=(0.5, 0.9))
     monkeypatch.setattr(
-        module, "_backbone", SimpleNamespace(adapter_state=dict, adapters=SimpleNamespace(method=Lora()))
+        module,
+        "_backbone",
+        SimpleNamespace(adapter_state=dict, adapters=SimpleNamespace(method=Lora()), compute_dtype=torch.float32),
     )
     keys = FineTuneModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
     checkpoint: dict[str, Any] = dict(zip(keys, (dict(module.hparams), dict(data.hparams)), strict=True))
