@@ -239,14 +239,15 @@ def _decided(decision: Plain) -> Plain:
 
 
 def _measured(value: Plain) -> Plain:
-    """Nested data with evaluations cut down to `EVALUATION`, and without what differs from run to run."""
+    """Nested data with evaluations cut down to `EVALUATION`, and without what differs from run to run or came later."""
     if isinstance(value, list):
         return [_measured(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "digest" in value and "score" in value:
         return chosen(value, EVALUATION)
-    return {key: _measured(item) for key, item in value.items() if key != "seconds"}
+    # "over" says what an interval is over: of items alone, as it was before others came, it is left out.
+    return {k: _measured(item) for k, item in value.items() if k != "seconds" and (k, item) != ("over", "items")}
 
 
 def _rows(path: Path) -> list[dict[str, Plain]]:
