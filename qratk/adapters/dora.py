@@ -241,4 +241,5 @@ class DoraAdapters(Adapters):
         """The precision that adapters are trained in, and that they are stored in."""
         from qratk.adapters.matrices.masters import described
 
-        return described(self.options.dtype, "; magnitudes (DoRA) too")
+        magnitudes = str(self.options.torch_dtype).removeprefix("torch.")
+        return described(self.options.dtype, f"; magnitudes (DoRA) in {magnitudes}")

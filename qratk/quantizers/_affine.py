@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer
+from qratk.quantizers._grouped import GroupedQuantizer
+from qratk.quantizers.base import PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 _PER_UNIT = {2: 4, 4: 2, 8: 1}  # codes that share a byte; the number of groups must divide by it
 PACKING = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
 _ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_SMALLER_GROUPS = (32, 16, 8)
 
 
 @dataclass(frozen=True)
-class AffineQuantizer(Quantizer):
+class AffineQuantizer(GroupedQuantizer):
     """Codes of 2, 3, 4 or 8 bits with a scale and a zero point a group: W = (codes - zero) * scale.
 
     Groups are consecutive weights of the flattened matrix. Scales and zeros are rounded to `metadata_dtype`, and codes
@@ -31,10 +31,9 @@ class AffineQuantizer(Quantizer):
         metadata_dtype: type of scales and zeros as stored.
     """
 
-    group_size: int = 64
     metadata_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
-    adds_bias_afterwards: ClassVar[bool] = True
+    smaller_groups: ClassVar[tuple[int, ...]] = (32, 16, 8)
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -42,23 +41,9 @@ class AffineQuantizer(Quantizer):
         if self.metadata_dtype not in _ITEM_SIZES:
             raise ConfigurationError(f"metadata_dtype must be one of {tuple(_ITEM_SIZES)}, got {self.metadata_dtype!r}")
 
-    @property
-    def supported_bits(self) -> tuple[int, ...]:
-        """2, 3, 4 and 8. (1 bit is unusable.)"""
-        return (2, 3, 4, 8)
-
-    def alternatives(self) -> tuple[Self, ...]:
-        """The same with smaller groups, largest first: what to try for a shape that this one cannot take."""
-        return tuple(replace(self, group_size=size) for size in _SMALLER_GROUPS if size < self.group_size)
-
-    @property
-    def _name(self) -> str:
-        return repr(self.component_name or type(self).__name__)
-
     def check(self, shape: tuple[int, int], bits: int) -> None:
         """Raise `QuantizationError` when the weight does not divide into groups, or groups into bytes."""
-        if bits not in self.supported_bits:
-            raise QuantizationError(f"{self._name} does {self.supported_bits} bits, got {bits}")
+        super().check(shape, bits)
         n = shape[0] * shape[1]
         if n % self.group_size:
             raise QuantizationError(

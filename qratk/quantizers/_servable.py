@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer
+from qratk.quantizers._grouped import GroupedQuantizer
+from qratk.quantizers.base import PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SMALLER_GROUPS = (64, 32, 16, 8)
 _FACTORS = tuple(1.0 - 0.04 * step for step in range(16))  # of the range; a Gaussian group at 2 bits is best at 0.6
 _FACTORS_OF_MANY_BITS = (1.0, 0.98, 0.96)
 
 
 @dataclass(frozen=True)
-class ServableQuantizer(Quantizer):
+class ServableQuantizer(GroupedQuantizer):
     """Codes of 2, 3, 4 or 8 bits with a 16-bit scale and a whole zero point a group: W = (codes - zero) * scale.
 
     Groups are consecutive weights of a row. The tensors are those of compressed-tensors' `pack-quantized` form, which
@@ -34,12 +34,9 @@ class ServableQuantizer(Quantizer):
         clip: "mse" tries narrower ranges of each group for the least squared error; "none" takes the whole range.
     """
 
-    group_size: int = 64
     symmetric: bool = False
     metadata_dtype: Literal["float16", "bfloat16"] = "float16"
     clip: Literal["mse", "none"] = "mse"
-
-    adds_bias_afterwards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -49,23 +46,9 @@ class ServableQuantizer(Quantizer):
         if self.clip not in ("mse", "none"):
             raise ConfigurationError(f"clip must be 'mse' or 'none', got {self.clip!r}")
 
-    @property
-    def supported_bits(self) -> tuple[int, ...]:
-        """2, 3, 4 and 8."""
-        return (2, 3, 4, 8)
-
-    def alternatives(self) -> tuple[Self, ...]:
-        """The same with smaller groups, largest first: what to try for a shape that this one cannot take."""
-        return tuple(replace(self, group_size=size) for size in _SMALLER_GROUPS if size < self.group_size)
-
-    @property
-    def _name(self) -> str:
-        return repr(self.component_name or type(self).__name__)
-
     def check(self, shape: tuple[int, int], bits: int) -> None:
         """Raise `QuantizationError` when rows do not divide into groups."""
-        if bits not in self.supported_bits:
-            raise QuantizationError(f"{self._name} does {self.supported_bits} bits, got {bits}")
+        super().check(shape, bits)
         if shape[1] % self.group_size:
             raise QuantizationError(
                 f"{self._name}: rows of {shape[1]} weights do not divide into groups of {self.group_size}; "
