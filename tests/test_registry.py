@@ -97,7 +97,7 @@ def test_same_class_may_be_registered_again(kind):
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():
-    with pytest.raises(UnknownComponentError, match=r"unknown name 'gredy'; known are greedy, ") as caught:
+    with pytest.raises(UnknownComponentError, match=r"unknown name 'gredy'; known are fill_ranks, greedy, ") as caught:
         repairs.get("gredy")
     assert ", ".join(repairs.names()) in str(caught.value)
     assert "Did you mean 'greedy'?" in str(caught.value)

@@ -98,6 +98,10 @@ class Proposer:
             self._count_steps_down(configuration, repaired)
         return repaired
 
+    def filled(self, configuration: Configuration) -> Configuration:
+        """A feasible configuration, its ranks those that the budget leaves where the repair policy `fills` it."""
+        return self.repair.repair(self.problem, configuration) if self.repair.fills else configuration
+
     def _count_steps_down(self, before: Configuration, after: Configuration) -> None:
         space = self.problem.space
         down = np.maximum(space.indices(before) - space.indices(after), 0)

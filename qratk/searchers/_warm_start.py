@@ -129,7 +129,8 @@ def initial_candidates(
     """
     problem = proposer.problem
     first, *others = prototypes(problem, epsilon=epsilon)
-    seeds = unique((first, *(solved_prototypes(problem) if solved else ()), *others))
+    seeds = (first, *(solved_prototypes(problem) if solved else ()), *others)
+    seeds = unique(proposer.filled(seed) for seed in seeds)
     seeds = tuple(_with_shared(problem, seed, shared, rng) for seed in seeds)
     fitting = uniforms_that_fit(problem) if uniforms else ()
     fitting = tuple(_with_shared(problem, uniform, shared, rng) for uniform in fitting)

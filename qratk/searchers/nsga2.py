@@ -116,7 +116,8 @@ class NSGA2(EvolutionSearcher):
             if model is None or not model.ready or len(found) == size:
                 break
             values, shared = model.drawn(rng)
-            configuration = best_choice(self.proposer.problem, values, shared=shared, exact=False)
+            best = best_choice(self.proposer.problem, values, shared=shared, exact=False)
+            configuration = self.proposer.filled(best)
             if configuration not in known:
                 found.setdefault(configuration, Candidate(configuration, "additive", generation=self.generation))
         return tuple(found.values())

@@ -258,7 +258,9 @@ class RepairContract(_Contract):
         feasible = [c for c in some_configurations(problem, 40) if problem.feasible(c)]
         assert feasible
         for configuration in feasible:
-            assert make().repair(problem, configuration) == configuration
+            policy = make()
+            repaired = policy.repair(problem, configuration)
+            assert repaired == configuration or (policy.fills and repaired.bits == configuration.bits)
 
     def test_repair_is_idempotent(self, make: Callable[[], RepairPolicy], problem: Problem) -> None:
         for configuration in some_configurations(problem):
