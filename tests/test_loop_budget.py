@@ -100,7 +100,7 @@ def test_what_a_recipe_without_a_search_leaves_goes_to_settings_first_and_then_t
     ranked = sorted(result.history.at(90), key=lambda e: -e.score)[:3]
     assert {c.selected for c in result.confirmations} == set(ranked)
     assert result.confirmed is not None
-    assert result.best == result.confirmed.selected
+    assert result.best == result.confirmed.delivered
     assert result.confirmed.mean == max(c.mean for c in result.confirmations)
 
 

@@ -83,7 +83,7 @@ def told(result: SearchResult) -> list[tuple[str, int, int, float, str]]:
 
 
 def test_the_best_and_the_best_uniform_are_run_again_and_the_largest_mean_is_the_answer(tmp_path: Path) -> None:
-    changed = 0
+    changed = of_a_fresh_seed = 0
     for seed in range(5):
         evaluator = Toy(seed)
         result = search(tmp_path / str(seed), evaluator=evaluator, seed=seed)
@@ -101,10 +101,13 @@ def test_the_best_and_the_best_uniform_are_run_again_and_the_largest_mean_is_the
         means = [c.mean for c in result.confirmations]
         assert means == sorted(means, reverse=True)
         assert result.confirmed is result.confirmations[0]
-        assert result.best == result.confirmed.selected
+        assert result.best.configuration == result.confirmed.configuration
+        assert result.best.score == max(result.confirmed.selected.score, *result.confirmed.scores)
         assert result.confirmed.mean >= next(c.mean for c in result.confirmations if c.selected == uniform)
-        changed += result.best != able[0]
+        of_a_fresh_seed += result.best.replicate > 0
+        changed += result.best.configuration != able[0].configuration
     assert changed  # else the first run decides
+    assert of_a_fresh_seed
 
 
 def test_the_difference_to_the_best_uniform_is_paired_by_seed_and_the_others_by_item(tmp_path: Path) -> None:
@@ -226,9 +229,11 @@ def test_checkpoints_of_contenders_stay_until_the_answer_is_known(tmp_path: Path
         result = search(tmp_path / str(seed), evaluator=evaluator, seed=seed)
         gone = {e.checkpoint for e in evaluator.discarded}
         front = {e.configuration for e in (*result.front.evaluations, *result.baselines)}
-        assert {e.checkpoint for own in result.confirmations for e in own.replicates} <= gone
+        fresh = {e.checkpoint for own in result.confirmations for e in own.replicates}
+        assert fresh - {result.best.checkpoint} <= gone
+        assert result.best.checkpoint not in gone
         for own in result.confirmations:
-            kept = own.configuration in front or own.selected == result.best
+            kept = own.configuration in front or own.configuration == result.best.configuration
             assert (own.selected.checkpoint in gone) != kept
             if own.configuration not in front:
                 off_the_front["kept" if kept else "deleted"] += 1
@@ -275,7 +280,7 @@ def test_the_files_of_a_run_tell_mean_interval_seeds_and_the_score_that_selected
     assert entry is not None
     assert (entry.mean, entry.low, entry.high) == (confirmed.mean, confirmed.low, confirmed.high)
     assert [e.score for e in entry.replicates] == list(confirmed.scores)
-    assert entry.selected.score == run.result.best.score == result.best.score
+    assert run.result.best.score == result.best.score >= entry.selected.score == confirmed.selected.score
     assert run.best == result.best
     assert len(run.history) == len(result.history)
     assert [c.over for c in run.result.comparisons] == [c.over for c in result.comparisons]
@@ -287,6 +292,7 @@ def test_the_files_of_a_run_tell_mean_interval_seeds_and_the_score_that_selected
     text = (tmp_path / files.BEST).read_text()
     assert f"# mean score over 4 fresh seeds: {confirmed.mean!r}, 95% interval [" in text
     assert yaml.safe_load(text)["model"]["configuration"] == str(result.best.configuration)
+    assert yaml.safe_load(text)["model"].get("replicate", 0) == result.best.replicate
     lines = "\n".join(summary_lines(result))
     assert f"confirmed score: {confirmed.mean:.4f} over 4 fresh seeds, 95% interval [" in lines
     assert f"it was selected by {confirmed.selected.score:.4f}" in lines

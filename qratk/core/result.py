@@ -124,13 +124,22 @@ class Confirmed:
         """Score of each replicate that was measured."""
         return tuple(e.score for e in self.replicates if e.ok)
 
+    @property
+    def delivered(self) -> Evaluation:
+        """Of all trainings of the contender the one with the best score, whose adapter is the one to take.
+
+        Its score is one of several chosen by validation items; `mean` is what the configuration is worth.
+        """
+        return max((self.selected, *(e for e in self.replicates if e.ok)), key=lambda e: e.score)
+
 
 @dataclass(frozen=True)
 class SearchResult:
     """What a search ended with; every evaluation in it was measured.
 
     `item_weights` are those of the validation items in the score; None when all are equal. `confirmations` are the
-    contenders that were run again with fresh seeds, the largest mean first; `best` is then chosen by these means.
+    contenders that were run again with fresh seeds, the largest mean first; the configuration of `best` is then chosen
+    by these means, and `best` is the best of its trainings.
     """
 
     plan: SearchPlan
@@ -155,4 +164,5 @@ class SearchResult:
     @property
     def confirmed(self) -> Confirmed | None:
         """What fresh seeds say of the best; None without confirmation, or where all of it was lost."""
-        return next((c for c in self.confirmations if c.selected == self.best and c.scores), None)
+        own = (c for c in self.confirmations if c.configuration == self.best.configuration)
+        return next((c for c in own if c.scores), None)

@@ -13,7 +13,6 @@ from torch import Tensor
 from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import replicate_seed
 from qratk.core.memory import Footprint
 from qratk.data.base import TaskData
 from qratk.evaluators._footprints import Footprints
@@ -53,6 +52,11 @@ class FineTuning:
             raise ConfigurationError(
                 "this evaluator fine-tunes: it needs a model and data, and was given neither or one"
             )
+        if given := context.module.options.replicate:
+            raise ConfigurationError(
+                f"model.replicate={given} is for a fit: a search gives its trainings their own; leave it out, and give "
+                "other seeds for another search"
+            )
         module, data, trainers = context.module, context.datamodule, QuietTrainers(context.trainer or Trainer)
         module.schedule_steps = module.schedule_steps or context.ladder.highest
         _settle_compute_dtype(module, context)
@@ -89,7 +93,7 @@ class FineTuning:
             return
         module, data, rungs = self.module, self.data, self.rungs.of_replicate(replicate)
         given = module.options
-        module.options = replace(given, seed=replicate_seed(given.seed, replicate))
+        module.options = replace(given, replicate=replicate)
         data.replicate = replicate
         try:
             yield replace(

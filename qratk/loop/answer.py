@@ -41,7 +41,7 @@ def conclude(
     *_, references = race(groups, settings.reference_race, settings, measuring, Stage("reference"))
     baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
     weights = evaluator.item_weights
-    scores = [best, *baselines, *references] if tests else []
+    scores = [*baselines, *references, best] if tests else []  # of one configuration the last counts
     return SearchResult(
         plan=plan,
         best=best,

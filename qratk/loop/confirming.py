@@ -2,6 +2,8 @@
 
 The largest of many noisy scores is too large in the mean, the more so the more there are and the noisier they are:
 the winner's curse. Runs with fresh seeds, of few candidates that were fixed before, are free of the first selection.
+Each of them is a trained adapter, too: the answer's is the best of its configuration's, for trainings of one
+configuration differ by more than many configurations do.
 """
 
 from __future__ import annotations
@@ -53,11 +55,11 @@ def confirm(settings: SearchSettings, measuring: Measuring, purse: Purse) -> Non
 
 
 def _conclude(measured: Sequence[tuple[Evaluation, Sequence[Evaluation]]], measuring: Measuring) -> None:
-    """Have the state choose; delete the checkpoints, which nothing will continue or report."""
+    """Have the state choose; delete the checkpoints, which nothing will continue or report, but for the answer's."""
     measuring.state.confirm([_confirmed(selected, replicates) for selected, replicates in measured])
     for _, replicates in measured:
         for replicate in replicates:
-            if replicate.checkpoint is not None:
+            if replicate.checkpoint is not None and replicate != measuring.state.best:
                 measuring.evaluator.discard(replicate)
     if measured and not any(confirmation.scores for confirmation in measuring.state.confirmations):
         measuring.reporter.message("No contender could be run again with fresh seeds: the answer is not confirmed.")

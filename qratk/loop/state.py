@@ -140,7 +140,7 @@ class SearchState:
         return [*chosen[: None if most is None else most - 1], uniform]
 
     def confirm(self, confirmations: Sequence[Confirmed]) -> None:
-        """Take in what fresh seeds say; the best is from here on the best by their means.
+        """Take in what fresh seeds say; the best is from here on the best by their means, in the best of its trainings.
 
         Whoever failed with a seed is out. Where nothing could be confirmed the best stays.
         """
@@ -154,7 +154,7 @@ class SearchState:
             utility=self._utility,
         )
         if best is not None:
-            self.best = means[best.configuration].selected
+            self.best = means[best.configuration].delivered
 
     def _judge(self) -> None:
         self.best = answer.best(

@@ -244,6 +244,8 @@ def best_text(
     if "class_path" in model:  # the other way to write a model in Lightning's YAML
         target = model["init_args"] = dict(model.get("init_args") or {})
     target.update(best.configuration.settings)
+    if best.replicate:
+        target["replicate"] = best.replicate
     target["configuration"] = str(best.configuration.with_shared(()))
     used = budget_bytes(problem, best)
     limit = problem.budget.limit_bytes
@@ -258,6 +260,11 @@ def best_text(
         lines = (
             *lines,
             f"# mean score over {len(confirmed.scores)} fresh seeds: {confirmed.mean!r}{_between(confirmed)}",
+        )
+    if best.replicate:
+        lines = (
+            *lines,
+            f"# score is that of the best of these seeds, which training it again has: replicate {best.replicate}",
         )
     if best.configuration.shared:
         lines = (*lines, f"# shared settings: {shared_text(best.configuration.shared)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,13 +119,14 @@ class Run:
         return read_front(path) if path.exists() else None
 
     @cached_property
-    def _index(self) -> History:
-        return History(record.evaluation for record in self.records if not record.evaluation.replicate)
+    def _index(self) -> Mapping[tuple[Configuration, int, int], Evaluation]:
+        every = (record.evaluation for record in self.records)
+        return {(e.configuration, e.steps, e.replicate): e for e in every}
 
     def _recorded(self, entries: Iterable[EvaluationEntry]) -> tuple[Evaluation, ...]:
         """What the journal holds of entries; raises `RunDirectoryError` when it says otherwise."""
         name = self.folder / (files.RESULT if self.finished else files.FRONT)
-        found = tuple(self._measured(entry.configuration, entry.steps, name) for entry in entries)
+        found = tuple(self._measured(entry.configuration, entry.steps, name, entry.replicate) for entry in entries)
         for entry, evaluation in zip(entries, found, strict=True):
             if evaluation.ok and entry.score != evaluation.score:
                 raise RunDirectoryError(
@@ -134,8 +135,8 @@ class Run:
                 )
         return found
 
-    def _measured(self, configuration: Configuration, steps: int, name: Path) -> Evaluation:
-        found = self._index.get(configuration, steps)
+    def _measured(self, configuration: Configuration, steps: int, name: Path, replicate: int = 0) -> Evaluation:
+        found = self._index.get((configuration, steps, replicate))
         if found is None:
             raise RunDirectoryError(
                 f"{name} tells of {configuration} at {steps} steps, which {files.JOURNAL} does not hold; one of them "

@@ -19,7 +19,7 @@ UNDECIDING: Final = frozenset({
 """Settings that say where and how a search computes, what is shown and what is asked at its end: no measurement."""
 
 
-LATER: Final = frozenset({"search.full_runs"})
+LATER: Final = frozenset({"search.full_runs", "model.replicate"})
 """Settings that run directories from before they were thought of lack, and that null does not set."""
 
 

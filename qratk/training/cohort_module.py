@@ -77,7 +77,7 @@ class CohortModule(LightningModule):
     def on_train_start(self) -> None:
         """Set the random state, as for one candidate."""
         self._weighting = TokenWeighting(self.trainer)
-        torch.manual_seed(self.module.options.seed)  # of every device
+        torch.manual_seed(self.module.options.training_seed)  # of every device
         if self.states:
             set_random_state(self.states[0].random, self.states[0].device_random, self.device)
 

@@ -72,7 +72,7 @@ def _seconds_a_candidate(
         module.train()
         parameters = [p for _, p in module.backbone.trainable_parameters()]
         return _quickest_step(lambda: module.training_loss(batch), parameters, module, trainer)
-    cohort = Cohort.of(module.backbone, members, seed=module.options.seed)
+    cohort = Cohort.of(module.backbone, members, seed=module.options.training_seed)
     with cohort.installed():
         together = CohortModule(module, cohort)
         together.train()

@@ -104,7 +104,7 @@ class SideBySide:
         apart = list(dict.fromkeys(trainings))
         members = [configurations[trainings.index(training)] for training in apart]
         done, states = self._rungs.common(members, steps)
-        cohort = Cohort.of(self._module.backbone, members, seed=self._module.options.seed)
+        cohort = Cohort.of(self._module.backbone, members, seed=self._module.options.training_seed)
         self._try_sharing(configurations[0])
         together = CohortModule(self._module, cohort, states)
         with cohort.installed(), in_place(together):
@@ -138,7 +138,7 @@ class SideBySide:
         scores: tuple[Scores, ...] = ()
         for start in range(0, len(configurations), size):
             part = slice(start, start + size)
-            cohort = Cohort.of(self._module.backbone, configurations[part], seed=self._module.options.seed)
+            cohort = Cohort.of(self._module.backbone, configurations[part], seed=self._module.options.training_seed)
             together = CohortModule(self._module, cohort, states[part])
             with cohort.installed(), in_place(together):
                 scores += self._scores(together)

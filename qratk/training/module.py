@@ -94,6 +94,8 @@ class FineTuneModule(ScoredModule):
         tokenizer: name or directory of the tokenizer, by default the model's.
         calibration_sequences: training sequences that quantisers such as GPTQ, and the start "cloq", are fitted to.
         seed: seed of adapter initialisation and dropout.
+        replicate: number of a training with fresh seeds, as a search has them that confirms its answer: of the order of
+            the training rows, adapters and dropout, not of splits. null and 0 mean `seed` itself. Of a fit alone.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class FineTuneModule(ScoredModule):
         tokenizer: str | None = None,
         calibration_sequences: int = 128,
         seed: int = 0,
+        replicate: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -178,7 +181,7 @@ class FineTuneModule(ScoredModule):
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""
-        self.backbone.activate(configuration, seed=self.options.seed)
+        self.backbone.activate(configuration, seed=self.options.training_seed)
         self.configuration, self._after = configuration, None
 
     @property
@@ -208,6 +211,8 @@ class FineTuneModule(ScoredModule):
             require_strategy(self._trainer.strategy)
         if stage == "fit":
             self.train()  # Hugging Face models are loaded in eval mode, and Lightning leaves modes alone
+            if self.options.replicate:
+                self.task_data.replicate = self.options.replicate
         if self.configuration is not None:
             return
         asked = asked_configuration(self.options)
@@ -269,7 +274,7 @@ class FineTuneModule(ScoredModule):
     def on_train_start(self) -> None:
         """Set the random state: of dropout, the only draw in training."""
         self._weighting = TokenWeighting(self.trainer)
-        torch.manual_seed(self.options.seed)  # of every device
+        torch.manual_seed(self.options.training_seed)  # of every device
         self.continuation.restore_random(self.device)
         self.continuation = self.continuation.begun
 

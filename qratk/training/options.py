@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, get_args
 from qratk.adapters.options import AdapterOptions, StoredType
 from qratk.core.checks import Checks
 from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import replicate_seed
 from qratk.core.shared import Setting, Shared, SharedLadder
 from qratk.core.text import nearest
 from qratk.quantizers.base import Quantizer
@@ -55,6 +56,7 @@ class FineTuneOptions:
     tokenizer: str | None
     calibration_sequences: int
     seed: int
+    replicate: int | None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> FineTuneOptions:
@@ -73,6 +75,11 @@ class FineTuneOptions:
             named = isinstance(chosen, str | Quantizer) or (isinstance(chosen, Mapping) and "class_path" in chosen)
             checks.require(named, "quantizers", {bits: chosen}, "must be names, or {class_path, init_args}, by bits")
         checks.finish()
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of the first values of adapters and of dropout."""
+        return replicate_seed(self.seed, self.replicate or 0)
 
     @property
     def adapters(self) -> AdapterOptions:
@@ -98,7 +105,7 @@ class FineTuneOptions:
 
 
 _LEAST: Mapping[int, tuple[str, ...]] = {
-    0: ("learning_rate", "weight_decay", "warmup_steps", "seed"),
+    0: ("learning_rate", "weight_decay", "warmup_steps", "seed", "replicate"),
     1: (
         "init_batches",
         "init_batch_size",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_runs import LADDER, in_groups, measured, opened, search
+from finetune_runs import LADDER, MIXED, in_groups, measured, opened, score_of_fit, search
 
 from qratk.core import Candidate, Configuration, ConfigurationError, Evaluation, Request
 from qratk.core.evaluation import replicate_seed
@@ -235,7 +235,7 @@ def test_a_replicate_has_rows_adapters_and_states_of_its_own_alone_and_side_by_s
     first = FineTuneModule.training_loss
 
     def looked_at(self: FineTuneModule, batch: Any) -> torch.Tensor:
-        seen.append((self.options.seed, batch["input_ids"].flatten().tolist()))
+        seen.append((self.options.training_seed, batch["input_ids"].flatten().tolist()))
         return first(self, batch)
 
     monkeypatch.setattr(FineTuneModule, "training_loss", looked_at)
@@ -248,7 +248,8 @@ def test_a_replicate_has_rows_adapters_and_states_of_its_own_alone_and_side_by_s
     assert [seed for seed, _ in seen[::4]] == [seed for seed in seeds for _ in range(2)]
     runs = [[row for _, row in seen[start : start + 4]] for start in range(0, 16, 4)]
     assert runs[0] == runs[1] != runs[2] == runs[3]  # one order of rows a replicate
-    assert alone.parts.module.options.seed == alone.parts.data.replicate == 0  # nothing stays behind
+    assert not alone.parts.module.options.replicate  # nothing stays behind
+    assert not alone.parts.data.replicate
     again = opened(tmp_path / "again", model_dir, data_files, lora_dropout=0.0)
     assert in_groups(again, asked[2:3])[0].score == one_by_one[2].score  # to the bit, without the others
     assert len({e.checkpoint for e in one_by_one}) == 4
@@ -263,3 +264,17 @@ def test_a_replicate_has_rows_adapters_and_states_of_its_own_alone_and_side_by_s
     for expected, other in zip(one_by_one, found, strict=True):
         assert (other.configuration, other.replicate) == (expected.configuration, expected.replicate)
         assert other.score == pytest.approx(expected.score, rel=1e-5)
+
+
+def test_a_fit_repeats_the_training_of_a_replicate(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    asked = [Request(Candidate(MIXED, "test"), 6, number) for number in (0, 2)]
+    first, second = (evaluation.score for evaluation in in_groups(evaluator, asked))
+    assert first != second
+    assert score_of_fit(model_dir, data_files, replicate=2)[0] == pytest.approx(second, rel=1e-6)
+    assert score_of_fit(model_dir, data_files, replicate=0)[0] == pytest.approx(first, rel=1e-6)
+
+
+def test_a_replicate_of_a_whole_search_is_refused(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="replicate=2 is for a fit"):
+        opened(tmp_path, model_dir, data_files, replicate=2)
