@@ -194,9 +194,10 @@ def test_two_plugins_with_one_name_are_both_named(kind, install):
 
 
 def test_plugin_may_not_take_a_name_of_ours(install):
+    ours = repairs.get("greedy")  # before there is the other one, which this registry would find too
     install("greedy-plugin", {"greedy": "greedy_plugin:Mend"})
     fresh: Registry = Registry("repairs", "RepairPolicy")
-    fresh.register("greedy")(repairs.get("greedy"))
+    fresh.register("greedy")(ours)
     with pytest.raises(DuplicateComponentError, match=r"qratk's own .*GreedyDowngrade.*greedy-plugin"):
         fresh.names()
 
