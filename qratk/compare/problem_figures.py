@@ -224,15 +224,30 @@ def allocation(view: View) -> Picture:
     cells = view.own
     bits = np.array([cell.best.configuration.bits for cell in cells], dtype=np.float64)
     ranks = np.array([cell.best.configuration.ranks for cell in cells], dtype=np.float64)
+    problem = cells[0].result.problem
+    return bits_and_ranks(
+        f"Best of {view.reference}", cells[0].layers, bits, ranks, bits_ladder=problem.bits, rank_ladder=problem.ranks
+    )
+
+
+def bits_and_ranks(
+    title: str,
+    layers: Sequence[str],
+    bits: Array,
+    ranks: Array,
+    *,
+    bits_ladder: Sequence[int],
+    rank_ladder: Sequence[int],
+) -> Picture:
+    """Bits and ranks (seeds, L) by layer: mean and range over seeds, and their correlation."""
     correlations = [pearson(b, r) for b, r in zip(bits, ranks, strict=True)]
     figure, (top, bottom) = new_figure(_width(bits.shape[1]), 4.6, rows=2)
-    problem = cells[0].result.problem
-    _range_bars(top, bits, BLUE, "bits", ticks=problem.bits)
-    _range_bars(bottom, ranks, ORANGE, "adapter rank", ticks=problem.ranks)
-    layer_ticks(bottom, short_names(cells[0].layers))
-    figure.suptitle(f"Best of {view.reference}: correlation of bits and ranks {over_seeds(correlations)}", fontsize=10)
+    _range_bars(top, bits, BLUE, "bits", ticks=bits_ladder)
+    _range_bars(bottom, ranks, ORANGE, "adapter rank", ticks=rank_ladder)
+    layer_ticks(bottom, short_names(layers))
+    figure.suptitle(f"{title}: correlation of bits and ranks {over_seeds(correlations)}", fontsize=10)
     columns = [f(values, axis=0).tolist() for values in (bits, ranks) for f in (np.mean, np.min, np.max)]
-    rows = (AllocationRow(*row) for row in zip(cells[0].layers, *columns, strict=True))
+    rows = (AllocationRow(*row) for row in zip(layers, *columns, strict=True))
     return Picture(figure, AllocationRow, tuple(rows))
 
 
