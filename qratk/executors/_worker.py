@@ -6,13 +6,11 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +66,6 @@ class Raised:
 def serve(connection: Connection, workplace: Workplace) -> None:
     """Answer tasks as they come, until the other end closes or its process dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the other end decides
-    _end_with_the_parent()
     worker = _Worker(workplace)
     while True:
         try:
@@ -76,17 +73,6 @@ def serve(connection: Connection, workplace: Workplace) -> None:
             connection.send(_answered(worker, task))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
-
-
-def _end_with_the_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)  # nobody would hear of what is still measured
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _answered(worker: _Worker, task: Task) -> Done | Raised:

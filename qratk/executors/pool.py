@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -108,7 +109,7 @@ class Pool(Generic[T]):
         slot = next(number for number in range(self._size) if number not in taken)
         ours, theirs = context.Pipe()
         # No daemon: those may have no children, and data may be loaded by processes of their own.
-        process = context.Process(target=self._target, args=(theirs, *self._arguments))
+        process = context.Process(target=_ended_with_its_parent, args=(self._target, theirs, *self._arguments))
         with _set(self._environments[slot % len(self._environments)] if self._environments else {}):
             process.start()
         theirs.close()  # so that its death is seen as the end of the pipe
@@ -127,6 +128,19 @@ class Pool(Generic[T]):
                 worker.process.kill()
                 worker.process.join()
             self._workers.remove(worker)
+
+
+def _ended_with_its_parent(target: Callable[..., None], *arguments: Any) -> None:
+    """Run the target in a process that ends when the one that began it does, whatever killed that."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)  # nobody would hear of what is still measured
+
+    threading.Thread(target=watch, daemon=True).start()
+    target(*arguments)
 
 
 @contextlib.contextmanager

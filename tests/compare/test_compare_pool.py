@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,41 @@ def test_closing_stops_running_tasks(tmp_path):
     began = time.monotonic()
     answers.close()
     assert time.monotonic() - began < 20
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_compare_pool import Pool, echo, tasks
+if __name__ == "__main__":
+    for _ in Pool(1, echo).run(tasks(Path(sys.argv[2]), "a", "wait")):
+        print("one is done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_comparison_that_is_killed(tmp_path, by):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as begun:
+        assert begun.stdout is not None
+        assert begun.stdout.readline() == "one is done\n"
+        children = Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split()
+        os.kill(begun.pid, by)
+    assert children
+    until = time.monotonic() + 20
+    while any(works(child) for child in children):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def works(process):
+    try:
+        return "multiprocessing" in Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return False
 
 
 def test_output_of_libraries_and_of_python_goes_to_the_file(tmp_path):
