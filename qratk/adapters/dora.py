@@ -146,7 +146,7 @@ class DoraAdapters(Adapters):
         from peft.tuners.lora.dora import DoraLinearLayer
         from torch import nn
 
-        from qratk.adapters.matrices.layers import ADAPTER
+        from qratk.adapters.matrices.fused import ADAPTER
 
         layer = self.pairs.layers.layer(name)
         if magnitude is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from qratk.core.batching import BATCH_COST, cheapest_cuts
@@ -26,6 +27,8 @@ from qratk.core.errors import QratkError
 
 IGNORE = -100
 _CHUNK_BYTES = 1 << 26
+_MANY = 1 << 22  # logits whose likelihoods are taken some rows at a time
+_ROWS_BYTES = 1 << 20  # of float32 at a time: what a processor's cache holds
 _INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
 # How far two ways to compute the same logits may lie apart by rounding, as a share of their spread.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -102,13 +105,53 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return dtype
 
 
-def labelled_loss(logits: Tensor, target: Tensor, candidates: int = 1) -> Tensor:
+def labelled_loss(logits: Tensor, target: Tensor, candidates: int = 1, *, meant: str = "cpu") -> Tensor:
     """Mean negative log-likelihood of each candidate's targets, (K,) float32, in nats.
 
-    `logits` is (K * N, V), candidate after candidate, and `target` (N,) or (K * N,).
+    `logits` is (K * N, V), candidate after candidate, and `target` (N,) or (K * N,). On the meta device, the loss is
+    made as on the type of device that is meant.
     """
-    losses = cross_entropy(logits.float(), target.repeat(len(logits) // max(1, len(target))), reduction="none")
+    repeated = target.repeat(len(logits) // max(1, len(target)))
+    device = logits.device.type if logits.device.type != "meta" else meant
+    if device == "cpu" and logits.numel() > _MANY:
+        function: Any = CrossEntropy
+        losses: Tensor = function.apply(logits, repeated)
+    else:
+        losses = cross_entropy(logits.float(), repeated, reduction="none")
     return losses.view(candidates, -1).mean(1)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Negative log-likelihoods in float32 without a second tensor of the size of the logits before their gradient.
+
+    Some rows at a time are converted, so that they stay in the processor's cache. Kept for the backward pass are the
+    logits and a number a row; probabilities are made anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        """Losses (N,) float32 of logits (N, V) and targets (N,)."""
+        total = torch.cat([part.float().logsumexp(1) for part in torch.split(logits, _rows_at_once(logits))])
+        ctx.save_for_backward(logits, target, total)
+        return total - logits[torch.arange(len(target), device=target.device), target].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the logits."""
+        logits, target, total = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        rows = _rows_at_once(logits)
+        parts = zip(*(torch.split(each, rows) for each in (logits, out, target, total, grad)), strict=True)
+        for given, made, tokens, sums, weights in parts:
+            shares = given.sub(sums[:, None]).exp_()  # in float32, as the sums are
+            shares[torch.arange(len(tokens), device=tokens.device), tokens] -= 1.0
+            made.copy_(shares.mul_(weights[:, None]))
+        return out, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _ROWS_BYTES // (4 * logits.shape[1]))
 
 
 def training_losses(

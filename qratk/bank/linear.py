@@ -319,6 +319,11 @@ class BankLinear(nn.Linear):
         bits, rank = key if isinstance(key, tuple) else (key, None)
         return self._dense_weight(self.require(bits, rank), self.key(bits, rank), dtype)
 
+    def weight_in_use(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """What gives the dense weight (d_out, d_in) that is active now, as `dense_weight`, also after a switch."""
+        variant, key = self.require(self._active, self._active_rank), self.key(self._active, self._active_rank)
+        return partial(self._dense_weight, variant, key, dtype)
+
     def _dense_weight(self, variant: Variant, key: VariantKey, dtype: torch.dtype) -> torch.Tensor:
         shape = self.shape
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qratk.adapters.matrices.fused import leave_to_peft
 from qratk.backbone.attention import use_fused_backward
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.layers import find_blocks
@@ -247,13 +248,17 @@ def training_step(
     batch: Mapping[str, Tensor],
     *,
     enter: Callable[[Phase], None] = lambda phase: None,
+    meant: Device = "cpu",
 ) -> None:
-    """Train as Lightning does: the gradients of a step are let go only after the forward pass of the next."""
+    """Train as Lightning does: the gradients of a step are let go only after the forward pass of the next.
+
+    A model on the meta device does it as on the one that is meant.
+    """
 
     def closure() -> Tensor:
         enter("forward")
         positions, target = targets_of(batch["labels"])
-        loss = labelled_loss(labelled_logits(model, batch, positions), target)[0]
+        loss = labelled_loss(labelled_logits(model, batch, positions), target, meant=meant)[0]
         optimizer.zero_grad()
         enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -419,6 +424,7 @@ class PeakTracer:
         self.twin = twin_of(backbone, gradient_checkpointing=gradient_checkpointing, blocks=blocks)
         if self.device == "cuda":
             use_fused_backward(self.twin.base)
+            leave_to_peft(self.twin.base)
 
     def trace(self, configuration: Configuration) -> PeakTrace:
         """Peak of fine-tuning this configuration: its own packed weights, no others of the bank."""
@@ -477,7 +483,7 @@ class PeakTracer:
         batch = training_batch(self.batch_size, self.sequence_length, "meta")
         if not parameters:  # nothing to train: a forward pass is all there is
             enter("forward")
-            labelled_loss(labelled_logits(self.twin.model, batch), targets_of(batch["labels"])[1])
+            labelled_loss(labelled_logits(self.twin.model, batch), targets_of(batch["labels"])[1], meant=self.device)
             return
         # Fine-tuning uses the fused kernel, which has no meta device and no temporaries; those of one parameter at a
         # time are next to nothing.
@@ -487,7 +493,7 @@ class PeakTracer:
             parameter.grad = torch.empty_like(parameter)
             ledger.retag(parameter.grad, "gradients")
         optimizer.step()
-        training_step(self.twin.model, optimizer, batch, enter=enter)
+        training_step(self.twin.model, optimizer, batch, enter=enter, meant=self.device)
 
 
 def default_device(backbone: Backbone) -> Device:

@@ -50,10 +50,11 @@ class CohortMatmul(torch.autograd.Function):
         """
         out = layer.frozen_product(x)
         dropped = pooled(x if mask is None else x * mask, layer.group)
-        low = torch.bmm(dropped.to(a.dtype), a.transpose(1, 2))  # (K, N, R)
-        if out.dtype == a.dtype == torch.float32:
-            scaled = low if layer.scaling_tensor is None else low * layer.scaling_tensor
-            out.baddbmm_(scaled, b.transpose(1, 2), alpha=layer.scaling)
+        kind = _multiplied_in(x, a)
+        low = torch.bmm(dropped.to(kind), a.to(kind).transpose(1, 2))  # (K, N, R)
+        if out.dtype == kind and a.dtype == torch.float32:
+            scaled = low if layer.scaling_tensor is None else low * layer.scaling_tensor.to(kind)
+            out.baddbmm_(scaled, b.to(kind).transpose(1, 2), alpha=layer.scaling)
         else:  # rounded where a candidate alone is
             factor = layer.scaling if layer.scaling_tensor is None else layer.scaling_tensor
             out = torch.bmm(low, b.transpose(1, 2)).mul_(factor).add_(out).to(out.dtype)
@@ -69,18 +70,20 @@ class CohortMatmul(torch.autograd.Function):
         layer: CohortLinear = ctx.layer
         grad = grad.contiguous()
         dropped = pooled(x * masks[0] if masks else x, layer.group)
-        outer = grad.to(a.dtype)
+        kind = low.dtype
+        outer = grad.to(kind)
         grad_b = torch.bmm(outer.transpose(1, 2), low)  # (K, d_out, R)
-        grad_low = torch.bmm(outer, b)  # (K, N, R)
+        grad_low = torch.bmm(outer, b.to(kind))  # (K, N, R)
         for value in (grad_b, grad_low):
             value.mul_(layer.scaling)
             if layer.scaling_tensor is not None:
                 value.mul_(layer.scaling_tensor)
-        grad_a = torch.bmm(grad_low.transpose(1, 2), dropped.to(a.dtype))
+        grad_a = torch.bmm(grad_low.transpose(1, 2), dropped.to(kind)).to(a.dtype)
+        grad_b = grad_b.to(b.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None
         grad_x = layer.frozen_gradient(grad)
-        a = expanded(a, layer.group)
+        a = expanded(a, layer.group).to(kind)
         if masks:
             grad_x = grad_x + torch.bmm(grad_low, a).to(grad_x.dtype).mul_(masks[0])
         elif grad_x.dtype == a.dtype:
@@ -88,6 +91,11 @@ class CohortMatmul(torch.autograd.Function):
         else:
             grad_x = (torch.bmm(grad_low, a) + grad_x).to(grad_x.dtype)
         return grad_x, grad_a, grad_b, None, None
+
+
+def _multiplied_in(x: Tensor, adapter: Tensor) -> torch.dtype:
+    """Type of an adapter's products: that of bfloat16 inputs on the CPU, as of a candidate alone, else its own."""
+    return x.dtype if x.dtype == torch.bfloat16 and x.device.type == "cpu" else adapter.dtype
 
 
 class FrozenMatmul(torch.autograd.Function):

@@ -16,9 +16,9 @@ from qratk.backbone.backbone import Backbone
 
 
 def inputs(length: int) -> list[Tensor]:
-    """Query, key, value and the gradient of the output, (2, 3, T, 16)."""
+    """Query, key, value and the gradient of the output, (2, heads, T, 16), as projections make them."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, length, 16, generator=generator).bfloat16() for _ in range(4)]
+    return [torch.randn(2, length, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (6, 2, 2, 6)]
 
 
 def masks(length: int) -> dict[str, Tensor | None]:
@@ -37,7 +37,7 @@ def test_outputs_are_the_kernels_and_gradients_are_exact_to_rounding(kind: str) 
     apply: Callable[..., Tensor] = ShortBackward.apply  # type: ignore[assignment]
     leaves = [tensor.requires_grad_() for tensor in tensors]
     out = apply(*leaves, mask, scale, mask is None)
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
     assert torch.equal(out, nn.functional.scaled_dot_product_attention(*leaves, **options))
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     if kind == "added":

@@ -352,3 +352,25 @@ def test_cutting_a_batch_by_length_changes_losses_and_gradients_by_rounding_only
     torch.testing.assert_close(cut, whole, rtol=1e-6, atol=0)
     for gradient, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_logits_have_the_same_losses_and_gradients_as_few(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(14, 11, generator=generator)).to(dtype).requires_grad_()
+    target = torch.randint(0, 11, (7,), generator=generator)
+    weights = torch.tensor([0.3, 1.7])
+
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        losses = labelled_loss(logits, target, 2)
+        return losses.detach(), torch.autograd.grad((losses * weights).sum(), logits)[0]
+
+    losses, gradient = found()
+    monkeypatch.setattr(logits_module, "_MANY", 0)
+    monkeypatch.setattr(logits_module, "_ROWS_BYTES", 4 * 11 * 3)  # some rows are left over
+    many, other = found()
+    assert losses.dtype == many.dtype == torch.float32
+    torch.testing.assert_close(many, losses)
+    torch.testing.assert_close(other, gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from qratk.adapters.matrices.factors import pooled
+from qratk.adapters.matrices.fused import ADAPTER, fuse
 from qratk.core.errors import ConfigurationError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from qratk.adapters.options import AdapterOptions
     from qratk.bank.linear import BankLinear
-
-ADAPTER = "default"
-"""The name that PEFT knows the adapter by."""
 
 
 class PooledLinear(nn.Linear):
@@ -56,6 +54,8 @@ class PeftLayers:
         base = self.model.get_base_model()
         _check_wrapped(base, list(banks))
         self._layers: dict[str, Any] = {name: base.get_submodule(name) for name in banks}
+        for layer in self._layers.values():
+            fuse(layer)
 
     def configure(self, options: AdapterOptions) -> None:
         """Scale by other options from the next `place` on; dropout changes at once."""
