@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qratk.adapters.starts.base import Start as Start
     from qratk.backbone.backbone import Backbone as Backbone
     from qratk.backbone.logits import training_losses as training_losses
+    from qratk.bank.gradients import BatchSize as BatchSize
     from qratk.bank.linear import BankLinear as BankLinear
     from qratk.bank.linear import Packed as Packed
     from qratk.bank.table import Chosen as Chosen
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from qratk.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
     from qratk.data.text import TextData as TextData
     from qratk.embedded.datamodule import EmbeddedData as EmbeddedData
+    from qratk.estimators.base import Gathering as Gathering
     from qratk.estimators.base import ImportanceEstimator as ImportanceEstimator
     from qratk.estimators.base import Measured as Measured
     from qratk.evaluators.base import EvaluationContext as EvaluationContext
@@ -128,6 +130,7 @@ _HOMES = {
     ),
     "qratk.backbone.backbone": ("Backbone",),
     "qratk.backbone.logits": ("training_losses",),
+    "qratk.bank.gradients": ("BatchSize",),
     "qratk.bank.linear": (
         "BankLinear",
         "Packed",
@@ -192,6 +195,7 @@ _HOMES = {
     "qratk.data.text": ("TextData",),
     "qratk.embedded.datamodule": ("EmbeddedData",),
     "qratk.estimators.base": (
+        "Gathering",
         "ImportanceEstimator",
         "Measured",
     ),

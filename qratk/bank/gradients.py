@@ -95,16 +95,32 @@ def gradient_chunks(projections: Sequence[tuple[str, BankLinear]], limit_bytes: 
 def _chunk_gradients(
     model: nn.Module, projections: Mapping[str, nn.Module], batches: Sequence[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
+    gathered = GradientSums()
+    sizes = stream(model, projections, batches, gathered.visit)
+    return gathered.means(sizes)
 
-    def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
-        gradient = grad.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-        if name not in sums:
-            sums[name] = torch.zeros_like(gradient)
-        sums[name].add_(gradient, alpha=1.0 / size.labelled)
 
-    sizes = stream(model, projections, batches, visit)
-    return {name: gradient / len(sizes) for name, gradient in sums.items()}
+class GradientSums:
+    """Float32 gradients of weights, added up over batches: `visit` is for `stream`.
+
+    Where activations are in bfloat16, so is the product of a batch, with sums in float32 inside it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def visit(self, name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+        """Add a batch's gradient, the mean over its sequences."""
+        kind = torch.bfloat16 if x.dtype == grad.dtype == torch.bfloat16 else torch.float32
+        gradient = grad.flatten(0, -2).to(kind).T @ x.flatten(0, -2).to(kind)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(gradient.shape, device=gradient.device)
+        self._sums[name].add_(gradient, alpha=1.0 / size.labelled)
+
+    def means(self, sizes: Sequence[BatchSize]) -> dict[str, Tensor]:
+        """Means over the batches by name, in the memory of the sums, which are gone."""
+        found, self._sums = self._sums, {}
+        return {name: gradient.div_(len(sizes)) for name, gradient in found.items()}
 
 
 def per_sequence(x: Tensor, grad: Tensor, name: str, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.errors import ConfigurationError
-from qratk.estimators.base import ImportanceEstimator, estimators
+from qratk.estimators.base import Gathering, ImportanceEstimator, estimators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qratk.bank.gradients import BatchSize
     from qratk.training.module import FineTuneModule
 
 
@@ -41,25 +42,53 @@ class FisherResidual(ImportanceEstimator):
         self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
     ) -> NDArray[np.float64]:
         """Scores (L,); the bank must hold the lowest bits. Raises `DataError` when nothing is labelled."""
-        from qratk.bank.gradients import BatchSize, per_sequence, stream
+        from qratk.bank.gradients import stream
 
+        gathered = _Residuals(module, lowest_bits)
+        sizes = stream(module.backbone.model, gathered.projections, batches[: self.max_batches], gathered.visit)
+        return gathered.scores(sizes)
+
+    def gathering(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
+    ) -> Gathering | None:
+        """Weighted residuals, unless some of the batches are left out."""
+        return _Residuals(module, lowest_bits) if len(batches) == len(batches[: self.max_batches]) else None
+
+
+class _Residuals(Gathering):
+    """Squared gradients of single sequences times squared residuals, added up by layer."""
+
+    def __init__(self, module: FineTuneModule, lowest_bits: int) -> None:
         layers = module.backbone.layers
-        projections = {name: projection for layer in layers for name, projection in layer.modules}
-        layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
-        sums = np.zeros(len(layers))
-        kept: dict[str, Tensor] = {}  # squared residuals, for the next batches
+        self.projections = {name: projection for layer in layers for name, projection in layer.modules}
+        self._layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
+        self._sums = np.zeros(len(layers))
+        self._kept: dict[str, Tensor] = {}  # squared residuals, for the next batches
+        self._kept_bytes = 0
+        self._lowest_bits = lowest_bits
 
-        def visit(name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
-            projection = projections[name]
-            if (squared := kept.get(name)) is None:
-                squared = (projection.reference.float() - projection.dequantized(lowest_bits).float()).square_()
-                if sum(tensor.nbytes for tensor in kept.values()) + squared.nbytes <= _KEPT_BYTES:
-                    kept[name] = squared
-            x, grad = per_sequence(x, grad, name, size.sequences)
-            sums[layer_of[name]] += _weighted_residual(x, grad, squared)
+    def visit(self, name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+        """Add what the sequences of a batch say of a projection."""
+        from qratk.bank.gradients import per_sequence
 
-        sizes = stream(module.backbone.model, projections, batches[: self.max_batches], visit)
-        return sums / sum(size.labelled for size in sizes)
+        x, grad = per_sequence(x, grad, name, size.sequences)
+        self._sums[self._layer_of[name]] += _weighted_residual(x, grad, self._squared_residual(name))
+
+    def _squared_residual(self, name: str) -> Tensor:
+        if (kept := self._kept.get(name)) is not None:
+            return kept
+        projection = self.projections[name]
+        residual = projection.reference.float() - projection.dequantized(self._lowest_bits).float()
+        squared = residual.square_()
+        if self._kept_bytes + squared.nbytes <= _KEPT_BYTES:
+            self._kept[name] = squared
+            self._kept_bytes += squared.nbytes
+        return squared
+
+    def scores(self, sizes: Sequence[BatchSize]) -> NDArray[np.float64]:
+        """Means over sequences."""
+        self._kept = {}
+        return self._sums / sum(size.labelled for size in sizes)
 
 
 def _weighted_residual(x: Tensor, grad: Tensor, squared_residual: Tensor) -> float:

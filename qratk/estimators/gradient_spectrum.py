@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import parse_bytes
-from qratk.estimators.base import ImportanceEstimator, Measured, estimators
+from qratk.estimators.base import Gathering, ImportanceEstimator, Measured, estimators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qratk.bank.gradients import BatchSize
     from qratk.training.module import FineTuneModule
 
 
@@ -57,14 +58,52 @@ class GradientSpectrum(ImportanceEstimator):
         """Scores (L,). Raises `DataError` when nothing is labelled."""
         from qratk.bank.gradients import mean_gradients
 
-        layers = module.backbone.layers
-        layer_of = {name: number for number, layer in enumerate(layers) for name, _ in layer.modules}
-        projections = [projection for layer in layers for projection in layer.modules]
-        scores = np.zeros(len(layers))
+        scores = np.zeros(len(module.backbone.layers))
+        layer_of = _layer_of(module)
+        projections = [projection for layer in module.backbone.layers for projection in layer.modules]
         chosen = batches[: self.max_batches]
         for name, gradient in mean_gradients(module.backbone.model, projections, chosen, self.gradient_bytes):
             scores[layer_of[name]] += spectral_energy(gradient, self.components)
         return scores
+
+    def gathering(
+        self, module: FineTuneModule, batches: Sequence[dict[str, Any]], *, lowest_bits: int
+    ) -> Gathering | None:
+        """Mean gradients, if all may be held at a time and none of the batches is left out."""
+        from qratk.bank.gradients import gradient_chunks
+
+        projections = [projection for layer in module.backbone.layers for projection in layer.modules]
+        whole = len(list(gradient_chunks(projections, self.gradient_bytes))) == 1
+        if not whole or len(batches) != len(batches[: self.max_batches]):
+            return None
+        return _Spectra(module, self.components)
+
+
+class _Spectra(Gathering):
+    """Mean gradients of all projections, and the leading spectral energy of each, added up by layer."""
+
+    def __init__(self, module: FineTuneModule, components: int) -> None:
+        from qratk.bank.gradients import GradientSums
+
+        self._gradients, self._layer_of, self._components = GradientSums(), _layer_of(module), components
+        self._layers = len(module.backbone.layers)
+
+    def visit(self, name: str, x: Tensor, grad: Tensor, size: BatchSize) -> None:
+        """Add a batch's gradient."""
+        self._gradients.visit(name, x, grad, size)
+
+    def scores(self, sizes: Sequence[BatchSize]) -> NDArray[np.float64]:
+        """Energies."""
+        scores = np.zeros(self._layers)
+        gradients = self._gradients.means(sizes)
+        for name, layer in self._layer_of.items():
+            if name in gradients:
+                scores[layer] += spectral_energy(gradients.pop(name), self._components)
+        return scores
+
+
+def _layer_of(module: FineTuneModule) -> dict[str, int]:
+    return {name: number for number, layer in enumerate(module.backbone.layers) for name, _ in layer.modules}
 
 
 def spectral_energy(matrix: Tensor, components: int, *, tolerance: float = _TOLERANCE) -> float:

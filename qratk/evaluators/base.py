@@ -121,6 +121,10 @@ class Evaluator(ABC):
     def importance(self, estimator: ImportanceEstimator, space: SearchSpace) -> NDArray[np.float64]:
         """Raw layer scores, (L,)."""
 
+    def importances(self, asked: Sequence[ImportanceEstimator], space: SearchSpace) -> Sequence[NDArray[np.float64]]:
+        """Raw layer scores of each estimator, as of `importance`, for evaluators that measure them at once."""
+        return [self.importance(estimator, space) for estimator in asked]
+
     def importance_by_rung(
         self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob
     ) -> NDArray[np.float64] | None:

@@ -15,7 +15,7 @@ from qratk.core.evaluation import Evaluation, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
-from qratk.estimators.base import ImportanceEstimator
+from qratk.estimators.base import ImportanceEstimator, estimate_together
 from qratk.evaluators._outcomes import Measured, OutOfMemory, caught, free_memory
 from qratk.evaluators.base import EvaluationContext, Evaluator, evaluators
 
@@ -141,6 +141,12 @@ class FineTuneEvaluator(Evaluator):
         """Raw layer scores on training batches, before the full-precision weights are dropped."""
         module, batches = self._observed(space)
         return np.asarray(estimator.estimate(module, batches, lowest_bits=space.bits[0]), dtype=np.float64)
+
+    def importances(self, asked: Sequence[ImportanceEstimator], space: SearchSpace) -> Sequence[NDArray[np.float64]]:
+        """Raw layer scores of each estimator, in one pass over the batches for those that can share it."""
+        module, batches = self._observed(space)
+        found = estimate_together(asked, module, batches, lowest_bits=space.bits[0])
+        return [np.asarray(scores, dtype=np.float64) for scores in found]
 
     def importance_by_rung(
         self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob

@@ -139,6 +139,10 @@ class FrozenDivergenceEvaluator(Evaluator):
         """As for fine-tuning."""
         return self._finetune.importance(estimator, space)
 
+    def importances(self, asked: Sequence[ImportanceEstimator], space: SearchSpace) -> Sequence[NDArray[np.float64]]:
+        """As of the fine-tuning evaluator."""
+        return self._finetune.importances(asked, space)
+
     def importance_by_rung(
         self, estimator: ImportanceEstimator, space: SearchSpace, knob: Knob
     ) -> NDArray[np.float64] | None:

@@ -200,8 +200,14 @@ def _estimated(settings: SearchSettings, space: SearchSpace) -> dict[str, Any]:
     evaluator, found = settings.evaluator, dict[str, Any]()
     costs = evaluator.importance_by_rung(settings.bits_importance, space, "bits")
     gains = evaluator.importance_by_rung(settings.rank_importance, space, "rank")
-    bits = evaluator.importance(settings.bits_importance, space) if costs is None else costs[:, 0]
-    rank = evaluator.importance(settings.rank_importance, space) if gains is None else gains[:, -1]
+    scored = [
+        estimator
+        for estimator, table in ((settings.bits_importance, costs), (settings.rank_importance, gains))
+        if table is None
+    ]
+    scores = iter(evaluator.importances(scored, space) if scored else ())
+    bits = next(scores) if costs is None else costs[:, 0]
+    rank = next(scores) if gains is None else gains[:, -1]
     found |= {"bits": bits.tolist(), "rank": rank.tolist()}
     found |= {key: table.tolist() for key, table in (("costs", costs), ("gains", gains)) if table is not None}
     return found

@@ -15,7 +15,7 @@ from qratk.bank import gradients
 from qratk.bank.gradients import gradient_chunks, per_sequence
 from qratk.core.errors import ConfigurationError, DataError, UnsupportedModelError
 from qratk.estimators import fisher_residual
-from qratk.estimators.base import estimators
+from qratk.estimators.base import estimate_together, estimators
 from qratk.estimators.gradient_spectrum import spectral_energy
 
 OF_GRADIENTS = ("fisher_residual", "gradient_norm", "gradient_spectrum", "hessian_trace")
@@ -255,3 +255,53 @@ def test_bad_options_of_the_fisher_residual_are_refused() -> None:
 def test_uniform_scores_are_one() -> None:
     module = SimpleNamespace(backbone=SimpleNamespace(layers=(None,) * 4))
     np.testing.assert_array_equal(estimators.create("uniform").estimate(module, [], lowest_bits=2), np.ones(4))
+
+
+SHARING = [{"max_batches": None}, {"max_batches": 3}]  # of three batches
+
+
+@pytest.mark.parametrize("options", SHARING)
+def test_estimators_that_share_a_pass_say_what_they_say_alone(
+    llama: toys.Models, options: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = toys.batches(count=3)
+    asked = [estimators.create(name, **options) for name in ("fisher_residual", "gradient_spectrum")]
+    asked.append(estimators.create("quantization_error"))
+    apart = [one.estimate(llama.module, batches, lowest_bits=toys.LOWEST) for one in asked]
+    passes = []
+    loss = gradients.sequence_loss
+    monkeypatch.setattr(gradients, "sequence_loss", lambda *given: passes.append(given) or loss(*given))
+    together = estimate_together(asked, llama.module, batches, lowest_bits=toys.LOWEST)
+    assert len(passes) == len(batches)
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{"max_batches": 2}, {"gradient_memory": 4 * 3000}])
+def test_an_estimator_that_cannot_share_makes_passes_of_its_own(
+    llama: toys.Models, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = toys.batches(count=3)
+    asked = [estimators.create("fisher_residual"), estimators.create("gradient_spectrum", **options)]
+    apart = [one.estimate(llama.module, batches, lowest_bits=toys.LOWEST) for one in asked]
+    passes = []
+    loss = gradients.sequence_loss
+    monkeypatch.setattr(gradients, "sequence_loss", lambda *given: passes.append(given) or loss(*given))
+    together = estimate_together(asked, llama.module, batches, lowest_bits=toys.LOWEST)
+    assert len(passes) > len(batches)
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_gradient_of_a_batch_in_bfloat16_is_multiplied_in_it_and_added_up_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums, exact = gradients.GradientSums(), torch.zeros(7, 5)
+    size = gradients.BatchSize(4, 2)
+    for _ in range(3):
+        x, grad = (torch.randn(4, 6, width, generator=generator).bfloat16() for width in (5, 7))
+        sums.visit("one", x, grad, size)
+        exact += grad.flatten(0, 1).float().T @ x.flatten(0, 1).float() / 2
+    found = sums.means([size] * 3)["one"]
+    assert found.dtype == torch.float32
+    assert float((found - exact / 3).norm()) < 3e-3 * float(exact.norm() / 3)
+    assert not sums.means([size])

@@ -256,6 +256,16 @@ def test_a_search_killed_at_any_moment_and_started_again_ends_with_the_same_scor
     assert measured(tmp_path / "cut") == expected
 
 
+def test_importances_measured_at_once_are_those_measured_apart(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
+    evaluator = opened(tmp_path, model_dir, data_files)
+    asked = [REGISTRIES["estimators"].create(name) for name in ("fisher_residual", "gradient_spectrum", "uniform")]
+    apart = [evaluator.importance(estimator, evaluator.space) for estimator in asked]
+    for one, other in zip(apart, evaluator.importances(asked, evaluator.space), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_importance_by_rung_is_that_of_estimators_that_know_it(
     tmp_path: Path, model_dir: Path, data_files: dict[str, str]
 ) -> None:
