@@ -92,7 +92,7 @@ def _by_method(
             wide = opened(chosen, folder / "wide", given, seed, adapter=method, **options)
             for _, row in scored(wide, given.ranks, given.steps):
                 yield {"trained": given.width, "metric": metric, "allocation": allocation, **row}
-    for steps, schedule, metric in itertools.product(given.heal, SCHEDULES, given.metrics):
+    for steps, schedule, metric in itertools.product(given.heal, given.schedules, given.metrics):
         place = folder / f"heal-{steps}-{schedule}"
         for _, row in healed(chosen, place, given, seed, metric, steps, schedule, options):
             yield {"trained": given.width, "metric": metric, "allocation": "projection", **row}
@@ -190,6 +190,7 @@ def main() -> None:
     options.add_argument("--allocations", nargs="+", default=list(get_args(Allocation)), choices=get_args(Allocation))
     options.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="types that adapters are stored in")
     options.add_argument("--heal", nargs="+", type=int, default=[], help="steps of healing to try, within --steps")
+    options.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES, help="of healing")
     options.add_argument("--accelerator", default="cpu", help="as of Lightning's Trainer")
     options.add_argument("--csv", type=Path, help="file for every figure")
     given = prepared(options)
