@@ -82,7 +82,7 @@ def _by_method(
     chosen: Subject, folder: Path, given: argparse.Namespace, seed: int, options: dict[str, Any]
 ) -> Iterator[Row]:
     narrow = opened(chosen, folder / "narrow", given, seed, **options)
-    for rank, row in scored(narrow, sorted({*given.ranks, given.width}), given.steps):
+    for rank, row in scored(narrow, [] if given.cut_only else sorted({*given.ranks, given.width}), given.steps):
         yield {"trained": rank, "metric": "", "allocation": "", **row}
     for metric in given.metrics:
         for allocation in given.allocations:
@@ -189,6 +189,7 @@ def main() -> None:
     options.add_argument("--metrics", nargs="+", default=list(reversed(get_args(Metric))), choices=get_args(Metric))
     options.add_argument("--allocations", nargs="+", default=list(get_args(Allocation)), choices=get_args(Allocation))
     options.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="types that adapters are stored in")
+    options.add_argument("--cut-only", action="store_true", help="without those that are trained narrow")
     options.add_argument("--heal", nargs="+", type=int, default=[], help="steps of healing to try, within --steps")
     options.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES, help="of healing")
     options.add_argument("--accelerator", default="cpu", help="as of Lightning's Trainer")
