@@ -206,6 +206,7 @@ def test_effort_counts_what_goes_on_or_is_shared_once() -> None:
     assert add("4:8", 90, replicate=1) == 180
     assert add("2:8", 30, score=-math.inf, status="failed") == 210
     assert effort.full_runs == 210 / 90
+    assert Effort(90, untrained=1, shared_runs=1).full_runs == 1  # before any candidate
 
 
 class Frozen(Toy):

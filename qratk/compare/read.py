@@ -96,22 +96,27 @@ class Outcome:
     @property
     def frozen(self) -> bool:
         """Whether the lowest rung trains nothing: it measures the divergence of the frozen model."""
+        return self._evaluator == "frozen_divergence"
+
+    @property
+    def _evaluator(self) -> str | None:
         evaluator = self.settings.component("evaluator")
-        return evaluator is not None and evaluator.name == "frozen_divergence"
+        return None if evaluator is None else evaluator.name
 
     @cached_property
     def costs(self) -> Array:
         """Steps trained up to and with each searched evaluation, in units of T_S; a training's steps count once."""
-        effort, costs = self._effort, []
+        effort, costs = self._effort(), []
         for record in self.searched:
             effort.add(record.evaluation)
             costs.append(effort.full_runs)
         return np.array(costs)
 
-    @property
-    def _effort(self) -> Effort:
-        steps = self.result.problem.steps
-        return Effort(self.top, steps[0] if self.frozen and len(steps) > 1 else None)
+    def _effort(self, *, shared: bool = True) -> Effort:
+        """Without steps but for those that are trained for all candidates together."""
+        steps, common = self.result.problem.steps, self._evaluator == "shared_adapters"
+        untrained = steps[0] if (self.frozen or common) and len(steps) > 1 else None
+        return Effort(self.top, untrained, int(common and shared))
 
     @property
     def cost(self) -> float:
@@ -121,7 +126,7 @@ class Outcome:
     @property
     def confirming(self) -> float:
         """Full runs with fresh seeds."""
-        effort = self._effort
+        effort = self._effort(shared=False)
         for record in self.records:
             if record.evaluation.replicate:
                 effort.add(record.evaluation)

@@ -16,11 +16,12 @@ class Effort:
     Args:
         highest: T_S, the steps of a full run.
         untrained: rung that trains nothing, whatever number it has; None where each does.
+        shared_runs: full runs that are trained for all candidates together.
     """
 
-    def __init__(self, highest: int, untrained: int | None = None) -> None:
+    def __init__(self, highest: int, untrained: int | None = None, shared_runs: int = 0) -> None:
         self.highest, self.untrained = highest, untrained
-        self.steps = 0
+        self.steps = shared_runs * highest
         self._trained: dict[Training, int] = {}
 
     @property

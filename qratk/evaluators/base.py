@@ -97,11 +97,16 @@ class Evaluator(ABC):
 
     @property
     def trains_at_lowest(self) -> bool:
-        """Whether the lowest rung trains; where it does not, neither ranks nor shared settings decide its scores.
+        """Whether the lowest rung trains; where it does not, shared settings decide nothing there.
 
         Then the search asks there for configurations without settings, and tunes those that go up.
         """
         return True
+
+    @property
+    def shared_runs(self) -> int:
+        """Full runs (T_S steps) that are trained for all candidates together, beside those of each; 0 by default."""
+        return 0
 
     def training(self, configuration: Configuration) -> str:
         """Digest of what is trained for a configuration, as `Evaluation.training` will say; after `open`."""

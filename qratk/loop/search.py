@@ -128,7 +128,8 @@ def _search(
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
     reporter.started(plan)
     proposer = Proposer(problem, settings.operators, settings.repair)
-    state = SearchState(problem, settings.ladder, baselines, settings.alpha, settings.contenders, settings.untrained)
+    untrained, shared = settings.untrained, evaluator.shared_runs
+    state = SearchState(problem, settings.ladder, baselines, settings.alpha, settings.contenders, untrained, shared)
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
     asking, purse = Asking(journal, proposer, clock), Purse(settings, measuring)
     _require_affordable(groups, settings, purse)

@@ -72,6 +72,7 @@ class SearchState:
     Args:
         contenders: how many of the best may be confirmed; none where the answer is not.
         untrained: rung that trains nothing, if any.
+        shared_runs: full runs that are trained for all candidates together.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SearchState:
         alpha: float,
         contenders: int = 0,
         untrained: int | None = None,
+        shared_runs: int = 0,
     ) -> None:
         self._problem, self._ladder = problem, ladder
         self._baselines = frozenset(baselines)
@@ -93,7 +95,7 @@ class SearchState:
         self.best: Evaluation | None = None
         self.discarded: set[tuple[Configuration, int]] = set()
         self.confirmations: tuple[Confirmed, ...] = ()
-        self.effort = Effort(ladder.highest, untrained)
+        self.effort = Effort(ladder.highest, untrained, shared_runs)
         self._contenders = contenders
         self._measured: Counter[int] = Counter()  # of the history, by rung
         self._recorded: Counter[int] = Counter()  # of the records, by rung

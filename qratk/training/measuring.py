@@ -15,6 +15,8 @@ from qratk.training.rungs import Rungs
 from qratk.training.trainers import QuietTrainers, in_place
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qratk.data.base import TaskData
     from qratk.training.module import FineTuneModule
     from qratk.training.state import TrainingState
@@ -65,6 +67,15 @@ class Alone:
     def tested(self, configuration: Configuration, steps: int) -> dict[str, float]:
         """Metrics on test data after `steps` optimiser steps."""
         self.train(configuration, steps)
+        return self._tested()
+
+    def tested_with(self, configuration: Configuration, adapter: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics on test data of a configuration with these masters, named and shaped as it has them."""
+        self.module.activate(configuration)
+        self.module.backbone.load_adapter_state(adapter)
+        return self._tested()
+
+    def _tested(self) -> dict[str, float]:
         with in_place(self.module):
             metrics = self.trainers.scoring().test(self.module, datamodule=self.data, verbose=False)[0]
         return _unprefixed(metrics, "test")
@@ -126,6 +137,18 @@ class SideBySide:
             else Trained.of(*score)
             for place, score in zip(places, scores, strict=True)
         ]
+
+    def scored(
+        self, configurations: Sequence[Configuration], adapters: Sequence[Mapping[str, Tensor]]
+    ) -> list[Trained | Failed]:
+        """Scores of configurations with these masters, named and shaped as each of them has them; nothing is kept."""
+        cohort = Cohort.of(self._module.backbone, configurations, seed=self._module.options.seed)
+        for member, adapter in enumerate(adapters):
+            cohort.load_state(member, adapter)
+        self._try_sharing(configurations[0])
+        together = CohortModule(self._module, cohort)
+        with cohort.installed(), in_place(together):
+            return [Trained.of(*score) for score in self._scores(together)]
 
     def _scores(self, together: CohortModule) -> tuple[Scores, ...]:
         self._trainers.scoring().validate(together, datamodule=self._data, verbose=False)

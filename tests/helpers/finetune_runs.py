@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from qratk.components import REGISTRIES
 from qratk.core import Candidate, Configuration, Evaluation, FidelityLadder, Request, SearchSpace
+from qratk.core.result import SearchResult
 from qratk.data.multiple_choice import MultipleChoiceData
 from qratk.evaluators.base import EvaluationContext, Evaluator
 from qratk.evaluators.finetune import FineTuneEvaluator
@@ -98,11 +99,18 @@ def same_tensors(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def search(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: int) -> None:
+def search(
+    run_dir: Path,
+    model_dir: Path,
+    data_files: dict[str, str],
+    cohort: int,
+    evaluator: type[FineTuneEvaluator] = FineTuneEvaluator,
+    **options: Any,
+) -> SearchResult:
     """A whole search of two generations and a refinement, told line by line; where there is one, it goes on."""
     make: Any = lambda kind, name, **options: REGISTRIES[kind].create(name, **options)  # noqa: E731
     loop = SearchLoop(
-        evaluator=FineTuneEvaluator(cohort=cohort),
+        evaluator=evaluator(cohort=cohort),
         searcher=make("searchers", "nsga2", offspring=3),
         refiner=make("refiners", "trust_region", max_evaluations=2),
         surrogate=make("surrogates", "huber"),
@@ -116,11 +124,14 @@ def search(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: i
         steps=[1, 2],
         generations=2,
         high_fidelity_candidates=1,
+        **options,
     )
     module = FineTuneModule(str(model_dir), learning_rate=1e-2, lora_dropout=0.1)
     data = MultipleChoiceData(**data_files, batch_size=4, score="log_likelihood")
     with quiet_lightning():
-        loop.run(run_dir=run_dir, reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data)
+        return loop.run(
+            run_dir=run_dir, reporter=TerminalReporter(plain=True), config={}, module=module, datamodule=data
+        )
 
 
 def start(run_dir: Path, model_dir: Path, data_files: dict[str, str], cohort: int) -> subprocess.Popen[str]:
