@@ -305,3 +305,24 @@ def test_the_gradient_of_a_batch_in_bfloat16_is_multiplied_in_it_and_added_up_in
     assert found.dtype == torch.float32
     assert float((found - exact / 3).norm()) < 3e-3 * float(exact.norm() / 3)
     assert not sums.means([size])
+
+
+def test_single_gradients_of_large_weights_are_those_of_the_first_sequences(
+    llama: toys.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = toys.batches(count=5)
+    sequences = len(batches[0]["labels"])
+    few, many = fisher_by_autograd(llama, batches[:3]), fisher_by_autograd(llama, batches)
+    assert not np.allclose(few, many, rtol=1e-2)
+    monkeypatch.setattr(fisher_residual, "_SEQUENCES", 2 * sequences + 1)  # in the midst of the third batch
+    np.testing.assert_allclose(estimate("fisher_residual", llama, batches), many, rtol=2e-4)
+    monkeypatch.setattr(fisher_residual, "_SMALL", 0)
+    np.testing.assert_allclose(estimate("fisher_residual", llama, batches), few, rtol=2e-4)
+    asked = [estimators.create(name) for name in ("fisher_residual", "gradient_spectrum")]
+    shared, _ = estimate_together(asked, llama.module, batches, lowest_bits=toys.LOWEST)
+    np.testing.assert_allclose(shared, few, rtol=2e-4)
+    sizes = [b.out_features * b.in_features for layer in llama.module.backbone.layers for _, b in layer.modules]
+    monkeypatch.setattr(fisher_residual, "_SMALL", sorted(set(sizes))[0])  # some are small
+    mixed = estimate("fisher_residual", llama, batches)
+    assert not np.allclose(mixed, few, rtol=1e-3)
+    assert not np.allclose(mixed, many, rtol=1e-3)
