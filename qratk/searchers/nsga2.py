@@ -48,7 +48,7 @@ class NSGA2(EvolutionSearcher):
         warm_start: bool = True,
         epsilon: float = DEFAULT_EPSILON,
         solved_prototypes: bool = True,
-        model_share: float = 0.3,
+        model_share: float = 0.6,
     ) -> None:
         super().__init__(offspring, warm_start=warm_start, epsilon=epsilon, solved_prototypes=solved_prototypes)
         if population < 2:

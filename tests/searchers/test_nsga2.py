@@ -55,7 +55,7 @@ def test_senseless_options_are_refused(options):
 
 def test_crossover_gets_mates_from_the_population():
     evaluator = ToyEvaluator(8)
-    searcher = searchers.create("nsga2", population=10, offspring=10)
+    searcher = searchers.create("nsga2", population=10, offspring=10, model_share=0.0)
     searcher.begin(proposer_of(evaluator.problem(), "crossover_uniform", "crossover_block"), ONE_RUNG)
     (history,) = search(searcher, evaluator, 1)
     digests = {evaluation.configuration.digest for evaluation in history}
