@@ -34,7 +34,7 @@ class AdaptedMatmul(torch.autograd.Function):
         ctx.dense = bank.weight_in_use(x.dtype)
         out: Tensor = bank(x)
         low = torch.mm(x.flatten(0, -2), a.to(x.dtype).t()).mul_(scaling)
-        out.flatten(0, -2).addmm_(low, b.to(x.dtype).t())
+        out.view(-1, out.shape[-1]).addmm_(low, b.to(x.dtype).t())
         ctx.save_for_backward(x, a, b, low)
         ctx.scaling = scaling
         return out
