@@ -177,6 +177,30 @@ def test_a_finished_search_is_confirmed_later(tmp_path: Path) -> None:
     assert plain.best in [c.selected for c in later.confirmations]
 
 
+class WithTestData(Toy):
+    """Has test data, by which each training scores what tells it."""
+
+    def prepare_test(self) -> bool:
+        return True
+
+    def test(self, evaluation: Evaluation) -> dict[str, float]:
+        return {"score": evaluation.score, "replicate": float(evaluation.replicate)}
+
+
+def test_test_scores_are_those_of_the_training_that_is_delivered_also_where_another_was_tested_before(
+    tmp_path: Path,
+) -> None:
+    fresh = 0
+    for seed in range(24):
+        given: dict[str, Any] = {"seed": seed, "test": True}
+        before = search(tmp_path / str(seed), evaluator=WithTestData(seed), confirm=None, **given)
+        result = search(tmp_path / str(seed), evaluator=WithTestData(seed), **given)
+        scores = result.test_scores[str(result.best.configuration)]
+        assert scores == {"score": result.best.score, "replicate": result.best.replicate}
+        fresh += result.best.replicate > 0 and str(result.best.configuration) in before.test_scores
+    assert fresh
+
+
 def test_the_plan_counts_the_runs_with_fresh_seeds(tmp_path: Path) -> None:
     plain = settings(confirm=None).planned_evaluations(4)
     assert settings().planned_evaluations(4) == {**plain, 90: plain[90] + 4 * 4}

@@ -87,11 +87,17 @@ def _tested(
     wanted = {str(e.configuration): e for e in evaluations if e.ok}
     if not wanted:
         return {}
-    lacking = [e for text, e in wanted.items() if journal.decision(f"test/{text}") is None]
+    lacking = [e for e in wanted.values() if journal.decision(_test_of(e)) is None]
     with clock.timed("test"):
         for evaluation, scores in counted("scoring on test data", executor.tested(lacking), len(lacking)):
-            journal.decide(f"test/{evaluation.configuration}", scores)
-    return {text: journal.decision(f"test/{text}") for text in wanted}
+            journal.decide(_test_of(evaluation), scores)
+    return {text: journal.decision(_test_of(e)) for text, e in wanted.items()}
+
+
+def _test_of(evaluation: Evaluation) -> str:
+    """Name of the decision that holds its test scores: a training with fresh seeds has its own."""
+    fresh = f"/replicate-{evaluation.replicate}" if evaluation.replicate else ""
+    return f"test/{evaluation.configuration}{fresh}"
 
 
 def _hit_rates(settings: SearchSettings, state: SearchState, measuring: Measuring) -> dict[str, float]:

@@ -142,7 +142,7 @@ class SideBySide:
         self, configurations: Sequence[Configuration], adapters: Sequence[Mapping[str, Tensor]]
     ) -> list[Trained | Failed]:
         """Scores of configurations with these masters, named and shaped as each of them has them; nothing is kept."""
-        cohort = Cohort.of(self._module.backbone, configurations, seed=self._module.options.seed)
+        cohort = Cohort.of(self._module.backbone, configurations, seed=self._module.options.training_seed)
         for member, adapter in enumerate(adapters):
             cohort.load_state(member, adapter)
         self._try_sharing(configurations[0])
