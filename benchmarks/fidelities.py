@@ -231,7 +231,7 @@ class Lab:
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
         """Context in which data order and adapters have the seeds of a replicate."""
-        with self.parts.replicated(seed):
+        with self.parts.replicated(Configuration.uniform(4, 8, 1), seed):
             yield
 
     def cohort(self, members: Sequence[Configuration]) -> Cohort:

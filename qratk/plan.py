@@ -130,7 +130,7 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     rows = plan_rows(memory, budget)
     baselines = sum(row.fits for row in rows if row.name == "uniform")
     evaluations = loop.planned_evaluations(baselines)
-    references = 0 if loop.shared else len(loop.reference_choices)
+    references = 0 if loop.shared_ladders else len(loop.reference_choices)
     steps = total_steps(evaluations, afresh=references + loop.planned_replicates)
     if loop.full_runs is not None:  # the rungs' counts are each within it, and so are all of them together
         apart = total_steps({steps: size * len(loop.reference_choices) for steps, size in loop.reference_race})

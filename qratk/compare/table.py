@@ -16,7 +16,7 @@ import numpy as np
 from qratk.compare.read import UNFINISHED, Cells, Failed, Limits, Outcome
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import format_bytes
-from qratk.core.shared import shared_text
+from qratk.core.shared import REPLICATE, shared_text
 from qratk.core.text import clean, duration
 from qratk.loop.statistics import hierarchical_interval, mean_interval
 from qratk.run.atomic import write_atomically
@@ -152,7 +152,8 @@ def _row(
 
 def _settings(cells: Sequence[Outcome]) -> str:
     """The shared settings of most answers, and of how many; empty where none were tuned."""
-    counts = Counter(shared_text(c.best.configuration.shared) for c in cells if c.tunes)
+    settings = (c.best.configuration.shared for c in cells if c.tunes)
+    counts = Counter(shared_text(tuple(pair for pair in own if pair[0] != REPLICATE)) for own in settings)
     text, count = counts.most_common(1)[0] if counts else ("", 0)
     return text + (f" ({count} of {len(cells)})" if 0 < count < len(cells) else "")
 

@@ -6,13 +6,17 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.core.memory import Footprint
+from qratk.core.shared import REPLICATE
+
+MOST_SEEDS: Final = 1000
+"""Seeds that configurations may choose among; higher numbers are those of replicates."""
 
 Status = Literal["ok", "failed", "lost"]
 
@@ -152,6 +156,17 @@ def replicate_seed(seed: int, replicate: int) -> int:
     if not replicate:
         return seed
     return int(np.random.SeedSequence(seed, spawn_key=(replicate,)).generate_state(1)[0])
+
+
+def seeds_of(configuration: Configuration, replicate: int = 0) -> int:
+    """The `model.replicate` whose seeds a training has: the configuration's own, or in a replicate fresh ones.
+
+    The fresh ones of a number are the same for all configurations, and none that a configuration can have.
+    """
+    own = configuration.settings.get(REPLICATE)
+    if own is None:
+        return replicate
+    return MOST_SEEDS * replicate if replicate else int(own)
 
 
 class History:

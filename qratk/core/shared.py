@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from qratk.core.errors import ConfigurationError
 
@@ -14,6 +15,9 @@ Setting = bool | int | float | str
 """A value of an option: a number, true or false, or a name."""
 Shared = tuple[tuple[str, Setting], ...]
 """Options by name, sorted."""
+
+REPLICATE: Final = "replicate"
+"""The setting that numbers seeds: of the order of the training rows, of adapters and of dropout."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
@@ -100,8 +104,8 @@ class SharedLadder:
 
     @property
     def ordinal(self) -> bool:
-        """Whether the values have an order, in which a step leads to a neighbour."""
-        return not isinstance(self.values[0], bool | str)
+        """Whether the values have an order, in which a step leads to a neighbour; seeds are numbers without one."""
+        return not isinstance(self.values[0], bool | str) and self.name != REPLICATE
 
     def index(self, value: Setting) -> int:
         """Place of a value; raises `ConfigurationError` when it is not on the ladder."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob, LayerChoice
 from qratk.core.errors import ConfigurationError
-from qratk.core.shared import Shared, SharedLadder
+from qratk.core.shared import REPLICATE, Shared, SharedLadder
 
 Direction = Literal[-1, 1]
 
@@ -97,6 +97,25 @@ class SearchSpace:
         names = [ladder.name for ladder in self.shared]
         return tuple(
             tuple(zip(names, values, strict=True)) for values in itertools.product(*(s.values for s in self.shared))
+        )
+
+    @cached_property
+    def spread_shared(self) -> tuple[Shared, ...]:
+        """Combinations in which each value of each setting is once at least: as many as the longest ladder has values.
+
+        The seeds' ladder does not count: it goes round as far as the others need.
+        """
+        longest = max((len(ladder.values) for ladder in self.shared if ladder.name != REPLICATE), default=1)
+        return tuple(self.shared_at([n % len(ladder.values) for ladder in self.shared]) for n in range(longest))
+
+    def reseeded(self, shared: Shared, places: int) -> Shared:
+        """The settings with the seed so many places on; as they are where seeds are not searched."""
+        ladders = {ladder.name: ladder for ladder in self.shared}
+        return tuple(
+            (name, ladders[name].values[(ladders[name].index(value) + places) % len(ladders[name].values)])
+            if name == REPLICATE
+            else (name, value)
+            for name, value in shared
         )
 
     def settled(self, configuration: Configuration, shared: Shared | None = None) -> Configuration:

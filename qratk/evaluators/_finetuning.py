@@ -13,6 +13,7 @@ from torch import Tensor
 from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
+from qratk.core.evaluation import seeds_of
 from qratk.core.memory import Footprint
 from qratk.data.base import TaskData
 from qratk.evaluators._footprints import Footprints
@@ -82,19 +83,20 @@ class FineTuning:
         )
 
     @contextmanager
-    def replicated(self, replicate: int) -> Iterator[FineTuning]:
-        """Context in which trainings have the seeds of a replicate, with what measures there; number 0 is this one.
+    def replicated(self, configuration: Configuration, replicate: int = 0) -> Iterator[FineTuning]:
+        """Context in which trainings have the seeds of a configuration, or fresh ones, with what measures there.
 
         Fresh are the order of the training rows, the first values of adapters, and dropout; which rows are in which
         split, and what is calibrated on, stay. States lie in a folder of the replicate's own.
         """
-        if not replicate:
+        number = seeds_of(configuration, replicate)
+        if not number:
             yield self
             return
         module, data, rungs = self.module, self.data, self.rungs.of_replicate(replicate)
         given = module.options
-        module.options = replace(given, replicate=replicate)
-        data.replicate = replicate
+        module.options = replace(given, replicate=number)
+        data.replicate = number
         try:
             yield replace(
                 self,

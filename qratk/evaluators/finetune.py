@@ -192,7 +192,7 @@ class FineTuneEvaluator(Evaluator):
     def _outcomes(self, group: Sequence[Request]) -> Sequence[Trained | Failed]:
         self.parts.preparation.finish(self.space)
         configurations, steps = [request.configuration for request in group], group[0].steps
-        with self.parts.replicated(group[0].replicate) as parts:
+        with self.parts.replicated(group[0].configuration, group[0].replicate) as parts:
             if len(group) > 1:
                 return parts.side_by_side.measured(configurations, steps)
             return [parts.alone.measured(configurations[0], steps)]
@@ -220,7 +220,7 @@ class FineTuneEvaluator(Evaluator):
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
         self.parts.preparation.finish(self.space)
-        with self.parts.replicated(evaluation.replicate) as parts:
+        with self.parts.replicated(evaluation.configuration, evaluation.replicate) as parts:
             return parts.alone.tested(evaluation.configuration, evaluation.steps)
 
     def prepare_test(self) -> bool:

@@ -111,7 +111,7 @@ class SharedAdaptersEvaluator(FineTuneEvaluator):
     ) -> Iterator[tuple[FineTuning, list[dict[str, Tensor]]]]:
         """Context with the parts of a replicate and the shared adapters as each configuration has them."""
         self.parts.preparation.finish(self.space)
-        with self.parts.replicated(replicate) as parts:
+        with self.parts.replicated(self.uniform, replicate) as parts:
             if replicate not in self._trained:
                 self._trained[replicate] = self._train(parts)
             yield parts, [self._cut(self._trained[replicate], configuration) for configuration in configurations]

@@ -37,7 +37,9 @@ def conclude(
     highest = plan.ladder.highest
     best = state.best
     assert best is not None, "a search in which nothing was measured has no answer"
-    groups = [group(c, plan.problem.space.all_shared) for c in _references(settings, plan.problem.num_layers)]
+    space = plan.problem.space
+    tried = space.spread_shared if settings.spreads_baselines else space.all_shared
+    groups = [group(c, tried) for c in _references(settings, plan.problem.num_layers)]
     *_, references = race(groups, settings.reference_race, settings, measuring, Stage("reference"))
     baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
     weights = evaluator.item_weights

@@ -25,7 +25,7 @@ from qratk.loop.confirming import confirm
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
 from qratk.loop.purse import Purse
-from qratk.loop.racing import Group, group, race
+from qratk.loop.racing import Group, group, race, spread_race
 from qratk.loop.refining import Refining
 from qratk.loop.settings import SearchSettings
 from qratk.loop.spending import Spending
@@ -134,7 +134,11 @@ def _search(
     asking, purse = Asking(journal, proposer, clock), Purse(settings, measuring)
     _require_affordable(groups, settings, purse)
     # The promise never to be worse, and the first pairs.
-    race(groups, settings.settings_race, settings, measuring, Stage("baseline"))
+    schedule = settings.baseline_race(len(groups))
+    if groups and settings.spreads_baselines:
+        spread_race(groups, schedule, settings, measuring, Stage("baseline"))
+    else:
+        race(groups, settings.settings_race, settings, measuring, Stage("baseline"))
     exploring = Exploring(settings, context, _searched(proposer, settings), measuring, asking, purse)
     stop_reasons = {"global": exploring.run()}
     if settings.promotion == "last":
@@ -167,7 +171,7 @@ def _require_affordable(groups: Sequence[Group], settings: SearchSettings, purse
     """Raise `ConfigurationError` where the baselines alone exceed the budget of full runs."""
     if not groups or not purse.limited:
         return
-    price, left = purse.of_race(groups, settings.settings_race), purse.left_to_search
+    price, left = _price_of_baselines(groups, settings, purse), purse.left_to_search
     if price > left:
         highest = settings.ladder.highest
         raise ConfigurationError(
@@ -175,6 +179,15 @@ def _require_affordable(groups: Sequence[Group], settings: SearchSettings, purse
             f"baselines alone ({len(groups)}) take {price / highest:.1f}; raise it, or leave them out "
             "(uniform_baselines: false)"
         )
+
+
+def _price_of_baselines(groups: Sequence[Group], settings: SearchSettings, purse: Purse) -> int:
+    """The most steps that the baselines take; of those that share a training one is counted."""
+    if not settings.spreads_baselines:
+        return purse.of_race(groups, settings.settings_race)
+    trainings = len(purse.trainings(members[0].configuration for members in groups))
+    (lowest, size), *_ = schedule = settings.baseline_race(trainings)
+    return lowest * size + purse.of_rungs(schedule)
 
 
 def _pose(settings: SearchSettings, journal: Journal, reporter: Reporter, clock: Clock) -> Problem:

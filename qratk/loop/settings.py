@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from qratk.core.checks import Checks
 from qratk.core.configuration import LayerChoice
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import FidelityLadder
+from qratk.core.evaluation import MOST_SEEDS, FidelityLadder
 from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
 from qratk.core.result import SearchResult
-from qratk.core.shared import SharedLadder, shared_ladders
+from qratk.core.shared import REPLICATE, SharedLadder, shared_ladders
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import Evaluator
@@ -91,8 +91,13 @@ class SearchSettings(ABC):
         bits: ladder of bit-widths; 16 keeps a layer in 16 bits.
         ranks: ladder of adapter ranks; 0 means no adapter.
         shared: ladders of options of the model that a configuration has one value of, by name, as in {learning_rate:
-            [1e-3, 3e-3, 1e-2], rslora: [false, true]}: ascending numbers, or names. Every uniform baseline is measured
-            with all of them at the lowest rung, and the best go up.
+            [1e-3, 3e-3, 1e-2], rslora: [false, true]}: ascending numbers, or names. The largest uniform baseline is
+            measured with every value of each at the lowest rung, the others with the best of these, and the
+            `high_fidelity_candidates` best of all go up. Where nothing is searched, every uniform configuration is
+            measured with all combinations there, and the best of each goes up.
+        seeds: how many seeds configurations may be trained with: of the order of the training rows, of adapters and of
+            dropout. Which, is a setting like those that are `shared`, named replicate, that the search picks: trainings
+            of one configuration differ by as much as configurations do, and what is found is a training.
         limit: budget as a size with a unit, as in "5.5GiB".
         like: budget as what a uniform [bits, rank] takes, on or off the ladders, as in [4, 16].
         scope: which bytes the budget limits: storage (Eq. 21), training or serving peak.
@@ -138,6 +143,7 @@ class SearchSettings(ABC):
     bits: Sequence[int] = (2, 4, 8)
     ranks: Sequence[int] = (4, 8, 16)
     shared: dict[str, list[bool | int | float | str]] = field(default_factory=dict)
+    seeds: int = 1
     limit: str | None = None
     like: Sequence[int] | None = None
     scope: Scope = "storage"
@@ -167,7 +173,8 @@ class SearchSettings(ABC):
         checks = Checks()
         checks.at_least(0, generations=self.generations, seed=self.seed)
         checks.at_least(1, high_fidelity_candidates=self.high_fidelity_candidates, max_evaluations=self.max_evaluations)
-        checks.at_least(1, hypervolume_patience=self.hypervolume_patience, full_runs=self.full_runs)
+        checks.at_least(1, hypervolume_patience=self.hypervolume_patience, full_runs=self.full_runs, seeds=self.seeds)
+        checks.require(self.seeds < MOST_SEEDS, "seeds", self.seeds, f"must be under {MOST_SEEDS}")
         for option, known in (("promotion", ("each", "last")), ("promote_by", ("score", "front"))):
             given = getattr(self, option)
             checks.require(given in known, option, given, f"must be one of {', '.join(map(repr, known))}")
@@ -194,13 +201,16 @@ class SearchSettings(ABC):
             checks.note(
                 "full_runs", f"must be over {self.planned_replicates}, which confirm takes; got {self.full_runs:g}"
             )
-        if self.confirm and not self.evaluator.replicates:
-            name = getattr(self.evaluator, "component_name", None) or type(self.evaluator).__name__
-            checks.note(
-                "confirm",
-                f"needs an evaluator that runs a configuration again with fresh seeds, and {name!r} does not; leave it "
-                "out, or use the evaluator 'finetune'",
-            )
+        for option, wanted in (("confirm", bool(self.confirm)), ("seeds", self.seeds > 1)):
+            if wanted and not self.evaluator.replicates:
+                name = getattr(self.evaluator, "component_name", None) or type(self.evaluator).__name__
+                checks.note(
+                    option,
+                    f"needs an evaluator that runs a configuration again with fresh seeds, and {name!r} does not; "
+                    "leave it out, or use the evaluator 'finetune'",
+                )
+        if self.seeds > 1 and REPLICATE in (self.shared or {}):
+            checks.note("seeds", f"is the ladder of {REPLICATE}: give one of seeds and shared.{REPLICATE}")
         named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
         checks.require(named, "name", self.name, "must be the name of a folder, without a path")
         checks.finish()
@@ -223,8 +233,8 @@ class SearchSettings(ABC):
 
     @cached_property
     def shared_ladders(self) -> tuple[SharedLadder, ...]:
-        """Ladders of the settings that configurations share."""
-        return shared_ladders(self.shared)
+        """Ladders of the settings that configurations share, the seed among them."""
+        return shared_ladders({**self.shared, **({REPLICATE: list(range(self.seeds))} if self.seeds > 1 else {})})
 
     @cached_property
     def operators(self) -> tuple[MutationOperator, ...]:
@@ -283,9 +293,33 @@ class SearchSettings(ABC):
         return tuple(zip(steps, FidelityLadder(steps, self.reduction_factor).sizes(self.combinations, 1), strict=True))
 
     @property
+    def spreads_baselines(self) -> bool:
+        """Whether uniform baselines race together, few settings each: the search itself goes on to tune settings."""
+        return bool(self.shared_ladders) and self.searcher.settles and self.generations > 0 and not self.tuned_above
+
+    def baseline_race(self, baselines: int) -> Schedule:
+        """Rungs, and how many of so many uniform choices, at whatever settings, run at each."""
+        if not baselines or not self.uniform_baselines:
+            return tuple((steps, 0) for steps, _ in self.settings_race)
+        if not self.spreads_baselines:
+            return tuple((steps, size * baselines) for steps, size in self.settings_race)
+        sizes = self.ladder.sizes(self._longest + baselines - 1, self.high_fidelity_candidates)
+        return tuple(zip(self.ladder.steps, sizes, strict=True))
+
+    @property
     def reference_race(self) -> Schedule:
         """The same of one reference, which runs to the highest rung at once where no settings are shared."""
-        return self.settings_race if self.shared_ladders else ((self.ladder.highest, 1),)
+        if not self.shared_ladders:
+            return ((self.ladder.highest, 1),)
+        if not self.spreads_baselines:
+            return self.settings_race
+        sizes = self.ladder.sizes(self._longest, 1)
+        return tuple(zip(self.ladder.steps, sizes, strict=True))
+
+    @property
+    def _longest(self) -> int:
+        """Values of the longest ladder of shared settings."""
+        return max((len(ladder.values) for ladder in self.shared_ladders), default=1)
 
     def race(self, candidates: int) -> Schedule:
         """Rungs of the generation that was just asked for, and how many of its candidates run at each."""
@@ -295,8 +329,8 @@ class SearchSettings(ABC):
 
     def planned_evaluations(self, baselines: int) -> dict[int, int]:
         """Largest number of evaluations at each rung (steps), given how many uniform choices of bits and rank fit."""
-        highest, tuned = self.ladder.highest, self.settings_race
-        counts = Counter({steps: size * baselines * self.uniform_baselines for steps, size in tuned})
+        highest = self.ladder.highest
+        counts = Counter(dict(self.baseline_race(baselines)))
         phases = [self.searcher.planned_evaluations(self.ladder, self.high_fidelity_candidates, self.generations)]
         phases += [self._planned_tuning()]
         if self.promotion == "last":
@@ -343,7 +377,8 @@ class SearchSettings(ABC):
         """How many of the best may be run again with fresh seeds: by the confirmation, or by what a budget leaves."""
         if self.confirm is not None:
             return self.confirm.candidates
-        return Confirmation().candidates if self.full_runs is not None and self.evaluator.replicates else 0
+        further = self.full_runs is not None and self.evaluator.replicates and self.seeds == 1
+        return Confirmation().candidates if further else 0
 
     def _planned_tuning(self) -> dict[int, int]:
         """Evaluations that find the settings of candidates without any, besides those that the candidates race by."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qratk.core.configuration import Configuration
+from qratk.core.configuration import Configuration, LayerChoice
 from qratk.core.evaluation import Candidate, Request
+from qratk.core.shared import REPLICATE
 from qratk.loop.confirming import FEWEST_CONTENDERS, FEWEST_SEEDS
 from qratk.loop.measuring import Measuring
 from qratk.loop.purse import Purse
@@ -35,7 +36,8 @@ class Spending:
         if not self.settings.shared_ladders:
             return
         highest, half, number = self.settings.ladder.highest, self.purse.left_to_search / 2, 0
-        kept = half if half >= FEWEST_CONTENDERS * FEWEST_SEEDS * highest else 0
+        seeded = self.settings.seeds > 1  # then a further seed is a setting, too
+        kept = 0 if seeded or half < FEWEST_CONTENDERS * FEWEST_SEEDS * highest else half
         layouts = self._layouts()
         while chosen := self._next(layouts):
             chosen = chosen[: room(self.settings, self.measuring.state, highest)]
@@ -54,23 +56,38 @@ class Spending:
         state, leading = self.measuring.state, list[Configuration]()
         for steps in reversed(self.settings.ladder.steps):
             leading += [e.configuration for e in sorted(state.fitting(steps), key=lambda e: -e.score)]
-        origins = {r.evaluation.configuration.layers: r.candidate for r in state.records if r.searched}
-        layers = list(dict.fromkeys(configuration.layers for configuration in leading))
-        return [origins[own] for own in layers[:LAYOUTS]]
+        origins = {r.evaluation.configuration: r.candidate for r in state.records if r.searched}
+        best: dict[tuple[LayerChoice, ...], Configuration] = {}
+        for configuration in leading:
+            best.setdefault(configuration.layers, configuration)
+        return [origins[configuration] for configuration in list(best.values())[:LAYOUTS]]
 
     def _goes_on(self, configuration: Configuration, steps: int) -> bool:
         return self._reached(configuration) < steps and not self._failed(configuration)
 
     def _next(self, layouts: Sequence[Candidate]) -> list[Candidate]:
-        """Of each layout the settings that come next: those that got farthest, and scored best there."""
+        """Of each layout the settings that come next: those that got farthest, and scored best there.
+
+        Where seeds are searched, every seed of the layout's best settings comes before the next settings.
+        """
         highest, chosen = self.settings.ladder.highest, []
         for origin in layouts:
             every = [origin.configuration.with_shared(s) for s in self.measuring.plan.problem.space.all_shared]
             untried = [configuration for configuration in every if self._goes_on(configuration, highest)]
             if untried:
-                best = max(untried, key=self._standing)
-                chosen.append(replace(origin, configuration=best))
+                nearest = min((self._steps_off(c, origin.configuration) for c in untried), default=0)
+                near = [c for c in untried if self._steps_off(c, origin.configuration) == nearest]
+                chosen.append(replace(origin, configuration=max(near, key=self._standing)))
         return chosen
+
+    def _steps_off(self, configuration: Configuration, origin: Configuration) -> int:
+        """Rungs between their settings, another seed being none; 0 where seeds are not searched."""
+        if self.settings.seeds == 1:
+            return 0
+        ladders = self.measuring.plan.problem.space.shared
+        own, other = configuration.settings, origin.settings
+        places = ((ladder, ladder.index(own[ladder.name]), ladder.index(other[ladder.name])) for ladder in ladders)
+        return sum(ladder.distance(a, b) for ladder, a, b in places if ladder.name != REPLICATE)
 
     def _standing(self, configuration: Configuration) -> tuple[int, float]:
         reached = self._reached(configuration)

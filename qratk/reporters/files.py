@@ -14,7 +14,7 @@ from typing import Any, Final, final
 import yaml
 
 from qratk.core.errors import RunDirectoryError
-from qratk.core.evaluation import Evaluation
+from qratk.core.evaluation import Evaluation, seeds_of
 from qratk.core.memory import format_bytes
 from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain
@@ -29,7 +29,7 @@ from qratk.core.result import (
     SearchResult,
 )
 from qratk.core.secrets import without_secrets
-from qratk.core.shared import setting_text, shared_text
+from qratk.core.shared import REPLICATE, setting_text, shared_text
 from qratk.core.space import SearchSpace
 from qratk.core.text import clean
 from qratk.core.work import Work
@@ -245,7 +245,7 @@ def best_text(
         target = model["init_args"] = dict(model.get("init_args") or {})
     target.update(best.configuration.settings)
     if best.replicate:
-        target["replicate"] = best.replicate
+        target[REPLICATE] = seeds_of(best.configuration, best.replicate)
     target["configuration"] = str(best.configuration.with_shared(()))
     used = budget_bytes(problem, best)
     limit = problem.budget.limit_bytes
@@ -264,7 +264,8 @@ def best_text(
     if best.replicate:
         lines = (
             *lines,
-            f"# score is that of the best of these seeds, which training it again has: replicate {best.replicate}",
+            f"# score is that of the best of these seeds, which training it again has: replicate "
+            f"{seeds_of(best.configuration, best.replicate)}",
         )
     if best.configuration.shared:
         lines = (*lines, f"# shared settings: {shared_text(best.configuration.shared)}")

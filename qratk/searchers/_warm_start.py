@@ -125,15 +125,15 @@ def initial_candidates(
 
     Prototypes take at most half of the places and uniforms a quarter, the largest first, so that perturbed variants
     are never crowded out by long ladders. With `solved`, prototypes by integer programs come right after the first.
-    All begin with the settings `shared`, each with a draw of its own where that is None.
+    All begin with the settings `shared`, each with a draw of its own where that is None; seeds go round.
     """
     problem = proposer.problem
     first, *others = prototypes(problem, epsilon=epsilon)
     seeds = (first, *(solved_prototypes(problem) if solved else ()), *others)
     seeds = unique(proposer.filled(seed) for seed in seeds)
-    seeds = tuple(_with_shared(problem, seed, shared, rng) for seed in seeds)
+    seeds = tuple(_with_shared(problem, seed, shared, rng, place=n) for n, seed in enumerate(seeds))
     fitting = uniforms_that_fit(problem) if uniforms else ()
-    fitting = tuple(_with_shared(problem, uniform, shared, rng) for uniform in fitting)
+    fitting = tuple(_with_shared(problem, uniform, shared, rng, place=n) for n, uniform in enumerate(fitting))
     chosen: dict[Configuration, Candidate] = {}
     for origin, configurations, places in (
         ("prototype", seeds, math.ceil(size / 2)),
@@ -151,9 +151,10 @@ def initial_candidates(
 
 
 def _with_shared(
-    problem: Problem, configuration: Configuration, shared: Shared | None, rng: np.random.Generator
+    problem: Problem, configuration: Configuration, shared: Shared | None, rng: np.random.Generator, *, place: int
 ) -> Configuration:
-    return configuration.with_shared(problem.space.random_shared(rng) if shared is None else shared)
+    space = problem.space
+    return configuration.with_shared(space.random_shared(rng) if shared is None else space.reseeded(shared, place))
 
 
 def random_candidates(

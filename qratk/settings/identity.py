@@ -19,8 +19,8 @@ UNDECIDING: Final = frozenset({
 """Settings that say where and how a search computes, what is shown and what is asked at its end: no measurement."""
 
 
-LATER: Final = frozenset({"search.full_runs", "model.replicate"})
-"""Settings that run directories from before they were thought of lack, and that null does not set."""
+LATER: Final[Mapping[str, Any]] = {"search.full_runs": None, "search.seeds": 1, "model.replicate": None}
+"""Settings that run directories from before they were thought of lack, with the value that says the same."""
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def comparable(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         if not any(key == other or key.startswith(f"{other}.") for other in UNDECIDING):
             compared.update(flatten(named_document(without_secrets(_nested(key, value)))))
-    return {key: value for key, value in compared.items() if value != {} and not (key in LATER and value is None)}
+    return {key: value for key, value in compared.items() if value != {} and not (key in LATER and value == LATER[key])}
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

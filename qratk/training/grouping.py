@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qratk.core.configuration import Configuration
 from qratk.core.evaluation import Evaluation, Request
-from qratk.core.shared import Setting
+from qratk.core.shared import REPLICATE, Setting
 from qratk.training.rungs import itself
 
 
@@ -103,10 +103,11 @@ class Grouping:
             yield list(chain.from_iterable(rest[:size]))
             rest = rest[size:]
 
-    def _apart(self, request: Request) -> tuple[int, int, int, Setting | None]:
+    def _apart(self, request: Request) -> tuple[int, int, int, Setting | None, Setting | None]:
         configuration, steps, replicate = request.configuration, request.steps, request.replicate
         begins_at = 0 if replicate else self._begins_at(configuration, steps)  # a replicate has the one rung
-        return steps, replicate, begins_at, configuration.settings.get("lora_dropout")
+        settings = configuration.settings
+        return steps, replicate, begins_at, settings.get("lora_dropout"), settings.get(REPLICATE)
 
     def largest(self, configurations: Sequence[Configuration]) -> int:
         """How many of these to train side by side, at most."""

@@ -121,6 +121,7 @@ SHAREABLE: Final[Mapping[str, str]] = {
     "init": "a name",
     "learning_rate": "a number",
     "lora_dropout": "a number",
+    "replicate": "a whole number",
     "rslora": "true or false",
     "schedule": "a name",
     "warmup_steps": "a whole number",
