@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from qratk.core.evaluation import Evaluation as Evaluation
     from qratk.core.evaluation import FidelityLadder as FidelityLadder
     from qratk.core.evaluation import History as History
+    from qratk.core.evaluation import Member as Member
     from qratk.core.evaluation import Prediction as Prediction
     from qratk.core.evaluation import Request as Request
     from qratk.core.evaluation import SurrogateQuality as SurrogateQuality
@@ -159,6 +160,7 @@ _HOMES = {
         "Evaluation",
         "FidelityLadder",
         "History",
+        "Member",
         "Prediction",
         "Request",
         "SurrogateQuality",

@@ -69,6 +69,23 @@ class AdapterMethod(ABC):
         return None
 
     @property
+    def merges(self) -> bool:
+        """Whether several trained states can be averaged into one, by `merged`."""
+        return False
+
+    def merged(
+        self,
+        members: Sequence[tuple[Mapping[str, Tensor], AdapterOptions]],
+        ranks: Mapping[str, int],
+        options: AdapterOptions,
+    ) -> dict[str, Tensor]:
+        """The state of configured ranks, by projection, that adds on average what the members' states add.
+
+        Each member comes with the options that it was trained with. What is observed before storing is left out.
+        """
+        raise NotImplementedError(f"{self.component_name} adapters cannot be averaged")
+
+    @property
     @abstractmethod
     def learning_rate_factor(self) -> float:
         """Times the learning rate that is given for LoRA."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,22 @@ class Lora(AdapterMethod):
         """Those of A and B (Eq. 23); inputs are pooled first."""
         d_out, d_in = shape
         return rank * (d_in // options.input_group + d_out)
+
+    @property
+    def merges(self) -> bool:
+        """True."""
+        return True
+
+    def merged(
+        self,
+        members: Sequence[tuple[Mapping[str, Tensor], AdapterOptions]],
+        ranks: Mapping[str, int],
+        options: AdapterOptions,
+    ) -> dict[str, Tensor]:
+        """Pairs of the mean update, cut to the ranks by singular values."""
+        from qratk.adapters.matrices.merging import mean_of_pairs
+
+        return mean_of_pairs(members, ranks, options)
 
     @property
     def traced(self) -> Lora:

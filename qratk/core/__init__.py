@@ -15,7 +15,16 @@ from qratk.core.errors import (
     UnknownComponentError,
     UnsupportedModelError,
 )
-from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, Prediction, Request, SurrogateQuality
+from qratk.core.evaluation import (
+    Candidate,
+    Evaluation,
+    FidelityLadder,
+    History,
+    Member,
+    Prediction,
+    Request,
+    SurrogateQuality,
+)
 from qratk.core.memory import (
     SCOPES,
     Budget,
@@ -54,6 +63,7 @@ __all__ = [
     "LayerBytes",
     "LayerChoice",
     "LayerShape",
+    "Member",
     "MemoryModel",
     "ParetoFront",
     "PeakBytes",

@@ -84,6 +84,19 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A training whose adapters are averaged with those of others: a configuration's, in a replicate (0: none)."""
+
+    configuration: Configuration
+    replicate: int = 0
+
+
+def mean_of(members: Iterable[Member]) -> str:
+    """Name of the mean of trainings, as a journal has it."""
+    return "mean of " + "; ".join(f"{member.configuration}/{member.replicate}" for member in members)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A measured score after `steps` optimiser steps; larger is better, -inf unless `status` is "ok".
 
@@ -95,6 +108,7 @@ class Evaluation:
     `trained_as` is the digest of the configuration that was trained for this one, where several configurations may have
     one training in common: its steps were then trained once for all of them. None where each has its own.
     `replicate` is that of the request: 0 with the seeds that were given, else with fresh ones.
+    `merged` are the trainings whose mean was scored, as adapters of this configuration; none where one alone was.
     """
 
     configuration: Configuration
@@ -109,6 +123,7 @@ class Evaluation:
     figures: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     trained_as: str | None = None
     replicate: int = 0
+    merged: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:
         if self.status == "ok" and not math.isfinite(self.score):
@@ -123,6 +138,11 @@ class Evaluation:
     def training(self) -> str:
         """Digest that names the training: evaluations with the same one continued it, or cut it differently."""
         return self.trained_as or self.configuration.digest
+
+    @property
+    def member(self) -> Member:
+        """Its training, as one of several to be averaged."""
+        return Member(self.configuration, self.replicate)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,12 @@ def record_data(record: Record) -> dict[str, Any]:
     }
 
 
+def evaluation_of(data: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that plain data tell, as `plain` writes one; raises `ConfigurationError`."""
+    failed = data.get("status") in ("failed", "lost")  # JSON has no infinite scores
+    return typed(Evaluation, {**data, "score": -math.inf} if failed else data, "evaluation")
+
+
 def record_of(data: Mapping[str, Any]) -> Record:
     """The record that plain data tell; raises `ConfigurationError`."""
     failed = data.get("status") in ("failed", "lost")

@@ -139,7 +139,8 @@ class SearchResult:
 
     `item_weights` are those of the validation items in the score; None when all are equal. `confirmations` are the
     contenders that were run again with fresh seeds, the largest mean first; the configuration of `best` is then chosen
-    by these means, and `best` is the best of its trainings.
+    by these means, and `best` is the best of its trainings. Where several were averaged, `best` has the score of their
+    mean, and `single` is the best of them alone.
     """
 
     plan: SearchPlan
@@ -160,6 +161,7 @@ class SearchResult:
     top3_hit_rates: Mapping[str, float] = field(default_factory=dict)
     item_weights: tuple[float, ...] | None = None
     confirmations: tuple[Confirmed, ...] = ()
+    single: Evaluation | None = None
 
     @property
     def confirmed(self) -> Confirmed | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob
 from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Evaluation, FidelityLadder, Request
+from qratk.core.evaluation import Evaluation, FidelityLadder, Member, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
@@ -160,6 +160,23 @@ class Evaluator(ABC):
     @abstractmethod
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Scores on test data of a measured evaluation, from its checkpoint; called only after the search."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether `merged` can be asked for; after `open`."""
+        return False
+
+    def merged(self, evaluation: Evaluation, members: Sequence[Member]) -> Evaluation:
+        """What was measured of a configuration, measured again with the mean of these trainings as its adapters.
+
+        The evaluation's own training is one of them, and all have as many steps and their checkpoints; nothing is
+        trained. A failure is returned with its reason, as of `evaluate`.
+        """
+        raise NotImplementedError("this evaluator says that it does not merge")
+
+    def save_adapter(self, evaluation: Evaluation, directory: Path) -> bool:
+        """Write the adapter that an evaluation scored as a PEFT folder; False, and nothing, where there is none."""
+        return False
 
     def prepare_test(self) -> bool:
         """Read the test data, so that errors come before the first step; False when there are none. After `open`."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob
-from qratk.core.errors import ConfigurationError
-from qratk.core.evaluation import Evaluation, Request
+from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.core.evaluation import Candidate, Evaluation, Member, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
 from qratk.core.space import SearchSpace
@@ -220,8 +222,73 @@ class FineTuneEvaluator(Evaluator):
     def test(self, evaluation: Evaluation) -> dict[str, float]:
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
         self.parts.preparation.finish(self.space)
+        if evaluation.merged:
+            self._put_mean(evaluation, evaluation.merged)
+            return self.parts.alone.tested()
         with self.parts.replicated(evaluation.configuration, evaluation.replicate) as parts:
-            return parts.alone.tested(evaluation.configuration, evaluation.steps)
+            parts.alone.train(evaluation.configuration, evaluation.steps)
+            return parts.alone.tested()
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapters can be averaged."""
+        return self.parts.module.backbone.adapters.method.merges
+
+    def merged(self, evaluation: Evaluation, members: Sequence[Member]) -> Evaluation:
+        """The score of the mean of what the members' adapters add to each projection, cut to the configured ranks.
+
+        Weights of several fine-tunings of one model averaged are often better than each of them (model soups,
+        Wortsman et al. 2022, arXiv:2203.05482).
+        """
+        self.parts.preparation.finish(self.space)
+        began = time.monotonic()
+
+        def outcomes() -> Sequence[Trained | Failed]:
+            self._put_mean(evaluation, members)
+            return [self.parts.alone.scored()]
+
+        scored = caught(outcomes)
+        if isinstance(scored, OutOfMemory):
+            free_memory(self.parts.module)
+        found = scored if isinstance(scored, OutOfMemory) else scored[0]
+        measured = self._measured(Request(Candidate(evaluation.configuration, "merged"), evaluation.steps), 0.0)
+        measured = replace(measured, seconds=time.monotonic() - began, replicate=evaluation.replicate)
+        return replace(measured.evaluation(found), merged=tuple(members), checkpoint=None)
+
+    def _put_mean(self, evaluation: Evaluation, members: Sequence[Member]) -> None:
+        """Leave the module on the evaluation's configuration, with the mean of trainings for its adapters."""
+        backbone, configuration = self.parts.module.backbone, evaluation.configuration
+        states = []
+        for member in members:
+            rungs = self.parts.rungs.of_replicate(member.replicate)
+            done, state = rungs.latest(member.configuration, evaluation.steps)
+            if state is None or done < evaluation.steps:
+                raise RunDirectoryError(
+                    f"{rungs.path(member.configuration, evaluation.steps)}: this training is wanted for the answer, "
+                    "and is gone or damaged; give another --run_dir to search anew"
+                )
+            states.append((state.adapter, backbone.adapter_options(member.configuration)))
+        ranks = {
+            name: choice.rank
+            for layer, choice in zip(backbone.layers, configuration.layers, strict=True)
+            for name, _ in layer.modules
+        }
+        mean = backbone.adapters.method.merged(states, ranks, backbone.adapter_options(configuration))
+        self.parts.alone.put(configuration, mean)
+        self.parts.alone.observe()
+
+    def save_adapter(self, evaluation: Evaluation, directory: Path) -> bool:
+        """Write the adapter, of one training or the mean of several, in the stored type."""
+        if not any(evaluation.configuration.ranks):
+            return False
+        self.parts.preparation.finish(self.space)
+        with self.parts.replicated(evaluation.configuration, evaluation.replicate) as parts:
+            if evaluation.merged:
+                self._put_mean(evaluation, evaluation.merged)
+            else:
+                parts.alone.train(evaluation.configuration, evaluation.steps)
+            parts.module.save_adapter(directory)
+        return True
 
     def prepare_test(self) -> bool:
         """Read and encode the test split; False when the data have none."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from qratk.core.configuration import Configuration
-from qratk.core.evaluation import Candidate, Evaluation
+from qratk.core.errors import RunDirectoryError
+from qratk.core.evaluation import Candidate, Evaluation, mean_of
 from qratk.core.result import Comparison, Confirmed, SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import counted
+from qratk.evaluators.base import Evaluator
 from qratk.executors.base import Executor
 from qratk.loop.measuring import Measuring
 from qratk.loop.racing import group, race
@@ -17,6 +21,7 @@ from qratk.loop.settings import SearchSettings
 from qratk.loop.state import Clock, SearchState, Stage
 from qratk.loop.statistics import paired_comparison, seed_comparison, top3_hit_rates
 from qratk.mutations.proposer import ProposalCounts
+from qratk.run import files
 from qratk.run.journal import Journal
 
 
@@ -63,7 +68,29 @@ def conclude(
         top3_hit_rates=_hit_rates(settings, state, measuring),
         seconds=_spent(state, measuring.clock),
         confirmations=state.confirmations,
+        single=state.single,
     )
+
+
+def keep_adapter(evaluator: Evaluator, best: Evaluation, run_dir: Path) -> None:
+    """Write the adapter that the best was scored with into the run folder, whole or not at all, over a former one.
+
+    Raises `RunDirectoryError` when it cannot be written.
+    """
+    folder = run_dir / files.ADAPTER
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        if evaluator.save_adapter(best, part):
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write {folder}: {error}. Free some space, then run the same command to go on; what was measured "
+            "before is kept."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _compared(
@@ -99,7 +126,8 @@ def _tested(
 def _test_of(evaluation: Evaluation) -> str:
     """Name of the decision that holds its test scores: a training with fresh seeds has its own."""
     fresh = f"/replicate-{evaluation.replicate}" if evaluation.replicate else ""
-    return f"test/{evaluation.configuration}{fresh}"
+    several = f"/{mean_of(evaluation.merged)}" if evaluation.merged else ""
+    return f"test/{evaluation.configuration}{fresh}{several}"
 
 
 def _hit_rates(settings: SearchSettings, state: SearchState, measuring: Measuring) -> dict[str, float]:

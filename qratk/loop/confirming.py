@@ -59,7 +59,8 @@ def _conclude(measured: Sequence[tuple[Evaluation, Sequence[Evaluation]]], measu
     measuring.state.confirm([_confirmed(selected, replicates) for selected, replicates in measured])
     for _, replicates in measured:
         for replicate in replicates:
-            if replicate.checkpoint is not None and replicate != measuring.state.best:
+            wanted = (measuring.state.best, *measuring.state.ingredients())
+            if replicate.checkpoint is not None and replicate not in wanted:
                 measuring.evaluator.discard(replicate)
     if measured and not any(confirmation.scores for confirmation in measuring.state.confirmations):
         measuring.reporter.message("No contender could be run again with fresh seeds: the answer is not confirmed.")

@@ -70,6 +70,8 @@ class Measuring:
         if not state.confirmations:  # each of them may still be the answer
             kept |= {e.configuration for e in state.contenders()}
         needed = {e.checkpoint for e in state.history if e.steps == highest and e.configuration in kept}
+        wanted = state.best.merged if over and state.best else None  # once it is over, what was averaged
+        needed |= {e.checkpoint for e in state.ingredients() if wanted is None or e.member in wanted}
         for evaluation in state.history:
             key = (evaluation.configuration, evaluation.steps)
             stays = evaluation.checkpoint in needed or (evaluation.trained_as is not None and not over)

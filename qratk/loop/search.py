@@ -19,11 +19,12 @@ from qratk.core.utility import Utility
 from qratk.core.work import listening
 from qratk.evaluators.base import EvaluationContext
 from qratk.executors.base import Blueprint
-from qratk.loop.answer import conclude
+from qratk.loop.answer import conclude, keep_adapter
 from qratk.loop.asking import Asking
 from qratk.loop.confirming import confirm
 from qratk.loop.exploring import Exploring
 from qratk.loop.measuring import Measuring, of_the_machine
+from qratk.loop.merging import merge
 from qratk.loop.purse import Purse
 from qratk.loop.racing import Group, group, race, spread_race
 from qratk.loop.refining import Refining
@@ -129,7 +130,16 @@ def _search(
     reporter.started(plan)
     proposer = Proposer(problem, settings.operators, settings.repair)
     untrained, shared = settings.untrained, evaluator.shared_runs
-    state = SearchState(problem, settings.ladder, baselines, settings.alpha, settings.contenders, untrained, shared)
+    state = SearchState(
+        problem,
+        settings.ladder,
+        baselines,
+        settings.alpha,
+        settings.contenders,
+        untrained,
+        shared,
+        ingredients=settings.merge if evaluator.merges else 0,
+    )
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)
     asking, purse = Asking(journal, proposer, clock), Purse(settings, measuring)
     _require_affordable(groups, settings, purse)
@@ -148,12 +158,14 @@ def _search(
     if purse.limited:
         Spending(settings, measuring, purse).run()
     confirm(settings, measuring, purse)
+    merge(settings, measuring)
     if purse.limited:
         stop_reasons["budget"] = f"{state.effort.full_runs:.2f} of {settings.full_runs:g} full runs are trained"
     measuring.prune(over=True)
     result = conclude(
         settings, measuring, utility=utility, proposals=proposer.counts, stop_reasons=stop_reasons, tests=tests
     )
+    keep_adapter(evaluator, result.best, context.run_dir)
     reporter.finished(result)
     return result
 

@@ -118,6 +118,8 @@ class SearchSettings(ABC):
             seeds too; references and scoring are apart. Phases I and II end where the next step would exceed it. What
             they leave goes to further settings of the best layers, and to fresh seeds of the best few, by whose mean
             the answer is then chosen.
+        merge: how many of the best trainings may be averaged into the answer's adapter, which takes no training: from
+            the best on, each is kept in where the validation score rises (0: none).
         generations: cap on the generations of phase I.
         hypervolume_tolerance: epsilon_hv; phase I stops when the hypervolume grows by less, relatively,
         hypervolume_patience: for this many generations in a row (Eq. 28).
@@ -158,6 +160,7 @@ class SearchSettings(ABC):
     max_evaluations: int | None = None
     confirm: Confirmation | None = None
     full_runs: float | None = None
+    merge: int = 0
     generations: int = 12
     hypervolume_tolerance: float = 1e-3
     hypervolume_patience: int = 3
@@ -171,7 +174,7 @@ class SearchSettings(ABC):
 
     def __post_init__(self) -> None:
         checks = Checks()
-        checks.at_least(0, generations=self.generations, seed=self.seed)
+        checks.at_least(0, generations=self.generations, seed=self.seed, merge=self.merge)
         checks.at_least(1, high_fidelity_candidates=self.high_fidelity_candidates, max_evaluations=self.max_evaluations)
         checks.at_least(1, hypervolume_patience=self.hypervolume_patience, full_runs=self.full_runs, seeds=self.seeds)
         checks.require(self.seeds < MOST_SEEDS, "seeds", self.seeds, f"must be under {MOST_SEEDS}")
@@ -318,8 +321,8 @@ class SearchSettings(ABC):
 
     @property
     def _longest(self) -> int:
-        """Values of the longest ladder of shared settings."""
-        return max((len(ladder.values) for ladder in self.shared_ladders), default=1)
+        """Values of the longest ladder of shared settings, but for the seeds: so many combinations show all of them."""
+        return max((len(ladder.values) for ladder in self.shared_ladders if ladder.name != REPLICATE), default=1)
 
     def race(self, candidates: int) -> Schedule:
         """Rungs of the generation that was just asked for, and how many of its candidates run at each."""

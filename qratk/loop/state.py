@@ -65,6 +65,7 @@ class SearchState:
         generations: how each generation of phase I ended.
         refinements: how each step of phase II ended.
         best: the answer so far; None before anything that fits was measured at the highest rung.
+        single: the best training alone, where `best` is the mean of several.
         discarded: checkpoints that were deleted, by configuration and steps.
         confirmations: what fresh seeds say of the contenders, once they are confirmed; the largest mean first.
         effort: what was trained, without references.
@@ -73,6 +74,7 @@ class SearchState:
         contenders: how many of the best may be confirmed; none where the answer is not.
         untrained: rung that trains nothing, if any.
         shared_runs: full runs that are trained for all candidates together.
+        ingredients: how many of the best trainings may be averaged.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class SearchState:
         contenders: int = 0,
         untrained: int | None = None,
         shared_runs: int = 0,
+        ingredients: int = 0,
     ) -> None:
         self._problem, self._ladder = problem, ladder
         self._baselines = frozenset(baselines)
@@ -93,10 +96,11 @@ class SearchState:
         self.generations: list[GenerationSummary] = []
         self.refinements: list[RefinementSummary] = []
         self.best: Evaluation | None = None
+        self.single: Evaluation | None = None
         self.discarded: set[tuple[Configuration, int]] = set()
         self.confirmations: tuple[Confirmed, ...] = ()
         self.effort = Effort(ladder.highest, untrained, shared_runs)
-        self._contenders = contenders
+        self._contenders, self._ingredients = contenders, ingredients
         self._measured: Counter[int] = Counter()  # of the history, by rung
         self._recorded: Counter[int] = Counter()  # of the records, by rung
         self._spent = (0.0, 0)  # seconds and steps of what succeeded
@@ -157,6 +161,20 @@ class SearchState:
         )
         if best is not None:
             self.best = means[best.configuration].delivered
+
+    def ingredients(self) -> list[Evaluation]:
+        """The trainings that may be averaged into the answer's, the best score first, replicates among them."""
+        highest = self._ladder.highest
+        trained: dict[tuple[str, int], Evaluation] = {}
+        searched = (r.evaluation for r in self.records if r.candidate.phase != "reference")
+        able = (e for e in searched if e.steps == highest and e.ok and e.checkpoint is not None)
+        for evaluation in sorted(able, key=lambda e: -e.score):
+            trained.setdefault((evaluation.training, evaluation.replicate), evaluation)
+        return list(trained.values())[: self._ingredients]
+
+    def take_merged(self, evaluation: Evaluation) -> None:
+        """The mean of several trainings is the answer's adapter from here on."""
+        self.single, self.best = self.best, evaluation
 
     def _judge(self) -> None:
         self.best = answer.best(

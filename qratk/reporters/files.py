@@ -199,9 +199,16 @@ def _csv_line(row: tuple[object, ...]) -> str:
 
 
 def columns(space: SearchSpace) -> tuple[str, ...]:
-    """Columns of `evaluations.csv`: `COLUMNS`, and after the ranks one for each shared setting of the space."""
+    """Columns of `evaluations.csv`: `COLUMNS`, and after the ranks one for each shared setting of the space.
+
+    `replicate` numbers the seeds as `model.replicate` does, also where configurations have seeds of their own.
+    """
     after = COLUMNS.index("ranks") + 1
-    return (*COLUMNS[:after], *(ladder.name for ladder in space.shared), *COLUMNS[after:])
+    return (*COLUMNS[:after], *_shared_names(space), *COLUMNS[after:])
+
+
+def _shared_names(space: SearchSpace) -> tuple[str, ...]:
+    return tuple(ladder.name for ladder in space.shared if ladder.name != REPLICATE)
 
 
 def evaluation_row(problem: Problem, record: Record, figures: Sequence[str] = ()) -> tuple[object, ...]:
@@ -217,9 +224,9 @@ def evaluation_row(problem: Problem, record: Record, figures: Sequence[str] = ()
         candidate.origin,
         " ".join(map(str, configuration.bits)),
         " ".join(map(str, configuration.ranks)),
-        *(setting_text(configuration.settings.get(ladder.name, "")) for ladder in problem.space.shared),
+        *(setting_text(configuration.settings.get(name, "")) for name in _shared_names(problem.space)),
         evaluation.steps,
-        evaluation.replicate,
+        seeds_of(configuration, evaluation.replicate),
         evaluation.score if evaluation.ok else "",
         evaluation.footprint.storage_bytes,
         round(problem.memory.average_bits(configuration), 6),
@@ -266,6 +273,12 @@ def best_text(
             *lines,
             f"# score is that of the best of these seeds, which training it again has: replicate "
             f"{seeds_of(best.configuration, best.replicate)}",
+        )
+    if best.merged:
+        lines = (
+            *lines,
+            f"# score is that of {len(best.merged)} trainings averaged, whose adapter lies in {files.ADAPTER}/; this "
+            "file trains the first of them",
         )
     if best.configuration.shared:
         lines = (*lines, f"# shared settings: {shared_text(best.configuration.shared)}")

@@ -492,6 +492,11 @@ def _facts(result: SearchResult, run_dir: Path | None) -> Iterator[tuple[str, st
     if best.configuration.shared:
         yield "shared settings", shared_text(best.configuration.shared)
     yield "best score", f"{_score(best.score)} at {_size(problem, best)}"
+    if result.single is not None:
+        yield (
+            "averaged",
+            f"the adapters of {len(best.merged)} trainings; the best of them alone has {_score(result.single.score)}",
+        )
     if result.confirmed is not None:
         yield "confirmed score", _confirmed_text(result.confirmed)
     for other in result.confirmations:

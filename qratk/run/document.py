@@ -18,7 +18,7 @@ import yaml
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.core.evaluation import Evaluation, Status, SurrogateQuality
+from qratk.core.evaluation import Evaluation, Member, Status, SurrogateQuality
 from qratk.core.memory import Budget, Scope
 from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain, typed
@@ -39,6 +39,7 @@ class EvaluationEntry:
     """One evaluation; `bytes` are those of the budget's scope, the score is NaN when it failed.
 
     `figures` are all that the scoring said, by name. `replicate` counts runs with fresh seeds; 0 is the search's own.
+    `merged` are the trainings whose mean was scored; none where one alone was.
     """
 
     configuration: Configuration
@@ -59,6 +60,7 @@ class EvaluationEntry:
     checkpoint: str | None
     figures: Mapping[str, float] = field(default_factory=dict)
     replicate: int = 0
+    merged: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:
         if self.digest != self.configuration.digest:
@@ -87,6 +89,7 @@ class EvaluationEntry:
             checkpoint=evaluation.checkpoint,
             figures=dict(evaluation.figures),
             replicate=evaluation.replicate,
+            merged=evaluation.merged,
         )
 
 
@@ -302,7 +305,7 @@ class ResultDocument:
 
     `test_scores` are by configuration and metric, `evaluations_by_rung` counts failed ones too, `proposals` counts by
     what became of them, some of them layer by layer. `confirmations` are the contenders that were run again with fresh
-    seeds, the largest mean first.
+    seeds, the largest mean first. `single` is the best training alone, where `best` is the mean of several.
     """
 
     name: str
@@ -326,6 +329,7 @@ class ResultDocument:
     problem: ProblemEntry
     environment: Environment = field(default_factory=Environment)
     confirmations: tuple[ConfirmedEntry, ...] = ()
+    single: EvaluationEntry | None = None
     format: int = FORMAT
 
     @classmethod
@@ -354,6 +358,7 @@ class ResultDocument:
             problem=ProblemEntry.of(plan),
             environment=Environment.here(),
             confirmations=tuple(ConfirmedEntry.of(problem, c) for c in result.confirmations),
+            single=None if result.single is None else EvaluationEntry.of(problem, result.single),
         )
 
     @property

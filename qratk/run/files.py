@@ -18,6 +18,8 @@ BEST: Final = "best.yaml"
 """Settings of a fit of the best configuration."""
 RESULT: Final = "result.json"
 """What the search ended with; there once it has ended."""
+ADAPTER: Final = "adapter"
+"""Folder of the best's adapter, as it was scored, for PEFT; there once the search has ended."""
 FRONT_PICTURE: Final = "front.png"
 ALLOCATION_PICTURE: Final = "allocation.png"
 PROGRESS_PICTURE: Final = "progress.png"
@@ -27,7 +29,7 @@ CHECKPOINTS: Final = "checkpoints"
 """Folder of adapter and optimiser states."""
 
 ALL: Final = (
-    CONFIG, JOURNAL, EVALUATIONS, FRONT, BEST, RESULT, FRONT_PICTURE, ALLOCATION_PICTURE, PROGRESS_PICTURE,
+    CONFIG, JOURNAL, EVALUATIONS, FRONT, BEST, RESULT, ADAPTER, FRONT_PICTURE, ALLOCATION_PICTURE, PROGRESS_PICTURE,
     TENSORBOARD, CHECKPOINTS,
 )  # fmt: skip
 """What a finished run may hold, in the order in which it is told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +10,10 @@ from pathlib import Path
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.core.evaluation import Evaluation, History
+from qratk.core.evaluation import Evaluation, History, mean_of
+from qratk.core.plain import evaluation_of
 from qratk.core.result import Record
+from qratk.core.shared import REPLICATE
 from qratk.run import files
 from qratk.run.document import (
     EvaluationEntry,
@@ -126,7 +129,12 @@ class Run:
     def _recorded(self, entries: Iterable[EvaluationEntry]) -> tuple[Evaluation, ...]:
         """What the journal holds of entries; raises `RunDirectoryError` when it says otherwise."""
         name = self.folder / (files.RESULT if self.finished else files.FRONT)
-        found = tuple(self._measured(entry.configuration, entry.steps, name, entry.replicate) for entry in entries)
+        found = tuple(
+            self._mean(entry, name)
+            if entry.merged
+            else self._measured(entry.configuration, entry.steps, name, entry.replicate)
+            for entry in entries
+        )
         for entry, evaluation in zip(entries, found, strict=True):
             if evaluation.ok and entry.score != evaluation.score:
                 raise RunDirectoryError(
@@ -134,6 +142,15 @@ class Run:
                     f"{evaluation.score} here; one of them is damaged, or of another run"
                 )
         return found
+
+    def _mean(self, entry: EvaluationEntry, name: Path) -> Evaluation:
+        found = self._contents.decisions.get(mean_of(entry.merged))
+        if found is None:
+            raise RunDirectoryError(
+                f"{name} tells of {entry.configuration} as the mean of {len(entry.merged)} trainings, which "
+                f"{files.JOURNAL} does not hold; one of them is damaged, or of another run"
+            )
+        return evaluation_of(json.loads(found))
 
     def _measured(self, configuration: Configuration, steps: int, name: Path, replicate: int = 0) -> Evaluation:
         found = self._index.get((configuration, steps, replicate))
@@ -149,7 +166,9 @@ def _fitted(path: Path, settings: Settings) -> Configuration:
     """The configuration in a `best.yaml`, with the options of the model that the search had as shared settings."""
     model = settings.section("model")
     model = {**model, **(model.get("init_args") or {})}
-    shared = {name: model[name] for name in settings.section("search").get("shared") or {} if name in model}
+    search = settings.section("search")
+    names = [*(search.get("shared") or {}), *([REPLICATE] if search.get("seeds", 1) > 1 else [])]
+    shared = {name: model[name] for name in names if name in model}
     try:
         return Configuration.from_text(str(model.get("configuration"))).with_shared(shared)
     except ConfigurationError as error:

@@ -19,7 +19,9 @@ UNDECIDING: Final = frozenset({
 """Settings that say where and how a search computes, what is shown and what is asked at its end: no measurement."""
 
 
-LATER: Final[Mapping[str, Any]] = {"search.full_runs": None, "search.seeds": 1, "model.replicate": None}
+LATER: Final[Mapping[str, Any]] = {
+    "search.full_runs": None, "search.merge": 0, "search.seeds": 1, "model.replicate": None,
+}  # fmt: skip
 """Settings that run directories from before they were thought of lack, with the value that says the same."""
 
 

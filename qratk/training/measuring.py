@@ -11,6 +11,7 @@ from qratk.core.configuration import Configuration
 from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
 from qratk.training.continuation import Continuation
+from qratk.training.observing import observe
 from qratk.training.rungs import Rungs
 from qratk.training.trainers import QuietTrainers, in_place
 
@@ -64,21 +65,27 @@ class Alone:
             metrics = self.trainers.scoring().validate(self.module, datamodule=self.data, verbose=False)[0]
         return Trained.of(_unprefixed(metrics, "validation"), self.module.last_outcomes)
 
-    def tested(self, configuration: Configuration, steps: int) -> dict[str, float]:
-        """Metrics on test data after `steps` optimiser steps."""
-        self.train(configuration, steps)
-        return self._tested()
-
-    def tested_with(self, configuration: Configuration, adapter: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics on test data of a configuration with these masters, named and shaped as it has them."""
-        self.module.activate(configuration)
-        self.module.backbone.load_adapter_state(adapter)
-        return self._tested()
-
-    def _tested(self) -> dict[str, float]:
+    def tested(self) -> dict[str, float]:
+        """Metrics on test data of the module as it is."""
         with in_place(self.module):
             metrics = self.trainers.scoring().test(self.module, datamodule=self.data, verbose=False)[0]
         return _unprefixed(metrics, "test")
+
+    def tested_with(self, configuration: Configuration, adapter: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics on test data of a configuration with these masters, named and shaped as it has them."""
+        self.put(configuration, adapter)
+        return self.tested()
+
+    def put(self, configuration: Configuration, adapter: Mapping[str, Tensor]) -> None:
+        """Leave the module on a configuration with these masters."""
+        self.module.activate(configuration)
+        self.module.backbone.load_adapter_state(adapter)
+
+    def observe(self) -> None:
+        """Have the adapters, as they are, take from training batches what decides how they are stored."""
+        backbone = self.module.backbone
+        count = backbone.adapters.method.observed_batches
+        observe(backbone.adapters, backbone.model, self.data, count, device=backbone.model.device)
 
     def train(self, configuration: Configuration, steps: int) -> None:
         """Leave the module as it is after `steps` optimiser steps on a configuration, and that in a checkpoint."""
