@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob
-from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import Candidate, Evaluation, Member, Request
 from qratk.core.memory import Footprint, LayerShape, MemoryModel
 from qratk.core.shared import SharedLadder
@@ -244,6 +244,11 @@ class FineTuneEvaluator(Evaluator):
         began = time.monotonic()
 
         def outcomes() -> Sequence[Trained | Failed]:
+            from qratk.training.measuring import Failed
+
+            states = [self._state(member, evaluation.steps) for member in members]
+            if None in states:
+                return [Failed("the checkpoint of a training was deleted")]
             self._put_mean(evaluation, members)
             return [self.parts.alone.scored()]
 
@@ -256,18 +261,19 @@ class FineTuneEvaluator(Evaluator):
         return replace(measured.evaluation(found), merged=tuple(members), checkpoint=None)
 
     def _put_mean(self, evaluation: Evaluation, members: Sequence[Member]) -> None:
-        """Leave the module on the evaluation's configuration, with the mean of trainings for its adapters."""
+        """Leave the module on the evaluation's configuration, with the mean of trainings for its adapters.
+
+        One whose checkpoint is gone is trained again.
+        """
         backbone, configuration = self.parts.module.backbone, evaluation.configuration
         states = []
         for member in members:
-            rungs = self.parts.rungs.of_replicate(member.replicate)
-            done, state = rungs.latest(member.configuration, evaluation.steps)
-            if state is None or done < evaluation.steps:
-                raise RunDirectoryError(
-                    f"{rungs.path(member.configuration, evaluation.steps)}: this training is wanted for the answer, "
-                    "and is gone or damaged; give another --run_dir to search anew"
-                )
-            states.append((state.adapter, backbone.adapter_options(member.configuration)))
+            state = self._state(member, evaluation.steps)
+            if state is None:
+                with self.parts.replicated(member.configuration, member.replicate) as parts:
+                    parts.alone.train(member.configuration, evaluation.steps)
+                    state = parts.module.backbone.adapter_state()
+            states.append((state, backbone.adapter_options(member.configuration)))
         ranks = {
             name: choice.rank
             for layer, choice in zip(backbone.layers, configuration.layers, strict=True)
@@ -276,6 +282,11 @@ class FineTuneEvaluator(Evaluator):
         mean = backbone.adapters.method.merged(states, ranks, backbone.adapter_options(configuration))
         self.parts.alone.put(configuration, mean)
         self.parts.alone.observe()
+
+    def _state(self, member: Member, steps: int) -> Mapping[str, Tensor] | None:
+        """The masters of a training after so many steps; None where they were not kept, or are damaged."""
+        done, state = self.parts.rungs.of_replicate(member.replicate).latest(member.configuration, steps)
+        return state.adapter if state is not None and done == steps else None
 
     def save_adapter(self, evaluation: Evaluation, directory: Path) -> bool:
         """Write the adapter, of one training or the mean of several, in the stored type."""

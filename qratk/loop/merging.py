@@ -28,7 +28,8 @@ def merge(settings: SearchSettings, measuring: Measuring) -> None:
         return
     best = alone
     members: tuple[Member, ...] = (alone.member,)
-    others = [e for e in state.ingredients() if e.member != alone.member][: settings.merge - 1]
+    own = (alone.training, alone.replicate)
+    others = [e for e in state.ingredients() if (e.training, e.replicate) != own][: settings.merge - 1]
     for _ in range(ROUNDS):
         waiting = [e for e in others if e.member not in members]
         before = len(members)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qratk.core import Candidate, Configuration, Member, Request, RunDirectoryError
+from qratk.core import Candidate, Configuration, Member, Request
 from qratk.evaluators.finetune import FineTuneEvaluator
 
 OTHER = Configuration.from_text("4:2 4:4 8:2 | alpha_over_rank=1")
@@ -87,11 +87,19 @@ def test_adapters_that_cannot_be_averaged_say_so(tmp_path: Path, model_dir: Path
     assert opened(tmp_path, model_dir, data_files).merges
 
 
-def test_a_member_that_is_gone_is_an_error(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
+def test_a_member_that_is_gone_is_left_out_of_what_is_tried_and_trained_again_for_what_was_chosen(
+    tmp_path: Path, model_dir: Path, data_files: dict[str, str]
+) -> None:
     evaluator = opened(tmp_path, model_dir, data_files)
-    alone = evaluated(evaluator, MIXED, 6)
-    with pytest.raises(RunDirectoryError, match=r"this training is wanted for the answer, and is gone or damaged"):
-        evaluator.merged(alone, [Member(MIXED), Member(OTHER)])
+    alone, other = evaluated(evaluator, MIXED, 6), evaluated(evaluator, OTHER, 6)
+    merged = evaluator.merged(alone, [Member(MIXED), Member(OTHER)])
+    evaluator.prepare_test()
+    scores = evaluator.test(merged)
+    evaluator.discard(other)
+    gone = evaluator.merged(alone, [Member(MIXED), Member(OTHER)])
+    assert not gone.ok
+    assert gone.reason == "the checkpoint of a training was deleted"
+    assert evaluator.test(merged) == scores
 
 
 def test_a_seed_of_a_configuration_is_that_of_a_module_with_it(
