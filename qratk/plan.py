@@ -128,8 +128,8 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     )
     memory, budget = loop.pose([shape.name for shape in backbone.shapes], foretold)
     rows = plan_rows(memory, budget)
-    baselines = sum(row.fits for row in rows if row.name == "uniform")
-    evaluations = loop.planned_evaluations(baselines)
+    fitting = [Configuration.from_text(row.configuration) for row in rows if row.name == "uniform" and row.fits]
+    evaluations = loop.planned_evaluations(len(loop.baselines(fitting)))
     references = 0 if loop.shared_ladders else len(loop.reference_choices)
     steps = total_steps(evaluations, afresh=references + loop.planned_replicates)
     if loop.full_runs is not None:  # the rungs' counts are each within it, and so are all of them together

@@ -151,7 +151,7 @@ def test_a_confirmation_that_was_asked_for_is_kept_a_part_of_the_budget(tmp_path
 
 def test_a_budget_that_the_baselines_exceed_is_refused_before_the_first_step(tmp_path: Path) -> None:
     evaluator = Toy()
-    with pytest.raises(ConfigurationError, match=r"full_runs is 2, .* uniform baselines alone \(6\) take 2\.9; raise"):
+    with pytest.raises(ConfigurationError, match=r"full_runs is 2, .* uniform baselines alone \(1\) take 2\.1; raise"):
         search(tmp_path, full_runs=2, evaluator=evaluator)
     with pytest.raises(ConfigurationError, match=r"full_runs is 5, .* uniform baselines alone \(3\) take 5\.3; raise"):
         search(tmp_path / "each", full_runs=5, evaluator=evaluator, **UNIFORM)

@@ -191,22 +191,27 @@ def test_seeds_are_a_setting_that_the_search_picks(tmp_path: Path) -> None:
         settings(seeds=1000)
 
 
-def test_the_largest_uniform_tunes_the_settings_for_the_others(tmp_path: Path) -> None:
-    result = search(tmp_path, seeds=4, shared={"learning_rate": [1e-3, 1e-2]}, merge=0)
+def test_the_largest_uniform_tunes_the_settings_for_those_that_none_exceeds(tmp_path: Path) -> None:
+    rates = {"learning_rate": [1e-3, 3e-3, 1e-2]}
+    ladders: dict[str, Any] = {"like": None, "limit": "78MB", "bits": (2, 3, 4, 8)}  # 4:4 fits, and 4:8 does not
+    result = search(tmp_path, seeds=4, shared=rates, merge=0, **ladders)
     problem = result.plan.problem
-    uniforms = sorted((c for c in problem.space.uniforms() if problem.feasible(c)), key=lambda c: -problem.bytes(c))
+    uniforms = [problem.space.uniform(4, 4), problem.space.uniform(3, 16)]
+    assert all(problem.feasible(c) for c in (*uniforms, problem.space.uniform(3, 8), problem.space.uniform(2, 16)))
     baseline = [r.evaluation for r in result.records if r.candidate.phase == "baseline"]
     lowest, highest = ([e.configuration for e in baseline if e.steps == steps] for steps in (10, 90))
     first = [c for c in lowest if c.layers == uniforms[0].layers]
     assert [c.shared for c in first] == list(problem.space.spread_shared)
-    assert {c.settings["learning_rate"] for c in first} == {1e-3, 1e-2}
-    best = max((e for e in baseline if e.steps == 10 and e.configuration in first), key=lambda e: e.score).configuration
+    assert {c.settings["learning_rate"] for c in first} == {1e-3, 3e-3, 1e-2}
+    own = [e for e in baseline if e.steps == 90 and e.configuration in first]
+    assert len(own) == 2
+    best = max(own, key=lambda e: e.score).configuration
     others = lowest[len(first) :]
     assert [c.layers for c in others] == [c.layers for c in uniforms[1:]]
     assert {c.settings["learning_rate"] for c in others} == {best.settings["learning_rate"]}
-    assert len({c.settings["replicate"] for c in others[:4]}) == 4
+    assert all(c.settings["replicate"] != best.settings["replicate"] for c in others)
     scores = {e.configuration: e.score for e in baseline if e.steps == 10}
-    assert set(highest) == set(sorted(lowest, key=lambda c: -scores[c])[:3])
+    assert highest[2:] == sorted(others, key=lambda c: -scores[c])[:2]
     assert result.plan.evaluations[10] >= len([e for e in result.history if e.steps == 10])
 
 

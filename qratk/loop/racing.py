@@ -42,27 +42,26 @@ def race(
     return measured
 
 
-def spread_race(
-    groups: Sequence[Group], schedule: Schedule, settings: SearchSettings, measuring: Measuring, stage: Stage
-) -> None:
+def spread_race(groups: Sequence[Group], settings: SearchSettings, measuring: Measuring, stage: Stage) -> None:
     """A race of one group of settings after another, the largest configuration first, that tunes them but once.
 
-    At the lowest rung the first is measured with every value of each setting, the others with the best of these, each
-    with another seed; then all of them race as one group.
+    The first is measured with every value of each setting, and its best two go up all rungs: short runs are a poor
+    judge of rates. The others have the better of the two settings, each with another seed, and the best of them go up.
     """
-    (lowest, _), *_ = schedule
     problem = measuring.plan.problem
     space, stands = problem.space, [members[0] for members in groups]
     first, *others = sorted(stands, key=lambda c: (-problem.bytes(c.configuration), c.configuration))
     tried = group(replace(first, configuration=first.configuration.with_shared(())), space.spread_shared)
-    (found,) = race([tried], ((lowest, len(tried)),), settings, measuring, stage)
+    own, rest = settings.spread_races(len(groups))
+    *_, found = race([tried], own, settings, measuring, stage)
     able = [e for e in found if e.ok]
     best = max(able, key=lambda e: e.score).configuration.shared if able else space.middle
     placed = [
         replace(candidate, configuration=candidate.configuration.with_shared(space.reseeded(best, number)))
         for number, candidate in enumerate(others, start=1)
     ]
-    race([[*tried, *placed]], schedule, settings, measuring, stage)
+    if placed:
+        race([placed], rest, settings, measuring, stage)
 
 
 def leading(members: Group, size: int, below: Sequence[Evaluation]) -> Group:

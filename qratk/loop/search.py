@@ -121,9 +121,9 @@ def _search(
         )
     problem = _pose(settings, journal, reporter, clock)
     settings.executor.begin(problem.space)
-    fitting = [c for c in problem.space.uniforms() if problem.feasible(c)]
+    fitting = settings.baselines([c for c in problem.space.uniforms() if problem.feasible(c)])
     uniform = [Candidate(c.with_shared(()), "uniform", phase="baseline") for c in fitting]
-    groups = [group(c, problem.space.all_shared) for c in uniform if settings.uniform_baselines]
+    groups = [group(c, problem.space.all_shared) for c in uniform]
     baselines = tuple(candidate.configuration for members in groups for candidate in members)
     planned = settings.planned_evaluations(len(groups))
     plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
@@ -144,9 +144,8 @@ def _search(
     asking, purse = Asking(journal, proposer, clock), Purse(settings, measuring)
     _require_affordable(groups, settings, purse)
     # The promise never to be worse, and the first pairs.
-    schedule = settings.baseline_race(len(groups))
     if groups and settings.spreads_baselines:
-        spread_race(groups, schedule, settings, measuring, Stage("baseline"))
+        spread_race(groups, settings, measuring, Stage("baseline"))
     else:
         race(groups, settings.settings_race, settings, measuring, Stage("baseline"))
     exploring = Exploring(settings, context, _searched(proposer, settings), measuring, asking, purse)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qratk.core.checks import Checks
-from qratk.core.configuration import LayerChoice
+from qratk.core.configuration import Configuration, LayerChoice
 from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import MOST_SEEDS, FidelityLadder
 from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from qratk.data.base import TaskData
     from qratk.training.module import FineTuneModule
+
+SETTINGS_AT_THE_TOP: Final = 2
+"""How many combinations of settings of one uniform choice run to T_S, where the others take the best of them."""
 
 LAYOUTS: Final = 3
 """Of how many of the best layers further settings are tried with what a budget of full runs leaves."""
@@ -92,9 +95,10 @@ class SearchSettings(ABC):
         ranks: ladder of adapter ranks; 0 means no adapter.
         shared: ladders of options of the model that a configuration has one value of, by name, as in {learning_rate:
             [1e-3, 3e-3, 1e-2], rslora: [false, true]}: ascending numbers, or names. The largest uniform baseline is
-            measured with every value of each at the lowest rung, the others with the best of these, and the
-            `high_fidelity_candidates` best of all go up. Where nothing is searched, every uniform configuration is
-            measured with all combinations there, and the best of each goes up.
+            measured with every value of each at the lowest rung, and its best two go up; of the others those that none
+            exceeds in bits and rank have the better of these, and their best go up too, one fewer than
+            `high_fidelity_candidates`. Where nothing is searched, every uniform configuration is measured with all
+            combinations there, and the best of each goes up.
         seeds: how many seeds configurations may be trained with: of the order of the training rows, of adapters and of
             dropout. Which, is a setting like those that are `shared`, named replicate, that the search picks: trainings
             of one configuration differ by as much as configurations do, and what is found is a training.
@@ -300,14 +304,27 @@ class SearchSettings(ABC):
         """Whether uniform baselines race together, few settings each: the search itself goes on to tune settings."""
         return bool(self.shared_ladders) and self.searcher.settles and self.generations > 0 and not self.tuned_above
 
+    def baselines(self, fitting: Sequence[Configuration]) -> Sequence[Configuration]:
+        """Of the uniform configurations that fit those that are measured as baselines."""
+        if not self.uniform_baselines:
+            return ()
+        return [c for c in fitting if not self.spreads_baselines or not any(_exceeds(other, c) for other in fitting)]
+
     def baseline_race(self, baselines: int) -> Schedule:
         """Rungs, and how many of so many uniform choices, at whatever settings, run at each."""
-        if not baselines or not self.uniform_baselines:
+        if not baselines:
             return tuple((steps, 0) for steps, _ in self.settings_race)
         if not self.spreads_baselines:
             return tuple((steps, size * baselines) for steps, size in self.settings_race)
-        sizes = self.ladder.sizes(self._longest + baselines - 1, self.high_fidelity_candidates)
-        return tuple(zip(self.ladder.steps, sizes, strict=True))
+        own, rest = self.spread_races(baselines)
+        return tuple((steps, size + further) for (steps, size), (_, further) in zip(own, rest, strict=True))
+
+    def spread_races(self, baselines: int) -> tuple[Schedule, Schedule]:
+        """Rungs and sizes of the race of the first uniform choice over the settings, and of that of the others."""
+        own = self.ladder.sizes(self._longest, SETTINGS_AT_THE_TOP)
+        rest = self.ladder.sizes(baselines - 1, max(1, self.high_fidelity_candidates - 1))
+        steps = self.ladder.steps
+        return tuple(zip(steps, own, strict=True)), tuple(zip(steps, rest, strict=True))
 
     @property
     def reference_race(self) -> Schedule:
@@ -407,6 +424,11 @@ class SearchSettings(ABC):
         return memory, resolve_budget(
             memory, limit=limit, like=like, scope=self.scope, max_average_bits=self.max_average_bits
         )
+
+
+def _exceeds(a: Configuration, b: Configuration) -> bool:
+    """Whether one uniform configuration has no fewer bits and no lower rank than another, and more of one."""
+    return a.layers != b.layers and a.bits[0] >= b.bits[0] and a.ranks[0] >= b.ranks[0]
 
 
 def _without(option: str, error: ConfigurationError) -> str:
