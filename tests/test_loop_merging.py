@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.core.evaluation import Evaluation, Member
+from qratk.core.evaluation import Evaluation, Member, scored_as
 from qratk.core.result import SearchResult
 from qratk.loop import SearchLoop
 from qratk.reporters.base import Destination
@@ -93,7 +93,13 @@ def test_the_best_trainings_are_taken_in_one_after_another_as_long_as_that_score
     assert result.best.score == pytest.approx(result.single.score + 0.3)
     tried = ((1, 1), (2, 2), (3, 3), (3, 4), (3, 5))  # so many that are in by then, and the next
     assert evaluator.asked == [(*ranked[:k], ranked[n]) for k, n in tried]
-    assert result.test_scores[str(result.best.configuration)] == {"score": result.best.score, "members": 3.0}
+    own = scored_as(result.best.configuration, result.best.merged)
+    assert own == f"{result.best.configuration} (mean of 3 trainings)"
+    assert result.test_scores[own] == {"score": result.best.score, "members": 3.0}
+    assert result.test_scores[str(result.best.configuration)] == {"score": result.single.score, "members": 0.0}
+    written = Run(tmp_path).result
+    assert written.single is not None
+    assert written.tested(written.best) == result.test_scores[own] != written.tested(written.single)
     assert (tmp_path / files.ADAPTER / "members").read_text() == "3"
 
 

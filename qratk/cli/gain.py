@@ -41,7 +41,7 @@ def gain_text(result: ResultDocument, bits: int) -> str:
             f"  over uniform {full_label(baseline.configuration)}: {comparison.difference:+.4f} "
             f"[{comparison.low:+.4f}, {comparison.high:+.4f}]{over} at {best.bytes / baseline.bytes:.0%} of its bytes"
         )
-        ours, theirs = (result.tested(entry.configuration).get("score") for entry in (best, baseline))
+        ours, theirs = (result.tested(entry).get("score") for entry in (best, baseline))
         if ours is not None and theirs is not None:
             lines[-1] += f"; on test data {ours - theirs:+.4f}"
     if len(lines) == head:

@@ -49,7 +49,7 @@ class Outcome:
     @property
     def test(self) -> Mapping[str, float]:
         """Test metrics of the best; empty where it was not tested."""
-        return self.result.tested(self.best.configuration)
+        return self.result.tested(self.best)
 
     @property
     def validation(self) -> float:

@@ -145,6 +145,11 @@ class Evaluation:
         return Member(self.configuration, self.replicate)
 
 
+def scored_as(configuration: Configuration, members: Sequence[Member] = ()) -> str:
+    """Text of a configuration in test scores; a mean of trainings is told apart from one of them."""
+    return f"{configuration} (mean of {len(members)} trainings)" if members else str(configuration)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A guess of the score at the highest rung; it is no `Evaluation`, so that it can never enter a front."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import RunDirectoryError
-from qratk.core.evaluation import Candidate, Evaluation, mean_of
+from qratk.core.evaluation import Candidate, Evaluation, mean_of, scored_as
 from qratk.core.result import Comparison, Confirmed, SearchResult
 from qratk.core.utility import Utility
 from qratk.core.work import counted
@@ -48,7 +48,8 @@ def conclude(
     *_, references = race(groups, settings.reference_race, settings, measuring, Stage("reference"))
     baselines = [e for e in (state.history.get(c, highest) for c in plan.baselines) if e is not None]
     weights = evaluator.item_weights
-    scores = [*baselines, *references, best] if tests else []  # of one configuration the last counts
+    alone = () if state.single is None else (state.single,)
+    scores = [*baselines, *references, *alone, best] if tests else []  # of one configuration the last counts
     return SearchResult(
         plan=plan,
         best=best,
@@ -112,8 +113,8 @@ def _references(settings: SearchSettings, layers: int) -> list[Candidate]:
 def _tested(
     evaluations: Sequence[Evaluation], executor: Executor, journal: Journal, clock: Clock
 ) -> dict[str, dict[str, float]]:
-    """Scores on test data by the configuration's text, of what succeeded."""
-    wanted = {str(e.configuration): e for e in evaluations if e.ok}
+    """Scores on test data by the text that `scored_as` gives, of what succeeded."""
+    wanted = {scored_as(e.configuration, e.merged): e for e in evaluations if e.ok}
     if not wanted:
         return {}
     lacking = [e for e in wanted.values() if journal.decision(_test_of(e)) is None]

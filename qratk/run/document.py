@@ -18,7 +18,7 @@ import yaml
 
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.core.evaluation import Evaluation, Member, Status, SurrogateQuality
+from qratk.core.evaluation import Evaluation, Member, Status, SurrogateQuality, scored_as
 from qratk.core.memory import Budget, Scope
 from qratk.core.pareto import ParetoFront
 from qratk.core.plain import plain, typed
@@ -367,9 +367,9 @@ class ResultDocument:
         own = (c for c in self.confirmations if c.selected.configuration == self.best.configuration)
         return next((c for c in own if np.isfinite(c.mean)), None)
 
-    def tested(self, configuration: Configuration) -> Mapping[str, float]:
-        """Test scores of a configuration by metric, those that are known; empty where it was not tested."""
-        found = self.test_scores.get(str(configuration), {})
+    def tested(self, entry: EvaluationEntry) -> Mapping[str, float]:
+        """Test scores of an evaluation by metric, those that are known; empty where it was not tested."""
+        found = self.test_scores.get(scored_as(entry.configuration, entry.merged), {})
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
