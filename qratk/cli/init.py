@@ -136,6 +136,7 @@ def document(
         "model:",
         f"  model: {json.dumps(model)} # a Hugging Face name or a local folder",
         "  learning_rate: 2.0e-4 # of a fit; the search tries those of `search.shared`",
+        "  init: loftq # adapters begin with what quantisation left out; `default` begins at zero",
         "  schedule: cosine",
         "",
         "data:",
