@@ -70,20 +70,8 @@ class AdapterMethod(ABC):
 
     @property
     def merges(self) -> bool:
-        """Whether several trained states can be averaged into one, by `merged`."""
+        """Whether a trained state is pairs of matrices, of the ranks of `trained`, of which several can be averaged."""
         return False
-
-    def merged(
-        self,
-        members: Sequence[tuple[Mapping[str, Tensor], AdapterOptions]],
-        ranks: Mapping[str, int],
-        options: AdapterOptions,
-    ) -> dict[str, Tensor]:
-        """The state of configured ranks, by projection, that adds on average what the members' states add.
-
-        Each member comes with the options that it was trained with. What is observed before storing is left out.
-        """
-        raise NotImplementedError(f"{self.component_name} adapters cannot be averaged")
 
     @property
     @abstractmethod

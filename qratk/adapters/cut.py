@@ -9,7 +9,7 @@ at 48.2 %. Configurations that differ in ranks alone are one training, cut in se
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,17 +112,6 @@ class Cut(AdapterMethod):
     def merges(self) -> bool:
         """True."""
         return True
-
-    def merged(
-        self,
-        members: Sequence[tuple[Mapping[str, Tensor], AdapterOptions]],
-        ranks: Mapping[str, int],
-        options: AdapterOptions,
-    ) -> dict[str, Tensor]:
-        """Pairs of the mean update at the width, without moments."""
-        from qratk.adapters.matrices.merging import mean_of_pairs
-
-        return mean_of_pairs(members, {name: self.trained_rank(rank) for name, rank in ranks.items()}, options)
 
     def stored_numbers(self, shape: tuple[int, int], rank: int, options: AdapterOptions) -> int:
         """As of LoRA, of the configured rank."""

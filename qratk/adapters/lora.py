@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +47,6 @@ class Lora(AdapterMethod):
     def merges(self) -> bool:
         """True."""
         return True
-
-    def merged(
-        self,
-        members: Sequence[tuple[Mapping[str, Tensor], AdapterOptions]],
-        ranks: Mapping[str, int],
-        options: AdapterOptions,
-    ) -> dict[str, Tensor]:
-        """Pairs of the mean update, cut to the ranks by singular values."""
-        from qratk.adapters.matrices.merging import mean_of_pairs
-
-        return mean_of_pairs(members, ranks, options)
 
     @property
     def traced(self) -> Lora:

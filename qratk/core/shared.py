@@ -126,3 +126,8 @@ class SharedLadder:
 def shared_ladders(given: Mapping[str, Sequence[Setting]] | None) -> tuple[SharedLadder, ...]:
     """Ladders of settings by name, sorted; raises `ConfigurationError`."""
     return tuple(SharedLadder(name, tuple(values)) for name, values in sorted((given or {}).items()))
+
+
+def spread_size(ladders: Sequence[SharedLadder]) -> int:
+    """Values of the longest ladder; that of the seeds does not count: it goes round as far as the others need."""
+    return max((len(ladder.values) for ladder in ladders if ladder.name != REPLICATE), default=1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qratk.core.configuration import Configuration, Knob, LayerChoice
 from qratk.core.errors import ConfigurationError
-from qratk.core.shared import REPLICATE, Shared, SharedLadder
+from qratk.core.shared import REPLICATE, Shared, SharedLadder, spread_size
 
 Direction = Literal[-1, 1]
 
@@ -101,12 +101,9 @@ class SearchSpace:
 
     @cached_property
     def spread_shared(self) -> tuple[Shared, ...]:
-        """Combinations in which each value of each setting is once at least: as many as the longest ladder has values.
-
-        The seeds' ladder does not count: it goes round as far as the others need.
-        """
-        longest = max((len(ladder.values) for ladder in self.shared if ladder.name != REPLICATE), default=1)
-        return tuple(self.shared_at([n % len(ladder.values) for ladder in self.shared]) for n in range(longest))
+        """`spread_size` combinations in which each value of each setting is once at least."""
+        size = spread_size(self.shared)
+        return tuple(self.shared_at([n % len(ladder.values) for ladder in self.shared]) for n in range(size))
 
     def reseeded(self, shared: Shared, places: int) -> Shared:
         """The settings with the seed so many places on; as they are where seeds are not searched."""

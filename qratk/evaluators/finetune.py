@@ -223,7 +223,7 @@ class FineTuneEvaluator(Evaluator):
         """Metrics on test data of the configuration as it was at the evaluation's steps."""
         self.parts.preparation.finish(self.space)
         if evaluation.merged:
-            self._put_mean(evaluation, evaluation.merged)
+            self._put_merged(evaluation)
             return self.parts.alone.tested()
         with self.parts.replicated(evaluation.configuration, evaluation.replicate) as parts:
             parts.alone.train(evaluation.configuration, evaluation.steps)
@@ -247,9 +247,10 @@ class FineTuneEvaluator(Evaluator):
             from qratk.training.measuring import Failed
 
             states = [self._state(member, evaluation.steps) for member in members]
-            if None in states:
+            kept = [state for state in states if state is not None]
+            if len(kept) < len(states):
                 return [Failed("the checkpoint of a training was deleted")]
-            self._put_mean(evaluation, members)
+            self._put_mean(evaluation.configuration, members, kept)
             return [self.parts.alone.scored()]
 
         scored = caught(outcomes)
@@ -260,28 +261,37 @@ class FineTuneEvaluator(Evaluator):
         measured = replace(measured, seconds=time.monotonic() - began, replicate=evaluation.replicate)
         return replace(measured.evaluation(found), merged=tuple(members), checkpoint=None)
 
-    def _put_mean(self, evaluation: Evaluation, members: Sequence[Member]) -> None:
-        """Leave the module on the evaluation's configuration, with the mean of trainings for its adapters.
+    def _put_mean(
+        self, configuration: Configuration, members: Sequence[Member], states: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Leave the module on a configuration, with the mean of the members' masters for its adapters."""
+        from qratk.adapters.matrices.merging import mean_of_pairs
 
-        One whose checkpoint is gone is trained again.
-        """
-        backbone, configuration = self.parts.module.backbone, evaluation.configuration
-        states = []
-        for member in members:
-            state = self._state(member, evaluation.steps)
-            if state is None:
-                with self.parts.replicated(member.configuration, member.replicate) as parts:
-                    parts.alone.train(member.configuration, evaluation.steps)
-                    state = parts.module.backbone.adapter_state()
-            states.append((state, backbone.adapter_options(member.configuration)))
+        backbone = self.parts.module.backbone
+        trained = backbone.adapters.method.trained(configuration)
         ranks = {
             name: choice.rank
-            for layer, choice in zip(backbone.layers, configuration.layers, strict=True)
+            for layer, choice in zip(backbone.layers, trained.layers, strict=True)
             for name, _ in layer.modules
         }
-        mean = backbone.adapters.method.merged(states, ranks, backbone.adapter_options(configuration))
+        options = (backbone.adapter_options(member.configuration) for member in members)
+        mean = mean_of_pairs(list(zip(states, options, strict=True)), ranks, backbone.adapter_options(configuration))
         self.parts.alone.put(configuration, mean)
         self.parts.alone.observe()
+
+    def _put_merged(self, evaluation: Evaluation) -> None:
+        """Leave the module as a mean was scored; a training whose checkpoint is gone is made again."""
+        states = [self._masters(member, evaluation.steps) for member in evaluation.merged]
+        self._put_mean(evaluation.configuration, evaluation.merged, states)
+
+    def _masters(self, member: Member, steps: int) -> Mapping[str, Tensor]:
+        """The masters of a training after so many steps."""
+        state = self._state(member, steps)
+        if state is not None:
+            return state
+        with self.parts.replicated(member.configuration, member.replicate) as parts:
+            parts.alone.train(member.configuration, steps)
+            return parts.module.backbone.adapter_state()
 
     def _state(self, member: Member, steps: int) -> Mapping[str, Tensor] | None:
         """The masters of a training after so many steps; None where they were not kept, or are damaged."""
@@ -295,7 +305,7 @@ class FineTuneEvaluator(Evaluator):
         self.parts.preparation.finish(self.space)
         with self.parts.replicated(evaluation.configuration, evaluation.replicate) as parts:
             if evaluation.merged:
-                self._put_mean(evaluation, evaluation.merged)
+                self._put_merged(evaluation)
             else:
                 parts.alone.train(evaluation.configuration, evaluation.steps)
             parts.module.save_adapter(directory)

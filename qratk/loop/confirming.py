@@ -57,9 +57,9 @@ def confirm(settings: SearchSettings, measuring: Measuring, purse: Purse) -> Non
 def _conclude(measured: Sequence[tuple[Evaluation, Sequence[Evaluation]]], measuring: Measuring) -> None:
     """Have the state choose; delete the checkpoints, which nothing will continue or report, but for the answer's."""
     measuring.state.confirm([_confirmed(selected, replicates) for selected, replicates in measured])
+    wanted = (measuring.state.best, *measuring.state.ingredients())
     for _, replicates in measured:
         for replicate in replicates:
-            wanted = (measuring.state.best, *measuring.state.ingredients())
             if replicate.checkpoint is not None and replicate not in wanted:
                 measuring.evaluator.discard(replicate)
     if measured and not any(confirmation.scores for confirmation in measuring.state.confirmations):

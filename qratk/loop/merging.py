@@ -8,7 +8,7 @@ is taken in, and kept where the validation score rises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from qratk.core.evaluation import Evaluation, Member, mean_of
 from qratk.core.plain import evaluation_of, plain
@@ -47,11 +47,12 @@ def merge(settings: SearchSettings, measuring: Measuring) -> None:
 
 
 def _measured(measuring: Measuring, alone: Evaluation, members: Sequence[Member]) -> Evaluation:
-    """The score of some trainings' mean, from the journal where it was measured before."""
-
-    def measure() -> dict[str, Any]:
-        with measuring.clock.timed("merging"):
-            found: dict[str, Any] = plain(measuring.evaluator.merged(alone, members))
-        return found
-
-    return evaluation_of(measuring.journal.decided(mean_of(members), measure))
+    """The score of some trainings' mean, from the journal where it was measured before; a full memory is not kept."""
+    name, journal = mean_of(members), measuring.journal
+    if (known := journal.decision(name)) is not None:
+        return evaluation_of(known)
+    with measuring.clock.timed("merging"):
+        found = measuring.evaluator.merged(alone, members)
+    if found.status != "lost":
+        journal.decide(name, plain(found))
+    return found

@@ -17,7 +17,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.evaluation import MOST_SEEDS, FidelityLadder
 from qratk.core.memory import Budget, MemoryModel, Scope, parse_bytes, resolve_budget
 from qratk.core.result import SearchResult
-from qratk.core.shared import REPLICATE, SharedLadder, shared_ladders
+from qratk.core.shared import REPLICATE, SharedLadder, shared_ladders, spread_size
 from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import Evaluator
@@ -216,8 +216,8 @@ class SearchSettings(ABC):
                     f"needs an evaluator that runs a configuration again with fresh seeds, and {name!r} does not; "
                     "leave it out, or use the evaluator 'finetune'",
                 )
-        if self.seeds > 1 and REPLICATE in (self.shared or {}):
-            checks.note("seeds", f"is the ladder of {REPLICATE}: give one of seeds and shared.{REPLICATE}")
+        if REPLICATE in (self.shared or {}):
+            checks.note(f"shared.{REPLICATE}", "is what search.seeds makes a ladder of: give seeds, as in seeds: 8")
         named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
         checks.require(named, "name", self.name, "must be the name of a folder, without a path")
         checks.finish()
@@ -338,8 +338,8 @@ class SearchSettings(ABC):
 
     @property
     def _longest(self) -> int:
-        """Values of the longest ladder of shared settings, but for the seeds: so many combinations show all of them."""
-        return max((len(ladder.values) for ladder in self.shared_ladders if ladder.name != REPLICATE), default=1)
+        """So many combinations of shared settings show every value of each."""
+        return spread_size(self.shared_ladders)
 
     def race(self, candidates: int) -> Schedule:
         """Rungs of the generation that was just asked for, and how many of its candidates run at each."""

@@ -75,9 +75,8 @@ class Spending:
             every = [origin.configuration.with_shared(s) for s in self.measuring.plan.problem.space.all_shared]
             untried = [configuration for configuration in every if self._goes_on(configuration, highest)]
             if untried:
-                nearest = min((self._steps_off(c, origin.configuration) for c in untried), default=0)
-                near = [c for c in untried if self._steps_off(c, origin.configuration) == nearest]
-                chosen.append(replace(origin, configuration=max(near, key=self._standing)))
+                best = max(untried, key=lambda c: (-self._steps_off(c, origin.configuration), *self._standing(c)))
+                chosen.append(replace(origin, configuration=best))
         return chosen
 
     def _steps_off(self, configuration: Configuration, origin: Configuration) -> int:

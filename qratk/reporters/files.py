@@ -268,7 +268,7 @@ def best_text(
             *lines,
             f"# mean score over {len(confirmed.scores)} fresh seeds: {confirmed.mean!r}{_between(confirmed)}",
         )
-    if best.replicate:
+    if best.replicate and not best.merged:
         lines = (
             *lines,
             f"# score is that of the best of these seeds, which training it again has: replicate "

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_runs import MIXED, evaluated, opened
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,9 @@ def test_the_mean_is_tested_and_saved_as_it_was_scored(
     again = opened(tmp_path / "run", model_dir, data_files, **options)
     assert again.test(merged) == evaluator.test(merged)  # from the members' checkpoints alone
     served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "mean")
-    assert len(served.peft_config["default"].rank_pattern) + served.peft_config["default"].r > 0
+    loaded = get_peft_model_state_dict(served)
+    assert loaded.keys() == mean.keys()
+    assert all(torch.equal(loaded[name].float(), mean[name].float()) for name in mean)
 
 
 def test_adapters_that_cannot_be_averaged_say_so(tmp_path: Path, model_dir: Path, data_files: dict[str, str]) -> None:
