@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
@@ -131,7 +132,9 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     fitting = [Configuration.from_text(row.configuration) for row in rows if row.name == "uniform" and row.fits]
     evaluations = loop.planned_evaluations(len(loop.baselines(fitting)))
     references = 0 if loop.shared_ladders else len(loop.reference_choices)
-    steps = total_steps(evaluations, afresh=references + loop.planned_replicates)
+    afresh = references + loop.planned_replicates
+    steps = total_steps(evaluations, afresh=afresh, untrained=loop.untrained)
+    steps += loop.evaluator.shared_runs * loop.ladder.highest
     if loop.full_runs is not None:  # the rungs' counts are each within it, and so are all of them together
         apart = total_steps({steps: size * len(loop.reference_choices) for steps, size in loop.reference_race})
         steps = min(steps, int(loop.full_runs * loop.ladder.highest) + apart)
@@ -194,14 +197,14 @@ def plan_rows(memory: MemoryModel, budget: Budget) -> tuple[PlanRow, ...]:
     return (row("smallest", space.smallest), *uniforms, row("largest", space.largest))
 
 
-def total_steps(evaluations: Mapping[int, int], *, afresh: int = 0) -> int:
-    """Optimiser steps of all evaluations; each continues the rung below, but for `afresh` of the highest one."""
-    total, below = 0, 0
-    for steps, count in sorted(evaluations.items()):
-        total += count * (steps - below)
-        below = steps
-    rungs = sorted(evaluations)
-    return total + afresh * (rungs[-2] if len(rungs) > 1 else 0)
+def total_steps(evaluations: Mapping[int, int], *, afresh: int = 0, untrained: int | None = None) -> int:
+    """Optimiser steps of all evaluations; each continues the rung below, but for `afresh` of the highest one.
+
+    An untrained rung takes none, and what goes up from it begins at step 0.
+    """
+    trained = sorted(steps for steps in evaluations if steps != untrained)
+    total = sum(evaluations[steps] * (steps - below) for below, steps in pairwise([0, *trained]))
+    return total + afresh * (trained[-2] if len(trained) > 1 else 0)
 
 
 def workload(datamodule: TaskData, length: int, *, tokenizer: bool = True) -> Workload:

@@ -100,6 +100,7 @@ def test_the_best_trainings_are_taken_in_one_after_another_as_long_as_that_score
     written = Run(tmp_path).result
     assert written.single is not None
     assert written.tested(written.best) == result.test_scores[own] != written.tested(written.single)
+    assert written.averages == result.averages == 5
     assert (tmp_path / files.ADAPTER / "members").read_text() == "3"
 
 
@@ -124,6 +125,7 @@ def test_a_search_killed_while_it_averages_goes_on_to_the_same_end(tmp_path: Pat
     resumed = search(tmp_path / "killed", evaluator=evaluator)
     assert resumed.best == whole.best
     assert resumed.single == whole.single
+    assert resumed.averages == whole.averages == 5
     assert not evaluator.calls
     assert len(evaluator.asked) == 5 - limit
 

@@ -77,6 +77,11 @@ def test_steps_count_what_each_rung_adds_and_references_in_full():
     assert plan.total_steps({7: 3}) == 21
 
 
+def test_a_rung_that_trains_nothing_takes_no_steps_and_what_goes_up_from_it_begins_anew():
+    assert plan.total_steps({1: 100, 30: 5}, untrained=1) == 5 * 30
+    assert plan.total_steps({1: 100, 10: 10, 30: 5}, afresh=1, untrained=1) == 10 * 10 + 5 * 20 + 1 * 10
+
+
 def test_plan_tells_ladders_of_settings_a_budget_of_runs_and_fresh_seeds(module, data):
     shared = {"learning_rate": [1e-3, 1e-2], "rslora": [False, True]}
     loop = make_loop(shared=shared, full_runs=40, confirm={"candidates": 2, "seeds": 3})

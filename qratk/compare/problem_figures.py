@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NEAR = 0.95
+ROUNDING = "weighted quantisation error (log)"
+SHORT_RUN = "score at $T_1$"
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,16 @@ class ProxyRow:
 
 def proxies(view: View) -> Picture:
     """What can be had without fine-tuning, or after little of it, against the score after it (Fig. 1b)."""
-    panels = {name: found for name, read in _PROXIES.items() if (found := _pairs(view, read))}
+    lowest = dict.fromkeys(outcome.proxy or SHORT_RUN for outcome in (*view.random, *view.own, *view.pool))
+    read: dict[str, Callable[[Outcome], Pairs]] = {ROUNDING: _by_error}
+    read |= {name: partial(_by_lowest, name) for name in sorted(lowest, key=SHORT_RUN.__ne__)}
+    panels = {name: found for name, pairs in read.items() if (found := _pairs(view, pairs))}
     if not panels:
         raise NoDataError("fewer than 5 configurations were measured both by a proxy and at T_S")
     figure, every = new_figure(1.2 + 3.9 * len(panels), 4.0, columns=len(panels))
     rows = []
     for axes, (name, pairs) in zip(np.ravel(every), panels.items(), strict=True):
-        _proxy_panel(axes, name, pairs, logarithmic=_PROXIES[name] is _by_error)
+        _proxy_panel(axes, name, pairs, logarithmic=name == ROUNDING)
         rows += [ProxyRow(name, seed, x, y) for seed, found in pairs.items() for x, y in found]
     np.ravel(every)[0].set_ylabel(_centred("score at $T_S$", len({row.seed for row in rows})))
     return Picture(figure, ProxyRow, tuple(rows))
@@ -182,28 +188,14 @@ def _by_error(outcome: Outcome) -> Pairs:
     ]
 
 
-def _by_short_run(outcome: Outcome) -> Pairs:
-    return [] if outcome.frozen else _low_and_high(outcome)
-
-
-def _by_divergence(outcome: Outcome) -> Pairs:
-    return _low_and_high(outcome) if outcome.frozen else []
-
-
-def _low_and_high(outcome: Outcome) -> Pairs:
+def _by_lowest(name: str, outcome: Outcome) -> Pairs:
+    """Scores at the lowest rung, if that is what they are of."""
     steps = outcome.result.problem.steps
-    if len(steps) < 2:
+    if len(steps) < 2 or (outcome.proxy or SHORT_RUN) != name:
         return []
     short = (r.evaluation for r in outcome.searched if r.evaluation.steps == steps[0] and r.evaluation.ok)
     low = {e.configuration: e.score for e in short}
     return [(e.configuration, low[e.configuration], e.score) for e in outcome.varied if e.configuration in low]
-
-
-_PROXIES = {
-    "weighted quantisation error (log)": _by_error,
-    "score at $T_1$": _by_short_run,
-    "minus the divergence of the frozen model": _by_divergence,
-}
 
 
 @dataclass(frozen=True)

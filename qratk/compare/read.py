@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from qratk.compare.grid import FAILURE, OWN, FailureDocument, read_compared
 from qratk.core.configuration import Configuration, Knob, LayerChoice
-from qratk.core.effort import Effort
 from qratk.core.evaluation import Evaluation
 from qratk.core.result import Record
 from qratk.run.document import EvaluationEntry, ResultDocument, Settings, read_document
@@ -94,29 +93,18 @@ class Outcome:
         return sum(record.evaluation.steps == self.top for record in self.searched)
 
     @property
-    def frozen(self) -> bool:
-        """Whether the lowest rung trains nothing: it measures the divergence of the frozen model."""
-        return self._evaluator == "frozen_divergence"
-
-    @property
-    def _evaluator(self) -> str | None:
-        evaluator = self.settings.component("evaluator")
-        return None if evaluator is None else evaluator.name
+    def proxy(self) -> str:
+        """What the lowest rung scores by in place of a training; "" where it trains."""
+        return self.result.problem.proxy
 
     @cached_property
     def costs(self) -> Array:
         """Steps trained up to and with each searched evaluation, in units of T_S; a training's steps count once."""
-        effort, costs = self._effort(), []
+        effort, costs = self.result.problem.effort(), []
         for record in self.searched:
             effort.add(record.evaluation)
             costs.append(effort.full_runs)
         return np.array(costs)
-
-    def _effort(self, *, shared: bool = True) -> Effort:
-        """Without steps but for those that are trained for all candidates together."""
-        steps, common = self.result.problem.steps, self._evaluator == "shared_adapters"
-        untrained = steps[0] if (self.frozen or common) and len(steps) > 1 else None
-        return Effort(self.top, untrained, int(common and shared))
 
     @property
     def cost(self) -> float:
@@ -126,7 +114,7 @@ class Outcome:
     @property
     def confirming(self) -> float:
         """Full runs with fresh seeds."""
-        effort = self._effort(shared=False)
+        effort = self.result.problem.effort(shared=False)
         for record in self.records:
             if record.evaluation.replicate:
                 effort.add(record.evaluation)
@@ -140,8 +128,8 @@ class Outcome:
 
     @property
     def scorings(self) -> int:
-        """Passes over the validation items that the search took, those with fresh seeds among them."""
-        return sum(record.candidate.phase != "reference" for record in self.records)
+        """Passes over the validation items: those of fresh seeds and of means of several trainings, too."""
+        return sum(record.candidate.phase != "reference" for record in self.records) + self.result.averages
 
     @property
     def tunes(self) -> bool:

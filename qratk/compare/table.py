@@ -431,7 +431,7 @@ def legend(made: Sequence[RecipeRow]) -> str:
     if any(row.settings for row in made):
         lines.append(
             "settings: those of most answers. tuning: what trying other settings for the same layers took of the runs. "
-            "scored: evaluations, each a pass over the validation items besides the runs."
+            "scored: passes over the validation items besides the runs, of evaluations and of means of trainings."
         )
     if any(map(_spends, made)):
         lines.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qratk.core.configuration import Configuration
+from qratk.core.effort import Effort
 from qratk.core.evaluation import Candidate, Evaluation, FidelityLadder, History, SurrogateQuality
 from qratk.core.pareto import ParetoFront
 from qratk.core.problem import Problem
@@ -17,7 +18,9 @@ from qratk.core.utility import Utility
 class SearchPlan:
     """What is known before the first evaluation: the problem, the rungs, and how many evaluations there may be.
 
-    `evaluations` maps a rung (steps) to the largest number of evaluations that the search will make there.
+    `evaluations` maps a rung (steps) to the largest number of evaluations that the search will make there. `proxy` is
+    what the lowest rung scores by in place of a training, "" where it trains; `shared_runs` are full runs that are
+    trained for all candidates together.
     """
 
     name: str
@@ -26,6 +29,13 @@ class SearchPlan:
     evaluations: Mapping[int, int]
     baselines: tuple[Configuration, ...]
     resumed: int = 0
+    proxy: str = ""
+    shared_runs: int = 0
+
+    @property
+    def effort(self) -> Effort:
+        """The steps that were trained by now: none but those of the shared runs."""
+        return Effort(self.ladder.highest, self.ladder.lowest if self.proxy else None, self.shared_runs)
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class SearchResult:
     `item_weights` are those of the validation items in the score; None when all are equal. `confirmations` are the
     contenders that were run again with fresh seeds, the largest mean first; the configuration of `best` is then chosen
     by these means, and `best` is the best of its trainings. Where several were averaged, `best` has the score of their
-    mean, and `single` is the best of them alone.
+    mean, and `single` is the best of them alone; `averages` is how many means were scored on the way.
     """
 
     plan: SearchPlan
@@ -162,6 +172,7 @@ class SearchResult:
     item_weights: tuple[float, ...] | None = None
     confirmations: tuple[Confirmed, ...] = ()
     single: Evaluation | None = None
+    averages: int = 0
 
     @property
     def confirmed(self) -> Confirmed | None:

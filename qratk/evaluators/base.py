@@ -96,12 +96,13 @@ class Evaluator(ABC):
         return False
 
     @property
-    def trains_at_lowest(self) -> bool:
-        """Whether the lowest rung trains; where it does not, shared settings decide nothing there.
+    def proxy(self) -> str:
+        """What the lowest rung scores by in place of a training, in words for figures; "" where it trains.
 
-        Then the search asks there for configurations without settings, and tunes those that go up.
+        Where there is such a proxy, shared settings decide nothing at that rung: the search asks there for
+        configurations without them, and tunes those that go up.
         """
-        return True
+        return ""
 
     @property
     def shared_runs(self) -> int:

@@ -115,9 +115,9 @@ class FrozenDivergenceEvaluator(Evaluator):
         return True
 
     @property
-    def trains_at_lowest(self) -> bool:
+    def proxy(self) -> str:
         """The divergence is of the frozen weights."""
-        return False
+        return "minus the divergence of the frozen model"
 
     def training(self, configuration: Configuration) -> str:
         """As for fine-tuning."""

@@ -80,9 +80,9 @@ class SharedAdaptersEvaluator(FineTuneEvaluator):
             )
 
     @property
-    def trains_at_lowest(self) -> bool:
-        """No candidate is trained there."""
-        return False
+    def proxy(self) -> str:
+        """No candidate is trained at the lowest rung."""
+        return "score with shared adapters"
 
     @property
     def shared_runs(self) -> int:

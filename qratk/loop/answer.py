@@ -70,6 +70,7 @@ def conclude(
         seconds=_spent(state, measuring.clock),
         confirmations=state.confirmations,
         single=state.single,
+        averages=len(state.averages),
     )
 
 

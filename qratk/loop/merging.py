@@ -49,6 +49,7 @@ def merge(settings: SearchSettings, measuring: Measuring) -> None:
 def _measured(measuring: Measuring, alone: Evaluation, members: Sequence[Member]) -> Evaluation:
     """The score of some trainings' mean, from the journal where it was measured before; a full memory is not kept."""
     name, journal = mean_of(members), measuring.journal
+    measuring.state.averages.add(name)
     if (known := journal.decision(name)) is not None:
         return evaluation_of(known)
     with measuring.clock.timed("merging"):

@@ -126,18 +126,25 @@ def _search(
     groups = [group(c, problem.space.all_shared) for c in uniform]
     baselines = tuple(candidate.configuration for members in groups for candidate in members)
     planned = settings.planned_evaluations(len(groups))
-    plan = SearchPlan(settings.name, problem, settings.ladder, planned, baselines, len(journal))
+    plan = SearchPlan(
+        settings.name,
+        problem,
+        settings.ladder,
+        planned,
+        baselines,
+        resumed=len(journal),
+        proxy=evaluator.proxy if settings.untrained is not None else "",
+        shared_runs=evaluator.shared_runs,
+    )
     reporter.started(plan)
     proposer = Proposer(problem, settings.operators, settings.repair)
-    untrained, shared = settings.untrained, evaluator.shared_runs
     state = SearchState(
         problem,
         settings.ladder,
         baselines,
         settings.alpha,
+        plan.effort,
         settings.contenders,
-        untrained,
-        shared,
         ingredients=settings.merge if evaluator.merges else 0,
     )
     measuring = Measuring(evaluator, settings.executor, journal, reporter, plan, state, clock)

@@ -282,7 +282,7 @@ class SearchSettings(ABC):
     @property
     def untrained(self) -> int | None:
         """Rung that trains nothing; None where each does."""
-        bare = not self.evaluator.trains_at_lowest and len(self.ladder.steps) > 1
+        bare = self.evaluator.proxy and len(self.ladder.steps) > 1
         return self.ladder.lowest if bare else None
 
     @property

@@ -69,11 +69,11 @@ class SearchState:
         discarded: checkpoints that were deleted, by configuration and steps.
         confirmations: what fresh seeds say of the contenders, once they are confirmed; the largest mean first.
         effort: what was trained, without references.
+        averages: names of the means of trainings that were scored.
 
     Args:
+        effort: what is trained before the first candidate.
         contenders: how many of the best may be confirmed; none where the answer is not.
-        untrained: rung that trains nothing, if any.
-        shared_runs: full runs that are trained for all candidates together.
         ingredients: how many of the best trainings may be averaged.
     """
 
@@ -83,9 +83,8 @@ class SearchState:
         ladder: FidelityLadder,
         baselines: Sequence[Configuration],
         alpha: float,
+        effort: Effort,
         contenders: int = 0,
-        untrained: int | None = None,
-        shared_runs: int = 0,
         ingredients: int = 0,
     ) -> None:
         self._problem, self._ladder = problem, ladder
@@ -99,7 +98,8 @@ class SearchState:
         self.single: Evaluation | None = None
         self.discarded: set[tuple[Configuration, int]] = set()
         self.confirmations: tuple[Confirmed, ...] = ()
-        self.effort = Effort(ladder.highest, untrained, shared_runs)
+        self.effort = effort
+        self.averages: set[str] = set()
         self._contenders, self._ingredients = contenders, ingredients
         self._measured: Counter[int] = Counter()  # of the history, by rung
         self._recorded: Counter[int] = Counter()  # of the records, by rung

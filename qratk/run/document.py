@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from qratk.core.configuration import Configuration
+from qratk.core.effort import Effort
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.evaluation import Evaluation, Member, Status, SurrogateQuality, scored_as
 from qratk.core.memory import Budget, Scope
@@ -249,7 +250,8 @@ class ImportanceEntry:
 class ProblemEntry:
     """What was searched; `shared` are the ladders of shared settings by name.
 
-    `parameters` are the layers' weights, (L,), which weigh the average bits; empty if unknown.
+    `parameters` are the layers' weights, (L,), which weigh the average bits; empty if unknown. `proxy` is what the
+    lowest rung scores by in place of a training, "" where it trains; `shared_runs` are trained for all together.
     """
 
     layers: tuple[str, ...]
@@ -266,6 +268,8 @@ class ProblemEntry:
     resumed: int
     parameters: tuple[int, ...] = ()
     shared: Mapping[str, tuple[bool | int | float | str, ...]] = field(default_factory=dict)
+    proxy: str = ""
+    shared_runs: int = 0
 
     @classmethod
     def of(cls, plan: SearchPlan) -> ProblemEntry:
@@ -286,12 +290,18 @@ class ProblemEntry:
             resumed=plan.resumed,
             parameters=problem.memory.parameters,
             shared={ladder.name: ladder.values for ladder in problem.space.shared},
+            proxy=plan.proxy,
+            shared_runs=plan.shared_runs,
         )
 
     @cached_property
     def budget(self) -> Budget:
         """The limits; without the cap on average bits where the layers' weights are unknown."""
         return Budget(self.limit_bytes, self.scope, self.max_average_bits if self.parameters else None)
+
+    def effort(self, *, shared: bool = True) -> Effort:
+        """The steps trained before the first candidate: none, or those of the shared runs, if they are to count."""
+        return Effort(self.steps[-1], self.steps[0] if self.proxy else None, self.shared_runs if shared else 0)
 
     def fits(self, evaluation: Evaluation) -> bool:
         """Whether what was measured is within the budget."""
@@ -305,7 +315,8 @@ class ResultDocument:
 
     `test_scores` are by configuration and metric, `evaluations_by_rung` counts failed ones too, `proposals` counts by
     what became of them, some of them layer by layer. `confirmations` are the contenders that were run again with fresh
-    seeds, the largest mean first. `single` is the best training alone, where `best` is the mean of several.
+    seeds, the largest mean first. `single` is the best training alone, where `best` is the mean of several, and
+    `averages` is how many means were scored.
     """
 
     name: str
@@ -330,6 +341,7 @@ class ResultDocument:
     environment: Environment = field(default_factory=Environment)
     confirmations: tuple[ConfirmedEntry, ...] = ()
     single: EvaluationEntry | None = None
+    averages: int = 0
     format: int = FORMAT
 
     @classmethod
@@ -359,6 +371,7 @@ class ResultDocument:
             environment=Environment.here(),
             confirmations=tuple(ConfirmedEntry.of(problem, c) for c in result.confirmations),
             single=None if result.single is None else EvaluationEntry.of(problem, result.single),
+            averages=result.averages,
         )
 
     @property

@@ -28,7 +28,6 @@ from qratk.compare.table import (
     write_tables,
 )
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.run.document import Settings
 
 
 def outcome(recipe, seed, score, *, test=None, items=(), weights=None, size=100, limit=100, budget=OWN) -> Outcome:
@@ -79,13 +78,16 @@ def test_a_training_that_several_share_costs_once(comparison):
 
 def test_frozen_rung_costs_nothing(comparison):
     cell = comparison.of("full")[0]
-    frozen = replace(cell, settings=Settings({"search": {"evaluator": {"class_path": "frozen_divergence"}}}))
+    problem = replace(cell.result.problem, proxy="minus the divergence of the frozen model")
+    frozen = replace(cell, result=replace(cell.result, problem=problem))
     higher: dict = {}
     for e in (record.evaluation for record in cell.searched):
         if e.steps > 10:
             higher[e.configuration] = max(e.steps, higher.get(e.configuration, 0))
-    assert frozen.frozen
     assert frozen.cost == pytest.approx(sum(higher.values()) / 90)
+    common = replace(cell, result=replace(cell.result, problem=replace(problem, shared_runs=1)))
+    assert common.cost == pytest.approx(frozen.cost + 1)
+    assert common.confirming == frozen.confirming
 
 
 def test_differences_are_paired_by_seed():

@@ -195,7 +195,7 @@ def test_settings_decide_what_is_trained_and_not_the_proxy(
     tuned = [MIXED.with_shared({"learning_rate": rate}) for rate in rates.values]
     assert {evaluated(evaluator, c, 2).score for c in (MIXED, *tuned)} == {proxy[1].score}
     assert len({evaluated(evaluator, c, 4).score for c in (MIXED, *tuned)}) == 3
-    assert not evaluator.trains_at_lowest
+    assert evaluator.proxy
 
 
 def test_a_fit_of_as_many_steps_has_the_score_of_the_highest_rung(

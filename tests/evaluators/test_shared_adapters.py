@@ -185,5 +185,5 @@ def test_a_shared_training_that_fails_ends_the_search(
 def test_it_goes_by_its_name() -> None:
     made = evaluators.create("shared_adapters", bits=4, rank=8)
     assert isinstance(made, SharedAdaptersEvaluator)
-    assert (made.shared_runs, made.trains_at_lowest) == (1, False)
+    assert (made.shared_runs, made.proxy) == (1, "score with shared adapters")
     assert FineTuneEvaluator().shared_runs == 0
