@@ -12,14 +12,9 @@ from typing import Any, Final
 
 from qratk.compare.grid import BudgetChoice
 from qratk.core.errors import ConfigurationError, DataError
+from qratk.data.forms import FORMS, recognised
 from qratk.data.sources import Row, read_rows
 
-_RENAMED: Final = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "response"),
-)
 _CHARACTERS_A_TOKEN: Final = 3  # of English it is about 4: rather too long than cut off
 _LENGTHS: Final = (64, 128, 256, 512, 1024, 2048)
 _RANKS: Final = (4, 8, 16)
@@ -27,11 +22,10 @@ _RANKS: Final = (4, 8, 16)
 
 @dataclass(frozen=True)
 class DataChoice:
-    """The data module that rows fit, the renaming that they need, and figures of them."""
+    """The data module that rows fit, what a row of theirs looks like, and figures of them."""
 
     module: str
     form: str
-    rename: Mapping[str, str]
     rows: int
     longest: int  # characters
 
@@ -40,22 +34,17 @@ class DataChoice:
         """What fits these rows; raises `DataError` where nothing does."""
         fields = set(rows[0].data)
         longest = max(_characters(row.data) for row in rows)
-        for module, needed, form in (
-            ("MultipleChoiceData", {"choices", "label"}, '{"question": ..., "choices": [...], "label": 0}'),
-            ("InstructionData", {"messages"}, '{"messages": [{"role": "user", "content": ...}, ...]}'),
-            ("InstructionData", {"instruction", "output"}, '{"instruction": ..., "input": ..., "output": ...}'),
-        ):
-            if needed <= fields:
-                return cls(module, form, {}, len(rows), longest)
-        for question, answer in _RENAMED:
-            if {question, answer} <= fields:
-                rename = {new: key for key, new in ((question, "instruction"), (answer, "output")) if key != new}
-                return cls("InstructionData", json.dumps({question: "...", answer: "..."}), rename, len(rows), longest)
+        if {"choices", "label"} <= fields:
+            form = '{"question": ..., "choices": [...], "label": 0}'
+            return cls("MultipleChoiceData", form, len(rows), longest)
+        if any(known.fits(fields) for known in FORMS.values()):
+            return cls("InstructionData", recognised(rows[0]).example, len(rows), longest)
         if "text" in fields:
-            return cls("TextData", '{"text": ...}', {}, len(rows), longest)
+            return cls("TextData", '{"text": ...}', len(rows), longest)
+        known = ", ".join(form.needed() for form in FORMS.values())
         raise DataError(
             f"{rows[0].where}: no data module takes rows of {', '.join(sorted(fields))}: they need `choices` and "
-            "`label`, `messages`, `instruction` and `output`, or `text`"
+            f"`label`, `text`, or the fields of a form: {known}"
         )
 
 
@@ -123,7 +112,6 @@ def document(
         if test
         else "    # test: FILE # rows that are looked at once, after the search; then set `search.test: true`"
     )
-    renamed = [f"    rename: {json.dumps(dict(data.rename))}"] if data.rename else []
     limit = (
         f"  like: {list(budget.like)} # the budget: what uniform {budget.like[0]} bit, rank {budget.like[1]} takes; or "
         "`limit: 5.5GiB`"
@@ -145,7 +133,6 @@ def document(
         f"    train: {json.dumps(train)} # rows such as {data.form}",
         held_out,
         tested,
-        *renamed,
         f"    batch_size: {sizes.batch_size}",
         f"    max_length: {sizes.max_length} # tokens of a row; fewer need less memory",
         "",

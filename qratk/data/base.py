@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, cast
@@ -237,7 +238,20 @@ class TaskData(LightningDataModule, Task):
         return fingerprint(options, self._splits.items, self.attached.tokenizer_text())
 
     def describe(self) -> dict[str, Any]:
-        """Counts of each split that has data: items, rows, tokens (max, mean), truncated rows; and warnings."""
+        """Counts of each split that has data: items, also by form, rows, tokens (max, mean), truncated rows; and
+        warnings."""
         present = [split for split in SPLITS if self.has(split)]
-        figures: dict[str, Any] = {split: counts(self.items(split), self.rows(split)) for split in present}
-        return {**figures, "warnings": list(self._splits.notes)}
+        figures: dict[str, Any] = {
+            split: counts(self.items(split), self.rows(split), self.forms(split)) for split in present
+        }
+        return {**figures, "warnings": list(self.notes)}
+
+    def forms(self, split: Split) -> dict[str, int]:
+        """Items of a split by the form of their rows, the most common form first."""
+        return dict(Counter(self.form_of(item.content) for item in self.items(split)).most_common())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was dropped and why, and what of the rows is not used."""
+        self._splits.items  # noqa: B018 - read them
+        return tuple(self._splits.notes)

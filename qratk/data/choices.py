@@ -123,6 +123,10 @@ class ChoiceData(TaskData):
             raise row.error(f"does not fit the prompt template: {type(error).__name__}: {error}") from error
         return text, tuple(choices), _label(row, len(choices), keys)
 
+    def form_of(self, content: Any) -> str:
+        """All rows have choices."""
+        return "choices"
+
     def fields_used(self) -> frozenset[str]:
         """Fields that choices come from, and those that the prompt asks for."""
         return frozenset(("context", "question", "choices", "label")) | self._prompt.fields

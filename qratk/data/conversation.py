@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,9 @@ from qratk.data.sources import Row, shown
 Message = Mapping[str, Any]
 _ROLES = ("system", "user", "assistant", "tool")
 
-FIELDS = frozenset(("instruction", "input", "output", "system", "history", "messages", "tools"))
-"""Fields of a row that make up its conversation."""
-
 TOLD = frozenset(("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio"))
 """Fields of a message that are part of what it says, beside its content."""
 
-_OF_ANOTHER_KIND = (
-    "functions", "function_call", "documents", "images", "image", "videos", "video", "audios", "audio",
-    "chat_template_kwargs", "reasoning_content", "weight",
-)  # fmt: skip
 _MASKS = ("train", "trainable", "training", "learn", "loss", "mask", "loss_mask")
 
 
@@ -29,21 +22,25 @@ _MASKS = ("train", "trainable", "training", "learn", "loss", "mask", "loss_mask"
 class Conversation:
     """Messages as the tokenizer's template takes them, and for each whether it is learnt.
 
-    `fields` are (instruction, input) where the row is one question of that form, else nothing.
+    `fields` are (instruction, input) where the row is one question of that form, else nothing. A `joined` one is a text
+    and its continuation, with nothing between them where no template says otherwise. `form` names that of the row.
     """
 
     fields: tuple[str, ...]
     messages: tuple[Message, ...]
     learnt: tuple[bool, ...]
     tools: tuple[Any, ...] = ()
+    joined: bool = False
+    form: str = ""
 
     def plain(self) -> Any:
         """What tells conversations apart, as JSON takes it."""
         turns = [(message["role"], message.get("content")) for message in self.messages]
         every = all(learnt == (role == "assistant") for (role, _), learnt in zip(turns, self.learnt, strict=True))
+        joined = ("joined",) if self.joined else ()
         if every and not self.tools and all(set(message) == {"role", "content"} for message in self.messages):
-            return self.fields, turns
-        return self.fields, [dict(message) for message in self.messages], self.learnt, self.tools
+            return self.fields, turns, *joined
+        return self.fields, [dict(message) for message in self.messages], self.learnt, self.tools, *joined
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -56,28 +53,50 @@ class Conversation:
         return (["tools"] if self.tools else []) + named
 
 
-def conversation(row: Row) -> Conversation:
-    """The conversation of a row. Raises DataError when it is none, or holds what would change its meaning and is not
-    supported."""
-    for name in _OF_ANOTHER_KIND:
-        if not _empty(row.data.get(name)):
-            raise row.error(f"has a field {name!r}, which changes what is to be learnt and is not supported")
-    if row.data.get("messages") is not None:
-        return _of_messages(row)
-    return _of_instruction(row)
-
-
-def _of_instruction(row: Row) -> Conversation:
-    instruction, extra = row.text("instruction"), row.text("input", default="")
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+def one_round(row: Row, question: str, answer: str, *, extra: str = "", joined: bool = False) -> Conversation:
+    """A question, with what belongs to it, and its answer; behind the row's `system` and `history`."""
+    asked = f"{question}\n\n{extra}" if extra.strip() else question
     before = [*_system(row), *_history(row)]
-    turns = [*before, ("user", question), ("assistant", row.text("output"))]
+    turns = [*before, ("user", asked), ("assistant", answer)]
     return Conversation(
-        () if before else (instruction, extra),
+        () if before else (question, extra),
         tuple({"role": role, "content": text} for role, text in turns),
         tuple(role == "assistant" for role, _ in turns),
         _tools(row),
+        joined and not before,
     )
+
+
+def several_rounds(row: Row, given: Sequence[Any], *, seen: int = 0) -> Conversation:
+    """The conversation of messages, behind the row's `system`; of the first `seen` messages none is learnt."""
+    if not empty(row.data.get("history")):
+        raise row.error("has a `history` beside messages; put all of it into these")
+    messages = [_message(message, row) for message in given]
+    learnt = [_learnt(message, row) for message in messages]
+    for index, message in enumerate(messages[:seen]):
+        if message.get("weight"):
+            raise row.error("gives a message of its prompt a weight; only those of the completion are learnt")
+        learnt[index] = False
+    for _, text in _system(row):
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": text})
+            learnt.insert(0, False)
+        elif messages[0]["content"] != text:
+            raise row.error("has a field 'system' beside another system message; remove one")
+    if all(message["role"] != "assistant" for message in messages[seen:]):
+        raise row.error("has no message of the assistant, so there is nothing to learn")
+    if not any(learnt):
+        raise row.error("gives every message of the assistant the weight 0, so there is nothing to learn")
+    kept = tuple({name: value for name, value in message.items() if name != "weight"} for message in messages)
+    return Conversation((), kept, tuple(learnt), _tools(row))
+
+
+def listed(row: Row, name: str, *, of: str) -> Sequence[Any]:
+    """The list of messages in a field. Raises DataError when it is none, or empty."""
+    given = row.data.get(name)
+    if not isinstance(given, list | tuple) or not given:
+        raise row.error(f"needs `{name}`, a list of {of}; got {shown(given)}")
+    return given
 
 
 def _system(row: Row) -> list[tuple[str, str]]:
@@ -88,7 +107,7 @@ def _system(row: Row) -> list[tuple[str, str]]:
 def _history(row: Row) -> list[tuple[str, str]]:
     """Earlier rounds: pairs of question and answer."""
     history = row.data.get("history")
-    if _empty(history):
+    if empty(history):
         return []
     if not isinstance(history, list | tuple) or not all(_is_pair(pair) for pair in history):
         raise row.error(f"needs `history` as a list of [question, answer]; got {shown(history)}")
@@ -97,27 +116,6 @@ def _history(row: Row) -> list[tuple[str, str]]:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
-
-
-def _of_messages(row: Row) -> Conversation:
-    given = row.data["messages"]
-    if not isinstance(given, list | tuple) or not given:
-        raise row.error(f"needs `messages`, a list of {{role, content}}; got {shown(given)}")
-    if not _empty(row.data.get("history")):
-        raise row.error("has both `messages` and `history`; put all of it into `messages`")
-    messages = [_message(message, row) for message in given]
-    for _, text in _system(row):
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": text})
-        elif messages[0]["content"] != text:
-            raise row.error("has a field 'system' beside another system message; remove one")
-    learnt = tuple(_learnt(message, row) for message in messages)
-    if all(message["role"] != "assistant" for message in messages):
-        raise row.error("has no message of the assistant, so there is nothing to learn")
-    if not any(learnt):
-        raise row.error("gives every message of the assistant the weight 0, so there is nothing to learn")
-    kept = tuple({name: value for name, value in message.items() if name != "weight"} for message in messages)
-    return Conversation((), kept, learnt, _tools(row))
 
 
 def _message(message: Any, row: Row) -> dict[str, Any]:
@@ -153,12 +151,13 @@ def _tools(row: Row) -> tuple[Any, ...]:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             raise row.error(f"needs `tools` as a list; its text is not valid JSON: {shown(tools)}") from error
-    if _empty(tools):
+    if empty(tools):
         return ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise row.error(f"needs `tools` as a list of objects; got {shown(tools)}")
     return tuple(tools)
 
 
-def _empty(value: Any) -> bool:
+def empty(value: Any) -> bool:
+    """Whether a field says nothing: null, a blank text, or nothing in a list."""
     return value is None or (isinstance(value, str) and not value.strip()) or value in ([], (), {})

@@ -22,11 +22,12 @@ def fingerprint(options: Mapping[str, Any], items: Mapping[Split, Sequence[Item]
     return digest.hexdigest()
 
 
-def counts(items: Sequence[Item], rows: Sequence[Encoded]) -> dict[str, float]:
-    """Items, rows, tokens (max, mean) and truncated rows of a split."""
+def counts(items: Sequence[Item], rows: Sequence[Encoded], forms: Mapping[str, int]) -> dict[str, Any]:
+    """Items by form and in all, rows, tokens (max, mean) and truncated rows of a split."""
     lengths = [len(row.tokens) for row in rows]
     return {
         "items": len(items),
+        "forms": dict(forms),
         "rows": len(rows),
         "max_tokens": max(lengths),
         "mean_tokens": sum(lengths) / len(lengths),

@@ -10,8 +10,9 @@ from qratk.core.errors import DataError
 from qratk.data.answers import Piece, end_answers, label_answers, pieces_of
 from qratk.data.base import TaskData
 from qratk.data.chat import ChatTemplate
-from qratk.data.conversation import FIELDS, Conversation, conversation
+from qratk.data.conversation import Conversation
 from qratk.data.encoding import Encoded, encode_pieces, encoded, special_ids
+from qratk.data.forms import FORMS, Answers, Form, FormName, recognised, require_form
 from qratk.data.scoring import LikelihoodScorer
 from qratk.data.sources import Row
 from qratk.data.splits import Item, Split
@@ -33,36 +34,79 @@ ALPACA_NO_INPUT = (
 
 
 class InstructionData(TaskData):
-    """Rows of instruction, input and output, or of messages; the score is minus nats per answer token.
+    """Rows of questions and answers, in the forms of public data sets; the score is minus nats per answer token.
 
-    Beside these, rows may have `system`, `history` (pairs of question and answer) and `tools`; a message of the
-    assistant `tool_calls`, `reasoning_content`, and a `weight` of 0 when it is not to be learnt. Through the chat
-    template a row is token for token what the tokenizer's `apply_chat_template` makes of it, or it is refused.
+    Forms are Alpaca's, messages, ShareGPT's, prompt and completion, Dolly's, HC3's, question and answer (docs/data.md).
+    Beside their fields, rows may have `system`, `tools` and, where they are no messages, `history` (pairs of question
+    and answer); a message of the assistant `tool_calls`, `reasoning_content`, and a `weight` of 0 when it is not to be
+    learnt. Through the chat template a row is token for token what the tokenizer's `apply_chat_template` makes of it,
+    or it is refused.
 
     Args:
         train: As in `TaskData`, whose other options apply too.
+        form: Form of all rows; `auto` recognises that of each row by its fields.
+        answers: Which answers of HC3 are learnt, each as a row of its own: `human`, `chatgpt` or `all`.
         template: `chat` is the tokenizer's own template, `alpaca` the prompt of Stanford Alpaca, `plain` the bare texts
-            with line breaks between them; `auto` is `chat` where the tokenizer has a template, else `alpaca`.
+            with line breaks between them, but for a prompt and its completion; `auto` is `chat` where the tokenizer has
+            a template, else `alpaca`.
     """
 
-    def __init__(self, train: str | list[str] | None = None, *, template: TemplateName = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        *,
+        template: TemplateName = "auto",
+        form: FormName = "auto",
+        answers: Answers = "human",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(train, **kwargs)
+        require_form(form)
+        if answers not in ("human", "chatgpt", "all"):
+            raise DataError(f"answers must be human, chatgpt or all, got {answers!r}")
+        self.form, self.answers = form, answers
         if template not in ("auto", "alpaca", "chat", "plain"):
             raise DataError(f"template must be auto, alpaca, chat or plain, got {template!r}")
         self.template = template
         self._told: set[str] = set()
+        self._recognised: tuple[Row, Form] | None = None
 
     def options(self) -> Mapping[str, Any]:
         """The template."""
         return {"template": self.template}
 
+    def _form(self, row: Row) -> Form:
+        """The form of a row: the one that is set, or recognised by its fields as they are named in the file."""
+        if self.form != "auto":
+            return FORMS[self.form]
+        if self._recognised is None or self._recognised[0] is not row:  # it is asked for several times
+            renamed = self._splits.options.rename or {}
+            self._recognised = row, recognised(row, ignoring=set(renamed.values()) - set(renamed))
+        return self._recognised[1]
+
     def parse(self, row: Row) -> Conversation:
-        """The conversation of a row."""
-        return conversation(row)
+        """The conversation of a row, the first where it holds several answers. Raises DataError where it has none."""
+        found = self._form(row).conversations(row, self.answers)
+        if not found:
+            raise row.error("holds no answer")
+        return found[0]
+
+    def contents(self, row: Row) -> Sequence[Conversation]:
+        """The conversation of a row; where it holds several answers, one with each."""
+        form = self._form(row)
+        return form.conversations(row, self.answers) if form.name == "hc3" else (self.parse(row),)
+
+    def form_of(self, content: Any) -> str:
+        """Name of the form that a conversation was read from."""
+        return content.form if isinstance(content, Conversation) else super().form_of(content)
+
+    def fields_of(self, row: Row) -> frozenset[str]:
+        """Fields of the row's form."""
+        return self._form(row).uses
 
     def fields_used(self) -> frozenset[str]:
-        """Those of both forms of rows."""
-        return FIELDS
+        """Fields of all forms that rows may have."""
+        return frozenset().union(*(form.uses for form in FORMS.values() if self.form in ("auto", form.name)))
 
     @property
     def template_in_use(self) -> Literal["alpaca", "chat", "plain"]:
@@ -181,6 +225,8 @@ def _alpaca_pieces(content: Conversation) -> list[Piece]:
 
 def _plain_pieces(content: Conversation) -> list[Piece]:
     turns = content.turns
+    if content.joined:
+        return [(turns[0][1], False), (turns[1][1], content.learnt[1])]
     last = max(index for index, (role, _) in enumerate(turns) if role == "assistant")
     pieces: list[Piece] = []
     for (role, text), learnt in list(zip(turns, content.learnt, strict=True))[: last + 1]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -64,25 +66,29 @@ def require_at_least(name: str, value: int, least: int) -> None:
 class Reading(Protocol):
     """How a task reads rows."""
 
-    def parse(self, row: Row) -> Any:
-        """Content of a row. Raises DataError when it is not right."""
+    def contents(self, row: Row) -> Sequence[Any]:
+        """Content of each item that a row holds. Raises DataError when it is not right."""
         ...
 
-    def fields_used(self) -> frozenset[str]:
-        """Names of the fields that content comes from."""
+    def form_of(self, content: Any) -> str:
+        """Name of the form of a row."""
+        ...
+
+    def fields_of(self, row: Row) -> frozenset[str]:
+        """Names of the fields that a row's content comes from."""
         ...
 
 
 class Splits:
     """Items of each split, disjoint in content; files are read when they are first asked for.
 
-    `notes` says what was dropped, and which fields of the rows nobody asked for.
+    `notes` says what was dropped, where forms are mixed, and which fields of the rows nobody asked for.
     """
 
     def __init__(self, options: SplitOptions, task: Reading) -> None:
         self.options = options
         self._task = task
-        self._columns: dict[str, None] = {}
+        self._unused: dict[str, None] = {}
         self.notes: list[str] = []
 
     @cached_property
@@ -108,13 +114,35 @@ class Splits:
         if source is None:
             return []
         rows = read_rows(source, split, rename=self.options.rename)
-        items = [_item(self._task.parse(row), row) for row in rows]
-        self._columns.update(dict.fromkeys(name for row in rows for name in row.data))
+        items: list[Item] = []
+        bare: list[str] = []
+        for row in rows:
+            contents = self._task.contents(row)
+            items += [_item(content, row) for content in contents]
+            if not contents:
+                bare.append(row.where)
+            used = self._task.fields_of(row)
+            self._unused.update(
+                dict.fromkeys(name for name, value in row.data.items() if value is not None and name not in used)
+            )
+        if bare:
+            self.notes.append(f"{len(bare)} of {len(rows)} {split} rows hold no answer: left out (first: {bare[0]})")
+            _logger.warning(self.notes[-1])
+        if not items:
+            raise DataError(f"{split} data: none of the {len(rows)} {split} rows holds an answer; give others")
+        self._tell_forms(items, split)
         return items
 
+    def _tell_forms(self, items: Sequence[Item], split: Split) -> None:
+        forms = Counter(self._task.form_of(item.content) for item in items)
+        counted = ", ".join(f"{number} {name}" for name, number in forms.most_common())
+        _logger.info("%s rows: %s", split, counted)
+        if len(forms) > 1:
+            self.notes.append(f"{split} rows are of several forms: {counted}")
+
     def _tell_ignored(self) -> None:
-        used = self._task.fields_used().union((self.options.rename or {}).values(), _NAMES)
-        if ignored := [name for name in self._columns if name not in used]:
+        used = {*(self.options.rename or {}).values(), *_NAMES}
+        if ignored := [name for name in self._unused if name not in used]:
             self.notes.append(f"fields of the rows that are not used: {', '.join(map(shown, ignored))}")
             _logger.warning(self.notes[-1])
 
@@ -135,10 +163,16 @@ class Splits:
                 f"cannot take {number} validation items off {len(items)} training rows: "
                 f"lower validation_items or give a validation file"
             )
-        chosen = set(permutation(len(items), seed=options.seed, purpose="carve")[:number].tolist())
+        # Items of one row stay together: the answers to one question.
+        rows = [list(same) for _, same in groupby(items, key=lambda item: item.where)]
+        order = permutation(len(rows), seed=options.seed, purpose="carve").tolist()
+        taken = accumulate(len(rows[index]) for index in order)
+        chosen = set(order[: 1 + sum(size < number for size in taken)])
+        if len(chosen) == len(rows):
+            raise DataError(f"cannot take {number} validation items off {len(rows)} rows: give a validation file")
         return (
-            [item for index, item in enumerate(items) if index not in chosen],
-            [item for index, item in enumerate(items) if index in chosen],
+            [item for index, row in enumerate(rows) if index not in chosen for item in row],
+            [item for index, row in enumerate(rows) if index in chosen for item in row],
         )
 
     def _subsample(self, items: list[Item], split: Split) -> tuple[Item, ...]:

@@ -19,6 +19,18 @@ class Task(ABC):
     def parse(self, row: Row) -> Any:
         """Content of a row, made of tuples, texts and numbers. Raises DataError (`row.error`) when it is not right."""
 
+    def contents(self, row: Row) -> Sequence[Any]:
+        """What `parse` makes of a row; of a row that holds several items, each; nothing where it holds none."""
+        return (self.parse(row),)
+
+    def form_of(self, content: Any) -> str:
+        """Name of the form that a row of this content has, for people."""
+        return type(self).__name__
+
+    def fields_of(self, row: Row) -> frozenset[str]:
+        """Names of the fields that a row's own content comes from: `fields_used` where all rows are alike."""
+        return self.fields_used()
+
     @abstractmethod
     def fields_used(self) -> frozenset[str]:
         """Names of the fields that content comes from; what else rows hold is said to be ignored."""

@@ -49,6 +49,10 @@ class TextData(TaskData):
             raise row.error("has an empty text; remove it")
         return text
 
+    def form_of(self, content: Any) -> str:
+        """All rows are texts."""
+        return "text"
+
     def fields_used(self) -> frozenset[str]:
         """The text."""
         return frozenset(("text",))

@@ -44,19 +44,21 @@ def test_plan_takes_what_was_written(model_dir, data_files, capsys):
 
 
 @pytest.mark.parametrize(
-    ("row", "module", "rename"),
+    ("row", "module"),
     [
-        ({"question": "a", "choices": ["b", "c"], "label": 0}, "MultipleChoiceData", None),
-        ({"messages": [{"role": "user", "content": "a"}]}, "InstructionData", None),
-        ({"instruction": "a", "output": "b"}, "InstructionData", None),
-        ({"prompt": "a", "completion": "b"}, "InstructionData", {"instruction": "prompt", "output": "completion"}),
-        ({"text": "a"}, "TextData", None),
+        ({"question": "a", "choices": ["b", "c"], "label": 0}, "MultipleChoiceData"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "InstructionData"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "InstructionData"),
+        ({"instruction": "a", "output": "b", "text": "a b"}, "InstructionData"),
+        ({"prompt": "a", "completion": "b"}, "InstructionData"),
+        ({"question": "a", "answer": "b"}, "InstructionData"),
+        ({"text": "a"}, "TextData"),
     ],
 )
-def test_rows_choose_the_data_module(tmp_path, row, module, rename):
+def test_rows_choose_the_data_module(tmp_path, row, module):
     document = written("--model", "Qwen/Qwen3-0.6B", "--data", rows(tmp_path, row))
     assert document["data"]["class_path"] == module
-    assert document["data"]["init_args"].get("rename") == rename
+    assert "rename" not in document["data"]["init_args"]
     assert document["model"]["model"] == "Qwen/Qwen3-0.6B"
     assert document["search"]["test"] is False  # there is no test data
 
@@ -65,7 +67,7 @@ def test_rows_that_nothing_takes_are_refused_with_what_would_do(tmp_path, capsys
     assert main(["init", "--model", "a/b", "--data", rows(tmp_path, {"x": 1})]) == 1
     error = capsys.readouterr().err
     assert "my rows.jsonl, line 1: no data module takes rows of x" in error
-    assert "`instruction` and `output`" in error
+    assert "alpaca (instruction, output)" in error
     assert not (tmp_path / "my.yaml").exists()
 
 

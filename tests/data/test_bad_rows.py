@@ -46,7 +46,8 @@ def test_lists_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("kind", [InstructionData, MultipleChoiceData])
 def test_half_a_surrogate_pair_is_found_in_every_kind_of_row(write: Write, kind: Any) -> None:
-    row = {**CHOICE, "choices": ["one", "two \ud83d"], "instruction": "Be nice", "output": "nice \ud83d"}
+    answer = {"instruction": "Be nice", "output": "nice \ud83d"}
+    row = answer if kind is InstructionData else {**CHOICE, "choices": ["one", "two \ud83d"]}
     with pytest.raises(DataError, match=r"line 1: the row holds .* half of a surrogate pair"):
         kind(test=write("test.jsonl", [row])).items("test")
 

@@ -250,7 +250,7 @@ ANSWER = {"role": "assistant", "content": "b"}
         ({"messages": [{**ASKED, "weight": 1}, ANSWER]}, "the row gives a message of the user the weight 1"),
         ({"messages": [ASKED, {**ANSWER, "weight": 0}]}, "the row gives every message of the assistant the weight 0"),
         ({"messages": [ASKED, {**ANSWER, "train": False}]}, "the row has a message with 'train'"),
-        ({"messages": [ASKED, ANSWER], "history": [["a", "b"]]}, "the row has both `messages` and `history`"),
+        ({"messages": [ASKED, ANSWER], "history": [["a", "b"]]}, "the row has a `history` beside messages"),
         ({"messages": [ASKED, ANSWER], "functions": [TOOL]}, "the row has a field 'functions'"),
         ({"messages": [ASKED, ANSWER], "tools": "weather"}, "the row needs `tools` as a list"),
         (

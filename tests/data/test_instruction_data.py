@@ -129,7 +129,11 @@ def test_item_weights_times_outcomes_give_the_score(write: Write, tokenizer: Any
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "a"}, "line 2: the row needs a text field 'output'"),
+        (
+            {"instruction": "a"},
+            r"line 2: the row has only 'instruction'; it needs those of a form: alpaca \(instruction, ",
+        ),
+        ({"instruction": "a", "output": 3}, "line 2: the row needs a text field 'output'"),
         ({"instruction": 3, "output": "b"}, "line 2: the row needs a text field 'instruction'"),
         ({"messages": []}, "line 2: the row needs `messages`"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the row has no message of the assistant"),
