@@ -43,6 +43,23 @@ class ChatTemplate:
             found = {i: self._one(conversation, i, text, where) for i in answers if conversation.learnt[i]}
         return [found[i] for i in answers if conversation.learnt[i]]
 
+    def asks_as_learnt(self, text: str, spans: Sequence[Span]) -> bool:
+        """Whether the last answer stands behind what the template puts before an answer that is to be generated."""
+        return not spans or text[: spans[-1][0]].endswith(self.generation_prompt)
+
+    def require_reasoning(self, conversation: Conversation, text: str, spans: Sequence[Span], where: str) -> None:
+        """Raise DataError where the last answer is learnt without the think block in it: a template may drop those of
+        earlier answers, which the model will not see either, but what it has to generate is the last one."""
+        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        content = conversation.messages[answers[-1]].get("content") or ""
+        reasoning, found, _ = content.rpartition("</think>")
+        thought = reasoning.rpartition("<think>")[2].strip()
+        if found and thought and conversation.learnt[answers[-1]] and thought not in text[slice(*spans[-1])]:
+            raise DataError(
+                f"{where}: the chat template drops the think block of the last answer, so that the model would learn "
+                f"to answer without; use template alpaca or plain, a tokenizer with another template, or take it out"
+            )
+
     def ignored(self, conversation: Conversation) -> Iterator[str]:
         """Fields of messages that the template does not know and that say nothing."""
         for message in conversation.messages:
@@ -57,7 +74,7 @@ class ChatTemplate:
         return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
 
     @cached_property
-    def _generation_prompt(self) -> str:
+    def generation_prompt(self) -> str:
         """What the template puts before an answer that is to be generated; nothing where that cannot be told."""
         try:
             without = self._apply(_PROBE, (), add_generation_prompt=False)
@@ -144,7 +161,7 @@ class ChatTemplate:
     def _begun(self, text: str, position: int, before: Sequence[Message], *, floor: int = 0) -> int:
         """Where generation of the answer at a position began: behind the generation prompt, unless that is an earlier
         answer's, with the message before this one behind it."""
-        prompt = self._generation_prompt
+        prompt = self.generation_prompt
         at = text.rfind(prompt, floor, position) if prompt else -1
         if at < 0:
             return position

@@ -68,7 +68,7 @@ class InstructionData(TaskData):
         if template not in ("auto", "alpaca", "chat", "plain"):
             raise DataError(f"template must be auto, alpaca, chat or plain, got {template!r}")
         self.template = template
-        self._told: set[str] = set()
+        self._told: dict[str, None] = {}
         self._recognised: tuple[Row, Form] | None = None
 
     def options(self) -> Mapping[str, Any]:
@@ -128,16 +128,24 @@ class InstructionData(TaskData):
         """Tokens of the chat template's own text, and labels: of answers, and of the special token that ends each."""
         template, closing = ChatTemplate(self.tokenizer), special_ids(self.tokenizer)
         ignored: dict[str, None] = {}
-        open_ended = 0
+        open_ended = asked_otherwise = 0
         for item in items:
             ignored |= dict.fromkeys(template.ignored(item.content))
             text = template.text(item.content, item.where)
-            pieces = pieces_of(text, template.spans(item.content, text, item.where))
+            spans = template.spans(item.content, text, item.where)
+            template.require_reasoning(item.content, text, spans, item.where)
+            asked_otherwise += not template.asks_as_learnt(text, spans)
+            pieces = pieces_of(text, spans)
             ids, owners = encode_pieces(self.tokenizer, pieces, special=False)
             labelled, closed = label_answers(ids, owners, pieces, closing, blank=self._is_blank)
             open_ended += not closed
             yield ids, labelled
         self._tell(ignored, open_ended)
+        if asked_otherwise:
+            self._tell_once(
+                f"the chat template asks for an answer by {template.generation_prompt!r}, which does not stand before "
+                f"the last answer of {asked_otherwise} rows: there it is trained on another prompt"
+            )
 
     def _own_rows(
         self, items: Sequence[Item], form: Literal["alpaca", "plain"]
@@ -156,18 +164,23 @@ class InstructionData(TaskData):
         return not str(self.tokenizer.decode([token])).strip()
 
     def _tell(self, ignored: Mapping[str, None], open_ended: int) -> None:
-        said = []
         if ignored:
-            said.append(f"fields of messages that the chat template does not use: {', '.join(ignored)}")
+            self._tell_once(f"fields of messages that the chat template does not use: {', '.join(ignored)}")
         if open_ended:
-            said.append(
+            self._tell_once(
                 f"the chat template puts no special token behind an answer of {open_ended} rows: there the model does "
                 f"not learn to stop"
             )
-        for text in said:
-            if text not in self._told:
-                self._told.add(text)
-                _logger.warning(text)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told[text] = None
+            _logger.warning(text)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was dropped and why, what is not used, and what the chat template does not do."""
+        return (*super().notes, *self._told)
 
     def _fit(self, tokens: list[int], labelled: list[bool], item: int) -> Encoded:
         """The stretch of `max_length` tokens with the most answer in it, the earliest if several; a leading

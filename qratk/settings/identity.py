@@ -21,6 +21,7 @@ UNDECIDING: Final = frozenset({
 
 LATER: Final[Mapping[str, Any]] = {
     "search.full_runs": None, "search.merge": 0, "search.seeds": 1, "model.replicate": None,
+    "data.init_args.form": "auto", "data.init_args.answers": "human",
 }  # fmt: skip
 """Settings that run directories from before they were thought of lack, with the value that says the same."""
 

@@ -52,6 +52,26 @@ SPACED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}"
     "{% else %}[INST] {{ m.content | trim }} [/INST]{% endif %}{% endfor %}"
 )
+# As models that always reason: the block is opened by what asks for an answer.
+OPENED = THINK.replace(
+    "{{ '<|im_start|>assistant\\n' }}{%- endif -%}", "{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"
+)
+# As those distilled from one: the block is asked for, and dropped from every answer.
+DROPPED = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# An end of sequence behind the end of the last turn.
+ENDED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+# What is generated is marked, as training libraries ask of templates.
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "tools": TOOLS, "think": THINK, "spaced": SPACED}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": 3}'}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -180,6 +200,73 @@ def test_earlier_turns_lose_their_think_blocks_as_in_the_template(write: Write) 
     (encoded,) = rows_of(write, tokenizer, [{"messages": messages}])
     assert encoded.tokens.tolist() == rendered(tokenizer, messages)
     assert learnt(tokenizer, encoded) == "Five.<|im_end|><think>\nAfter five.\n</think>\n\nSix.<|im_end|>"
+
+
+def asked(*answers: str, **more: Any) -> dict[str, Any]:
+    """A row of rounds with these answers."""
+    rounds = [[{"role": "user", "content": "sky?"}, {"role": "assistant", "content": text}] for text in answers]
+    rounds[-1][-1] |= more
+    return {"messages": [message for both in rounds for message in both]}
+
+
+BLOCK = "<think>\nhm\n</think>\n\nblue"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        (THINK, asked("blue"), "<think>\n\n</think>\n\nblue<|im_end|>"),  # it has to generate the empty block
+        (THINK, asked("red", "blue"), "red<|im_end|><think>\n\n</think>\n\nblue<|im_end|>"),
+        (THINK, asked("<think>\n\n</think>\n\nblue"), "<think>\n\n</think>\n\nblue<|im_end|>"),
+        (OPENED, asked(BLOCK), "hm\n</think>\n\nblue<|im_end|>"),
+        (OPENED, asked("blue", reasoning_content="hm"), "hm\n</think>\n\nblue<|im_end|>"),
+        (OPENED, asked("blue"), "\n</think>\n\nblue<|im_end|>"),
+        (OPENED, asked(BLOCK, BLOCK), "blue<|im_end|>hm\n</think>\n\nblue<|im_end|>"),
+        (DROPPED, asked("<think>\n\n</think>\n\nblue"), "\n\nblue<|im_end|>"),
+        (ENDED, asked("red", "blue"), "red<|im_end|>blue<|im_end|>"),  # one end: what follows is never generated
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}{{ eos_token }}", asked("blue"), "blue\n</s>"),
+    ],
+)  # fmt: skip
+def test_what_the_model_has_to_generate_is_learnt_and_nothing_else(
+    write: Write, template: str, row: Any, expected: str
+) -> None:
+    tokenizer = build(template)
+    (encoded,) = rows_of(write, tokenizer, [row])
+    assert encoded.tokens.tolist() == rendered(tokenizer, row["messages"])
+    assert learnt(tokenizer, encoded) == expected
+
+
+def test_a_template_that_drops_the_reasoning_of_the_last_answer_is_refused(write: Write) -> None:
+    tokenizer = build(DROPPED)
+    assert len(rows_of(write, tokenizer, [asked(BLOCK, "blue")])) == 1  # of earlier answers it may
+    with pytest.raises(DataError, match="line 2: the chat template drops the think block of the last answer"):
+        rows_of(write, tokenizer, [asked("blue"), asked("red", BLOCK)])
+    assert learnt(tokenizer, rows_of(write, tokenizer, [asked(BLOCK)], template="plain")[0]) == f"{BLOCK}</s>"
+
+
+def test_a_template_that_asks_otherwise_than_it_shows_answers_is_told(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = InstructionData(test=write("test.jsonl", [asked("red", "blue"), asked("blue")]))
+    data.attach(build(DROPPED))
+    data.scoring_rows("test")
+    (record,) = caplog.records
+    assert record.message.startswith(
+        r"the chat template asks for an answer by '<|im_start|>assistant\n<think>\n', which"
+    )
+    assert "does not stand before the last answer of 2 rows" in record.message
+    assert data.describe()["warnings"] == [record.message]
+
+
+def test_what_a_template_marks_as_generated_is_what_is_learnt(write: Write) -> None:
+    tokenizer = build(GENERATION)
+    row = asked("The sky is blue.", "yes", "a\nb")
+    (encoded,) = rows_of(write, tokenizer, [row])
+    theirs = tokenizer.apply_chat_template(
+        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert encoded.tokens.tolist() == theirs["input_ids"]
+    assert encoded.labelled.tolist() == [bool(mask) for mask in theirs["assistant_masks"]]
 
 
 def test_calls_of_tools_are_learnt_and_tools_are_shown(write: Write) -> None:

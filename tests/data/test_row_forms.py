@@ -13,6 +13,7 @@ from qratk.core import DataError
 from qratk.data import InstructionData, TextData
 from qratk.data.forms import FORMS, recognised
 from qratk.data.sources import Row
+from qratk.settings.identity import comparable
 
 Write = Callable[[str, list[Any]], str]
 
@@ -271,6 +272,15 @@ def test_a_module_that_only_knows_parse_and_fields_reads_as_before(write: Write,
     assert [item.content for item in data.items("test")] == ["ba"]
     assert data.describe()["test"]["forms"] == {"text": 1}
     assert data.describe()["warnings"] == ["fields of the rows that are not used: 'extra'"]
+
+
+def test_a_search_of_before_forms_had_names_goes_on() -> None:
+    before, now = (
+        {"data.init_args.template": "chat"},
+        {"data.init_args.form": "auto", "data.init_args.answers": "human"},
+    )
+    assert comparable({**before, **now}) == comparable(before)
+    assert comparable({**before, "data.init_args.form": "alpaca"}) != comparable(before)
 
 
 @pytest.mark.parametrize(
