@@ -13,6 +13,7 @@ from qratk.core.errors import DataError
 from qratk.core.evaluation import replicate_seed
 from qratk.data.batches import Batch, scoring_batches
 from qratk.data.encoding import Encoded
+from qratk.data.order import Mixture
 from qratk.data.sampler import StepSampler
 from qratk.data.splits import Split, require_at_least
 
@@ -70,15 +71,20 @@ class Batches:
         require_at_least("num_workers", self.num_workers, 0)
 
     def training(
-        self, rows: Sequence[Encoded], collate: Callable[[Sequence[Encoded]], Batch], place: Place
+        self,
+        rows: Sequence[Encoded],
+        collate: Callable[[Sequence[Encoded]], Batch],
+        place: Place,
+        *,
+        mixture: Mixture | None = None,
     ) -> TrainingLoader:
-        """Loader of this replica's training batches."""
+        """Loader of this replica's training batches, of rows of one kind or of those of a mixture."""
         rank, replicas = replica(place.trainer())
         length = -(-len(rows) // (self.batch_size * replicas)) if place.counts_epochs else None
         seed = replicate_seed(self.seed, place.replicate)
         sampler = StepSampler(
             len(rows), self.batch_size, seed, place.start_batch, length=length, rank=rank, replicas=replicas,
-            done=place.batches_done,
+            done=place.batches_done, mixture=mixture,
         )  # fmt: skip
         return TrainingLoader(rows, sampler, collate, num_workers=self.num_workers)
 
@@ -97,9 +103,11 @@ class Batches:
             self._kept[key] = every[rank::replicas] or every[:1]
         return self._kept[key]
 
-    def calibration(self, num_rows: int, count: int, batch_size: int | None) -> list[list[int]]:
+    def calibration(
+        self, num_rows: int, count: int, batch_size: int | None, *, mixture: Mixture | None = None
+    ) -> list[list[int]]:
         """Indices of training rows, `count` batches of an order of their own."""
-        sampler = StepSampler(num_rows, batch_size or self.batch_size, self.seed + 0x5EED)
+        sampler = StepSampler(num_rows, batch_size or self.batch_size, self.seed + 0x5EED, mixture=mixture)
         return [sampler.batch(k) for k in range(count)]
 
     def forget(self) -> None:
@@ -133,22 +141,23 @@ class TrainingLoader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """What decides which rows make up micro-batch k."""
         sampler = self.batch_sampler
-        return {
+        state: dict[str, int | str] = {
             "rows": sampler.num_items,
             "batch_size": sampler.batch_size,
             "replicas": sampler.replicas,
             "seed": sampler.seed,
         }
+        return state if sampler.mixture is None else {**state, "mixture": str(sampler.mixture)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Check a checkpoint's state. Raises DataError when its batches were made otherwise."""
         ours = self.state_dict()
-        differing = [name for name in ours if state.get(name) != ours[name]]
+        differing = [name for name in {**ours, **state} if state.get(name) != ours.get(name)]
         if differing:
-            told = ", ".join(f"{name} {state.get(name)} instead of {ours[name]}" for name in differing)
+            told = ", ".join(f"{name} {state.get(name)} instead of {ours.get(name)}" for name in differing)
             raise DataError(
                 f"the checkpoint was trained on other batches ({told}), so that it cannot go on with those never seen; "
                 f"give the same data and options, or start without --ckpt_path"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch.utils.data import Sampler
 
 from qratk.core.errors import DataError
+from qratk.data.order import Endless, Mixed, Mixture
 
 
 class StepSampler(Sampler[list[int]]):
@@ -15,7 +15,8 @@ class StepSampler(Sampler[list[int]]):
 
     A run that stopped anywhere continues with `start=k` as if it had never stopped. The items are an endless
     concatenation of permutations, one an epoch, each from its own generator; the last short batch of an epoch is
-    completed from the next permutation, so that no item is ever skipped. A pass over the sampler begins `done()`
+    completed from the next permutation, so that no item is ever skipped. With a `mixture`, they are its sources' items
+    in the order of `Mixed`, by weight. A pass over the sampler begins `done()`
     micro-batches after `start`: those that were trained on already, in however many passes. It is endless unless
     `length` says how many batches an epoch of the Trainer has. With several replicas, replica `rank` takes batches
     `rank, rank + replicas, ...` of the same sequence, and counts its own.
@@ -32,6 +33,7 @@ class StepSampler(Sampler[list[int]]):
         rank: int = 0,
         replicas: int = 1,
         done: Callable[[], int] | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         if num_items < 1 or batch_size < 1 or start < 0:
             raise DataError(
@@ -40,25 +42,12 @@ class StepSampler(Sampler[list[int]]):
             )
         self.num_items, self.batch_size, self.seed, self.start = num_items, batch_size, seed, start
         self.length, self.rank, self.replicas, self.done = length, rank, replicas, done
-        self._cached: tuple[int, torch.Tensor] | None = None
-
-    def permutation(self, epoch: int) -> torch.Tensor:
-        """Order of the items in an epoch, (num_items,)."""
-        if self._cached is None or self._cached[0] != epoch:
-            # Odd multipliers keep (seed, epoch) pairs apart; torch has no seed sequences.
-            seed = (self.seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + 1) % (1 << 63)
-            self._cached = (epoch, torch.randperm(self.num_items, generator=torch.Generator().manual_seed(seed)))
-        return self._cached[1]
+        self.mixture = mixture
+        self._order = Endless(num_items, seed) if mixture is None else Mixed(mixture, seed)
 
     def batch(self, k: int) -> list[int]:
         """Indices of micro-batch k, `batch_size` of them."""
-        indices: list[int] = []
-        epoch, offset = divmod(k * self.batch_size, self.num_items)
-        while len(indices) < self.batch_size:
-            missing = self.batch_size - len(indices)
-            indices += self.permutation(epoch)[offset : offset + missing].tolist()
-            epoch, offset = epoch + 1, 0
-        return indices
+        return self._order.take(k * self.batch_size, self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + (self.done() if self.done is not None else 0)
