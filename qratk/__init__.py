@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qratk.core.configuration import LayerChoice as LayerChoice
     from qratk.core.errors import ConfigurationError as ConfigurationError
     from qratk.core.errors import DataError as DataError
-    from qratk.core.errors import ExportError as ExportError
     from qratk.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from qratk.core.errors import QratkError as QratkError
     from qratk.core.errors import QuantizationError as QuantizationError
@@ -74,6 +73,7 @@ if TYPE_CHECKING:
     from qratk.data.base import TaskData as TaskData
     from qratk.data.instruction import InstructionData as InstructionData
     from qratk.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+    from qratk.data.suite import SuiteData as SuiteData
     from qratk.data.text import TextData as TextData
     from qratk.embedded.datamodule import EmbeddedData as EmbeddedData
     from qratk.estimators.base import Gathering as Gathering
@@ -87,7 +87,6 @@ if TYPE_CHECKING:
     from qratk.executors.base import Executor as Executor
     from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
-    from qratk.exporters.base import Holding as Holding
     from qratk.exporters.native import native_model as native_model
     from qratk.exporters.packed import load_quantized as load_quantized
     from qratk.loop import SearchLoop as SearchLoop
@@ -150,7 +149,6 @@ _HOMES = {
     "qratk.core.errors": (
         "ConfigurationError",
         "DataError",
-        "ExportError",
         "InfeasibleBudgetError",
         "QratkError",
         "QuantizationError",
@@ -197,6 +195,7 @@ _HOMES = {
     "qratk.data.base": ("TaskData",),
     "qratk.data.instruction": ("InstructionData",),
     "qratk.data.multiple_choice": ("MultipleChoiceData",),
+    "qratk.data.suite": ("SuiteData",),
     "qratk.data.text": ("TextData",),
     "qratk.embedded.datamodule": ("EmbeddedData",),
     "qratk.estimators.base": (
@@ -215,10 +214,7 @@ _HOMES = {
         "Executor",
         "Group",
     ),
-    "qratk.exporters.base": (
-        "Exporter",
-        "Holding",
-    ),
+    "qratk.exporters.base": ("Exporter",),
     "qratk.exporters.native": ("native_model",),
     "qratk.exporters.packed": ("load_quantized",),
     "qratk.loop": ("SearchLoop",),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from qratk.data.multiple_choice import MultipleChoiceData
     from qratk.data.sampler import StepSampler
     from qratk.data.scoring import Scorer
+    from qratk.data.suite import SuiteData
+    from qratk.data.suite_members import SuiteTask, TrainingSource
     from qratk.data.text import TextData
 
 _MODULES = {
@@ -19,15 +21,18 @@ _MODULES = {
     "MultipleChoiceData": "multiple_choice",
     "Scorer": "scoring",
     "StepSampler": "sampler",
+    "SuiteData": "suite",
+    "SuiteTask": "suite_members",
     "TaskData": "base",
     "TextData": "text",
+    "TrainingSource": "suite_members",
     "evaluate_lm_eval": "lm_eval",
     "write_task": "lm_eval",
 }
 
 __all__ = [
-    "InstructionData", "MultipleChoiceData", "Scorer", "StepSampler", "TaskData", "TextData", "evaluate_lm_eval",
-    "write_task",
+    "InstructionData", "MultipleChoiceData", "Scorer", "StepSampler", "SuiteData", "SuiteTask", "TaskData", "TextData",
+    "TrainingSource", "evaluate_lm_eval", "write_task",
 ]  # fmt: skip
 
 

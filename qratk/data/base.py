@@ -5,21 +5,24 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import AttributeDict, collect_init_args
 from torch.utils.data import DataLoader
 
+from qratk.core.errors import DataError
 from qratk.core.secrets import without_secrets
 from qratk.data.attached import Attached, of_trainer
 from qratk.data.batches import Batch, training_batch
 from qratk.data.encoding import Encoded, learnable
 from qratk.data.identity import counts, fingerprint
 from qratk.data.loading import Batches, Place, TrainingLoader, replica, scoring_loader
+from qratk.data.order import Mixture
 from qratk.data.sources import Source
-from qratk.data.splits import SPLITS, Item, Split, SplitOptions, Splits, require_at_least
+from qratk.data.splits import SPLITS, Item, ItemsBySplit, Split, SplitOptions, Splits, require_at_least
 from qratk.data.task import Task
 
 
@@ -49,6 +52,7 @@ class TaskData(LightningDataModule, Task):
 
     start_batch: int = 0
     replicate: int = 0
+    holds_others: ClassVar[bool] = False  # whether its rows are those of other data modules
 
     def __init__(
         self,
@@ -73,15 +77,36 @@ class TaskData(LightningDataModule, Task):
         self._given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(TaskData,))
         self.sources: dict[Split, Source | None] = dict(zip(SPLITS, (train, validation, test), strict=True))
         limits = dict(zip(SPLITS, (max_train_items, max_validation_items, max_test_items), strict=True))
-        options = SplitOptions(self.sources, limits, validation_items, validation_fraction, rename, seed)
-        self._splits = Splits(options, self)
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self._batches = Batches(batch_size, self.eval_batch_size, seed, num_workers, share_prompts)
         require_at_least("max_length", 2 if max_length is None else max_length, 2)
         self.asked_length = max_length
+        self._options = SplitOptions(self.sources, limits, validation_items, validation_fraction, rename, seed)
+        self._splits = self._split(self._options)
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self._batches = Batches(batch_size, self.eval_batch_size, seed, num_workers, share_prompts)
         self._attached: Attached | None = None
         self._module: LightningModule | None = None  # that has what is attached, where it was read from a module
         self._encoded: dict[tuple[Split, bool], tuple[Encoded, ...]] = {}
+
+    def _split(self, options: SplitOptions) -> ItemsBySplit:
+        """Where items come from; files are not read yet."""
+        return Splits(options, self)
+
+    def join(self, *, max_length: int | None, carves: bool) -> None:
+        """Become a part of data that hold several, before anything is read: with rows of at most `max_length` tokens
+        unless an own option says less, and with or without validation items carved off the training rows."""
+        self.asked_length = max_length if self.asked_length is None else self.asked_length
+        self._options = replace(self._options, carves=carves, row_keys=True)
+        self._splits = self._split(self._options)
+
+    def narrow(self, split: Split, items: Sequence[Item]) -> None:
+        """Let a split have these of its items only; what was encoded is forgotten."""
+        self._splits.items[split] = tuple(items)
+        self._encoded.clear()
+        self._batches.forget()
+
+    def read(self, source: Source, name: str) -> Sequence[Item]:
+        """Items of all rows of a further source. Raises DataError."""
+        return Splits(self._options, self).read(source, name)
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -158,7 +183,18 @@ class TaskData(LightningDataModule, Task):
 
     def items(self, split: Split) -> tuple[Item, ...]:
         """Items of a split. Raises DataError when it has none."""
-        return self._splits.of(split)
+        if not self.has(split):
+            raise DataError(f"there is no {split} data: give the option `{split}`")
+        return self._splits.items[split]
+
+    def sample(self, split: Split, count: int) -> Sequence[Item]:
+        """At most so many items of a split, from which lengths are told."""
+        return self.items(split)[:count]
+
+    def strata(self, split: Split = "validation") -> tuple[tuple[str, int], ...]:
+        """Names of the tasks that the items of a split belong to, in order, and how many belong to each; empty where
+        all are of one."""
+        return ()
 
     def rows(self, split: Split) -> tuple[Encoded, ...]:
         """Rows to train on of the training split, rows to score of the others."""
@@ -187,7 +223,12 @@ class TaskData(LightningDataModule, Task):
         Endless, unless a Trainer fits without `max_steps` or for a number of epochs. Several devices share them out.
         """
         place = Place(lambda: self.trainer, self.start_batch, self.replicate)
-        return self._batches.training(self.training_rows(), self.collate, place)
+        return self._batches.training(self.training_rows(), self.collate, place, mixture=self.mixture)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """How the training rows are mixed; None where all are of one source, or count alike."""
+        return None
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Scoring batches of the validation split."""
@@ -229,7 +270,8 @@ class TaskData(LightningDataModule, Task):
     def calibration_batches(self, count: int, batch_size: int | None = None) -> list[Batch]:
         """Training batches on the CPU, the first `count` of an order of their own."""
         rows = self.training_rows()
-        return [self.collate([rows[i] for i in b]) for b in self._batches.calibration(len(rows), count, batch_size)]
+        batches = self._batches.calibration(len(rows), count, batch_size, mixture=self.mixture)
+        return [self.collate([rows[i] for i in batch]) for batch in batches]
 
     def fingerprint(self) -> str:
         """SHA-256 over the rows in use of each split, the options that matter and the tokenizer."""

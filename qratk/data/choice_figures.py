@@ -87,3 +87,8 @@ CHOICE_FIGURES: Final[Mapping[ChoiceScore, Callable[[ComparedChoices], Tensor]]]
     "prob_per_char": lambda choices: choices.per_char.log_likelihood.exp(),
 }
 """Outcome of each item, (items,), by the name of the figure, which is their mean."""
+
+UNIT_FIGURES: Final[Mapping[str, Callable[[ComparedChoices], Tensor]]] = {
+    name: CHOICE_FIGURES[name] for name in ("acc", "acc_norm", "prob", "prob_per_token", "prob_per_char")
+}
+"""Those between 0 and 1, which do not depend on other items."""

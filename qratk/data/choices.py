@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
-from qratk.data.choice_figures import CHOICE_FIGURES, ChoiceScore
+from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES, ChoiceScore
 from qratk.data.encoding import Encoded, PairEncoder, encoded
 from qratk.data.prompt import Prompt
 from qratk.data.scoring import ChoiceScorer
 from qratk.data.sources import Row, shown
 from qratk.data.splits import SPLITS, Item, Split
+from qratk.data.task import ShotStyle
 
 _BLANK = re.compile(r"(?<!\w)_(?!\w)")
 DEFAULT_PROMPT = "{{ [context, question] | select | join('\\n') }}"
@@ -80,6 +81,8 @@ class ChoiceData(TaskData):
     Raises DataError for a `blank` or a `score` that there is not.
     """
 
+    metrics = tuple(UNIT_FIGURES)
+
     @abstractmethod
     def __init__(
         self,
@@ -142,8 +145,23 @@ class ChoiceData(TaskData):
         """What lm-eval would score of an item. Raises DataError when a blank is missing."""
         prompt, choices, label = item.content
         if self.substitutes:
-            return self._around_blank(prompt, choices, label, item.where)
-        return Choices(tuple((prompt, self.target_delimiter + choice) for choice in choices), choices, label)
+            found = self._around_blank(prompt, choices, label, item.where)
+        else:
+            found = Choices(tuple((prompt, self.target_delimiter + choice) for choice in choices), choices, label)
+        if not item.before:
+            return found
+        return replace(found, pairs=tuple((item.before + context, rest) for context, rest in found.pairs))
+
+    def behind(self, items: Sequence[Item], examples: Sequence[Item], style: ShotStyle) -> Sequence[Item]:
+        """Items behind examples with their right choices, in lm-eval's form."""
+        shown = ["".join(chosen.pairs[chosen.label]) for chosen in map(self.choices, examples)]
+        before = style.description + "".join(text + style.delimiter for text in shown)
+        return [replace(item, before=before) for item in items]
+
+    def narrow(self, split: Split, items: Sequence[Item]) -> None:
+        """As for all data; whether choices are put in the place of a blank does not depend on which items are left."""
+        _ = self.substitutes
+        super().narrow(split, items)
 
     def _around_blank(self, prompt: str, choices: tuple[str, ...], label: int, where: str) -> Choices:
         found = _BLANK.search(prompt)

@@ -51,6 +51,8 @@ class InstructionData(TaskData):
             a template, else `alpaca`.
     """
 
+    metrics = ("token_prob",)
+
     def __init__(
         self,
         train: str | list[str] | None = None,
@@ -80,7 +82,7 @@ class InstructionData(TaskData):
         if self.form != "auto":
             return FORMS[self.form]
         if self._recognised is None or self._recognised[0] is not row:  # it is asked for several times
-            renamed = self._splits.options.rename or {}
+            renamed = self._options.rename or {}
             self._recognised = row, recognised(row, ignoring=set(renamed.values()) - set(renamed))
         return self._recognised[1]
 

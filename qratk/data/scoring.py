@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qratk.core.errors import DataError
-from qratk.data.choice_figures import CHOICE_FIGURES, ChoiceScore, Compared, ComparedChoices
+from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES, ChoiceScore, Compared, ComparedChoices
 
 IGNORE = -100
 
@@ -82,6 +82,13 @@ class Scorer(Metric):
     def _outcomes(self) -> Tensor:
         """Figure of each item, (num_items,)."""
 
+    def item_figure(self, name: str) -> Tensor:
+        """A figure between 0 and 1 of each item, (num_items,), on the CPU; that named so is the mean over items.
+
+        Raises DataError where there is none of that name.
+        """
+        raise DataError(f"{type(self).__name__} has no figure {name!r} of items between 0 and 1")
+
     @abstractmethod
     def _exact(self) -> Tensor:
         """Whether each item's right answer was the likeliest token by token, (num_items,) bool."""
@@ -103,7 +110,10 @@ class Scorer(Metric):
 
 
 class LikelihoodScorer(Scorer):
-    """Minus nats per token: items weigh as many tokens as they have."""
+    """Minus nats per token: items weigh as many tokens as they have.
+
+    `token_prob` is the mean over items, all alike, of the geometric mean of their tokens' probabilities.
+    """
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         log_likelihood, tokens = self._row_values()
@@ -112,11 +122,16 @@ class LikelihoodScorer(Scorer):
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
         log_likelihood, tokens = self._sums()
         score = log_likelihood[complete].sum() / tokens[complete].sum()
-        return {"score": score, "nats_per_token": -score, "perplexity": (-score).exp()}
+        token_prob = (log_likelihood[complete] / tokens[complete]).exp().mean()
+        return {"score": score, "nats_per_token": -score, "perplexity": (-score).exp(), "token_prob": token_prob}
 
     def _outcomes(self) -> Tensor:
         log_likelihood, tokens = self._sums()
         return log_likelihood / tokens
+
+    def item_figure(self, name: str) -> Tensor:
+        """`token_prob` of each item."""
+        return self._outcomes().exp() if name == "token_prob" else super().item_figure(name)
 
     def _exact(self) -> Tensor:
         return self._sum_by_item(self.greedy.cpu() == 0) == 0
@@ -163,6 +178,12 @@ class ChoiceScorer(Scorer):
 
     def _outcomes(self) -> Tensor:
         return CHOICE_FIGURES[self.score](self._compared(torch.ones_like(self.labels, dtype=torch.bool)))
+
+    def item_figure(self, name: str) -> Tensor:
+        """One of `UNIT_FIGURES` of each item."""
+        if name not in UNIT_FIGURES:
+            return super().item_figure(name)
+        return UNIT_FIGURES[name](self._compared(torch.ones_like(self.labels, dtype=torch.bool)))
 
     def _exact(self) -> Tensor:
         return self._table(self.greedy.cpu().double()).gather(1, self.labels[:, None]).squeeze(1) > 0

@@ -27,16 +27,26 @@ _NAMES = ("id", "idx")  # of rows: nobody takes them for a part of what is learn
 
 @dataclass(frozen=True)
 class Item:
-    """A checked row: what a task made of it, and the digest by which equal rows are found."""
+    """A checked row: what a task made of it, and the digest by which equal rows are found.
+
+    `row_key` is the digest of the row itself, names aside, where that was asked for. `before` is the text of examples
+    that are shown before it.
+    """
 
     content: Any
     key: str
     where: str
+    row_key: str = ""
+    before: str = ""
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Where rows come from and how many are used; the arguments of `TaskData` by the same names."""
+    """Where rows come from and how many are used; the arguments of `TaskData` by the same names.
+
+    `carves`: whether validation items are taken off the training rows where there is no `validation`. `row_keys`:
+    whether items keep digests of their rows.
+    """
 
     sources: Mapping[Split, Source | None]
     limits: Mapping[Split, int | None]
@@ -44,6 +54,8 @@ class SplitOptions:
     validation_fraction: float
     rename: Mapping[str, str] | None
     seed: int
+    carves: bool = True
+    row_keys: bool = False
 
     def __post_init__(self) -> None:
         require_at_least("seed", self.seed, 0)
@@ -53,8 +65,6 @@ class SplitOptions:
                 require_at_least(name, size, 1)
         if not 0 < self.validation_fraction < 1:
             raise DataError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
-        if all(source is None for source in self.sources.values()):
-            raise DataError("no data: give at least one of train, validation and test")
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
@@ -79,13 +89,27 @@ class Reading(Protocol):
         ...
 
 
+class ItemsBySplit(Protocol):
+    """Items of each split, and `notes` of what was dropped on the way."""
+
+    notes: list[str]
+
+    @property
+    def items(self) -> dict[Split, tuple[Item, ...]]:
+        """Items of every split, none where there is no source. Raises DataError."""
+        ...
+
+
 class Splits:
     """Items of each split, disjoint in content; files are read when they are first asked for.
 
     `notes` says what was dropped, where forms are mixed, and which fields of the rows nobody asked for.
+    Raises DataError without any source.
     """
 
     def __init__(self, options: SplitOptions, task: Reading) -> None:
+        if all(source is None for source in options.sources.values()):
+            raise DataError("no data: give at least one of train, validation and test")
         self.options = options
         self._task = task
         self._unused: dict[str, None] = {}
@@ -97,28 +121,24 @@ class Splits:
         read = {split: self._read(split) for split in SPLITS}
         for split in ("validation", "train"):
             read[split] = self._without(read[split], read["test"], split, "test")
-        if self.options.sources["validation"] is None and read["train"]:
+        if self.options.carves and self.options.sources["validation"] is None and read["train"]:
             read["train"], read["validation"] = self._carve(read["train"])
         read["train"] = self._without(read["train"], read["validation"], "train", "validation")
         self._tell_ignored()
         return {split: self._subsample(read[split], split) for split in SPLITS}
 
-    def of(self, split: Split) -> tuple[Item, ...]:
-        """Items of a split. Raises DataError when it has none."""
-        if not self.items[split]:
-            raise DataError(f"there is no {split} data: give the option `{split}`")
-        return self.items[split]
-
     def _read(self, split: Split) -> list[Item]:
         source = self.options.sources[split]
-        if source is None:
-            return []
+        return [] if source is None else self.read(source, split)
+
+    def read(self, source: Source, split: str) -> list[Item]:
+        """Items of all rows of a source, which is for a split or for something else. Raises DataError."""
         rows = read_rows(source, split, rename=self.options.rename)
         items: list[Item] = []
         bare: list[str] = []
         for row in rows:
             contents = self._task.contents(row)
-            items += [_item(content, row) for content in contents]
+            items += [_item(content, row, row_keys=self.options.row_keys) for content in contents]
             if not contents:
                 bare.append(row.where)
             used = self._task.fields_of(row)
@@ -133,7 +153,7 @@ class Splits:
         self._tell_forms(items, split)
         return items
 
-    def _tell_forms(self, items: Sequence[Item], split: Split) -> None:
+    def _tell_forms(self, items: Sequence[Item], split: str) -> None:
         forms = Counter(self._task.form_of(item.content) for item in items)
         counted = ", ".join(f"{number} {name}" for name, number in forms.most_common())
         _logger.info("%s rows: %s", split, counted)
@@ -176,22 +196,34 @@ class Splits:
         )
 
     def _subsample(self, items: list[Item], split: Split) -> tuple[Item, ...]:
-        limit = self.options.limits[split]
-        if limit is None or limit >= len(items):
-            return tuple(items)
-        order = permutation(len(items), seed=self.options.seed, purpose=split)
-        return tuple(items[index] for index in sorted(order[:limit]))
+        return subsample(items, self.options.limits[split], seed=self.options.seed, purpose=split)
 
 
-def _item(content: Any, row: Row) -> Item:
+def subsample(items: Sequence[Item], limit: int | None, *, seed: int, purpose: str) -> tuple[Item, ...]:
+    """At most `limit` items, drawn by the seed and what they are for, in their order."""
+    if limit is None or limit >= len(items):
+        return tuple(items)
+    order = permutation(len(items), seed=seed, purpose=purpose)
+    return tuple(items[index] for index in sorted(order[:limit]))
+
+
+def _item(content: Any, row: Row, *, row_keys: bool) -> Item:
     """The item of a parsed row. Raises DataError when its texts cannot be encoded."""
     try:
-        return Item(content, content_key(content), row.where)
+        return Item(content, content_key(content), row.where, _row_key(row) if row_keys else "")
     except UnicodeEncodeError as error:
         broken = error.object[error.start : error.end]
         raise row.error(f"holds {broken!r}, half of a surrogate pair, which is no character; remove it") from error
     except RecursionError as error:
         raise row.error("is nested too deeply to be read") from error
+
+
+def _row_key(row: Row) -> str:
+    """Digest of all that a row says; nothing where a field that nobody asked for cannot be encoded."""
+    try:
+        return content_key({name: value for name, value in row.data.items() if name not in _NAMES})
+    except (UnicodeEncodeError, RecursionError):
+        return ""
 
 
 def permutation(size: int, *, seed: int, purpose: str) -> NDArray[np.int64]:

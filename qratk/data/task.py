@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from qratk.core.errors import DataError
 from qratk.data.encoding import Encoded
 from qratk.data.scoring import Scorer
 from qratk.data.sources import Row
 from qratk.data.splits import Item, Split
 
 
+@dataclass(frozen=True)
+class ShotStyle:
+    """How examples are shown before an item: behind a description, each followed by the delimiter, as in lm-eval.
+
+    In conversations the description is the message of the system, examples are turns, and the template delimits them.
+    """
+
+    description: str = ""
+    delimiter: str = "\n\n"
+
+
 class Task(ABC):
-    """A kind of rows; `TaskData` does with them what is the same for all kinds."""
+    """A kind of rows; `TaskData` does with them what is the same for all kinds.
+
+    Attributes:
+        metrics: names of its figures between 0 and 1, by which it can be one of several tasks: see
+            `Scorer.item_figure`. Where the task has a `score` of such a name, that is the first choice, else the first.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def parse(self, row: Row) -> Any:
@@ -50,6 +70,10 @@ class Task(ABC):
     @abstractmethod
     def options(self) -> Mapping[str, Any]:
         """Options of the task that decide tokens or scores."""
+
+    def behind(self, items: Sequence[Item], examples: Sequence[Item], style: ShotStyle) -> Sequence[Item]:
+        """Items with examples shown before each. Raises DataError where the kind of rows has no such thing."""
+        raise DataError(f"{type(self).__name__} shows no examples before its items: leave `shots` at 0")
 
     def item_weights(self, stage: Split = "validation") -> tuple[float, ...] | None:
         """Weight of each item in the score; None when all are equal."""

@@ -24,6 +24,8 @@ class TextData(TaskData):
         end_token: Put the end of sequence after each document, to be learnt and scored.
     """
 
+    metrics = ("token_prob",)
+
     def __init__(
         self,
         train: str | list[str] | None = None,

@@ -480,8 +480,10 @@ def _interval(comparison: Comparison) -> str:
 
 
 def _first(figures: Mapping[str, float]) -> str:
-    """The first figures by name; there may be a dozen."""
-    shown = [f"{clean(name)} {_score(value)}" for name, value in list(figures.items())[:_FIGURES]]
+    """The first figures by name, for there may be a dozen; of several tasks the score, and what each adds to it."""
+    of_tasks = [name for name in figures if name.endswith("/score")]
+    names = [name for name in figures if name == "score" or name in of_tasks] if of_tasks else [*figures][:_FIGURES]
+    shown = [f"{clean(name)} {_score(figures[name])}" for name in names]
     more = len(figures) - len(shown)
     return ", ".join(shown) + (f"; {more} more in {files.RESULT}" if more else "")
 

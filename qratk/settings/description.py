@@ -82,8 +82,10 @@ class _Writer:
             return [self.plain(item, f"{where}.{n}") for n, item in enumerate(value)]
         if isinstance(value, Path):
             return str(value)
+        if _is_data(value):
+            return self.data(value)
         if is_dataclass(value) and not isinstance(value, type):
-            return self.plain({own.name: getattr(value, own.name) for own in fields(value)}, where)
+            return {own.name: self.plain(getattr(value, own.name), f"{where}.{own.name}") for own in fields(value)}
         if value is None or type(value) in (bool, int, float, str):
             return value
         return self._named(value, where)
@@ -101,3 +103,10 @@ class _Writer:
     def _named(self, value: object, where: str) -> str:
         self.unwritable.append(where)
         return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_data(value: object) -> bool:
+    """Whether a value is a data module, a member of the one that is described."""
+    from qratk.data.base import TaskData
+
+    return isinstance(value, TaskData)

@@ -45,6 +45,7 @@ DATA_CLASSES: Final[Mapping[str, str]] = {
     "InstructionData": "qratk.data.instruction.InstructionData",
     "MultipleChoiceData": "qratk.data.multiple_choice.MultipleChoiceData",
     "TextData": "qratk.data.text.TextData",
+    "SuiteData": "qratk.data.suite.SuiteData",
     "EmbeddedData": "qratk.embedded.datamodule.EmbeddedData",
 }
 """Import path of each data module that goes by its class name."""
@@ -91,10 +92,29 @@ def resolve_component(kind: str, given: Any, convert: Convert = class_path) -> A
         return convert(kind, given)
     if isinstance(given, list | tuple):
         return [resolve_component(kind, item, convert) for item in given]
-    if isinstance(given, Mapping) and isinstance(given.get("class_path"), str):
-        inner = {key: _relocated(value) for key, value in given.items() if key != "class_path"}
+    if not isinstance(given, Mapping):
+        return given
+    inside = _members if kind == DATA else _plain
+    if isinstance(given.get("class_path"), str):
+        inner = {key: inside(_relocated(value), convert) for key, value in given.items() if key != "class_path"}
         return {"class_path": convert(kind, given["class_path"]), **inner}
-    return given
+    return inside(given, convert)
+
+
+def _plain(value: Any, convert: Convert) -> Any:
+    return value
+
+
+def _members(value: Any, convert: Convert) -> Any:
+    """Options of a data module, in which those of others stand under `data`."""
+    if isinstance(value, list | tuple):
+        return [_members(item, convert) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: resolve_component(DATA, item, convert) if key == DATA else _members(item, convert)
+        for key, item in value.items()
+    }
 
 
 def resolve_section(section: Any, convert: Convert = class_path) -> Any:

@@ -44,7 +44,11 @@ def test_figures_of_likelihoods_have_the_perplexity() -> None:
     scorer = LikelihoodScorer([0, 1, 1], 2)
     feed(scorer, [-4.0, -3.0, -2.0], [3, 1, 2], [2, 0, 1])
     figures = {name: float(value) for name, value in scorer.compute().items()}
-    assert figures == pytest.approx({"score": -1.5, "nats_per_token": 1.5, "perplexity": math.exp(1.5)})
+    token_prob = (math.exp(-3) + math.exp(-6 / 5)) / 2
+    assert figures == pytest.approx(
+        {"score": -1.5, "nats_per_token": 1.5, "perplexity": math.exp(1.5), "token_prob": token_prob}
+    )
+    assert scorer.item_figure("token_prob").tolist() == pytest.approx([math.exp(-3), math.exp(-6 / 5)])
 
 
 def test_a_row_scored_by_two_replicas_counts_once() -> None:

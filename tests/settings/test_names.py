@@ -54,6 +54,20 @@ def test_data_module_is_resolved_by_its_class_name():
     assert names.resolve_document({"data": "my_module.MyData"}) == {"data": "my_module.MyData"}
 
 
+def test_members_of_a_data_module_are_resolved_and_named():
+    def document(class_path):
+        member = {"class_path": class_path, "init_args": {"train": "a.jsonl"}}
+        tasks = {"one": {"data": class_path, "items": 2}, "two": {"data": member}}
+        return {"init_args": {"train": [{"data": member, "weight": 2}], "validation": tasks}}
+
+    suite = names.DATA_CLASSES["SuiteData"]
+    named, resolved = ({"class_path": path, **document(of)} for path, of in (("SuiteData", "TextData"), (suite, TEXT)))
+    assert names.resolve_document({"data": named}) == {"data": resolved}
+    assert names.named_document({"data": resolved}) == {"data": named}
+    assert names.named_document({"data": document(TEXT)}) == {"data": document("TextData")}
+    assert names.resolve_arguments([f"--data={json.dumps(named)}"]) == [f"--data={json.dumps(resolved)}"]
+
+
 @pytest.mark.parametrize(("name", "path"), names.DATA_CLASSES.items())
 def test_every_data_module_is_where_its_name_says(name, path):
     module, _, class_name = path.rpartition(".")

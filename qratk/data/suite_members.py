@@ -1,0 +1,170 @@
+"""What a suite is made of: sources to train on, and named tasks to be judged by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, Final
+
+from qratk.core.errors import DataError
+from qratk.core.text import nearest
+from qratk.data.base import TaskData
+from qratk.data.splits import Split, require_at_least
+from qratk.data.task import ShotStyle
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """Rows to train on.
+
+    Args:
+        data: the rows, `train` of any data module; its `validation` and `test` are not used.
+        weight: expected share of the rows of a batch, relative to the other sources: 1 where another source has one,
+            the number of rows where none has.
+        items: rows at most, drawn by seed.
+    """
+
+    data: TaskData
+    weight: float | None = None
+    items: int | None = None
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """Rows to be judged by.
+
+    Args:
+        data: the rows, `validation` or `test` of any data module, by where the task stands.
+        metric: figure of the task in the score, between 0 and 1: acc, acc_norm, prob, prob_per_token or prob_per_char
+            of choices, token_prob of texts and answers; by default the data's `score`, or else its first.
+        weight: of the task in the score, relative to the other tasks.
+        items: rows at most, drawn by seed.
+        shots: examples shown before each item, the same for all.
+        examples: file that they are drawn from; by default the training rows of `data`.
+        description: text before the examples.
+        fewshot_delimiter: text behind each example.
+    """
+
+    data: TaskData
+    metric: str | None = None
+    weight: float = 1.0
+    items: int | None = None
+    shots: int = 0
+    examples: str | list[str] | None = None
+    description: str = ""
+    fewshot_delimiter: str = "\n\n"
+
+    @property
+    def figure(self) -> str:
+        """Name of the figure that counts."""
+        return self.metric or _first_choice(self.data)
+
+    @property
+    def style(self) -> ShotStyle:
+        """How examples are shown."""
+        return ShotStyle(self.description, self.fewshot_delimiter)
+
+
+def _first_choice(data: TaskData) -> str:
+    return str(getattr(data, "score", None) or next(iter(data.metrics), ""))
+
+
+@contextmanager
+def told(place: str) -> Iterator[None]:
+    """Context in which errors about data name the part of the suite that they are about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+def checked_sources(given: Any) -> tuple[TrainingSource, ...]:
+    """The sources, which may be given as mappings. Raises DataError for what cannot be."""
+    if given is not None and (isinstance(given, str | Mapping) or not isinstance(given, Sequence)):
+        raise DataError(f"train must be a list of sources, each {{data, weight, items}}; got {given!r:.200}")
+    sources = tuple(_made(TrainingSource, source, f"train[{index}]") for index, source in enumerate(given or ()))
+    for index, source in enumerate(sources):
+        with told(f"train[{index}]"):
+            _check_member(source.data, source.items, 1.0 if source.weight is None else source.weight)
+            if source.data.sources["train"] is None:
+                raise DataError("a source to train on needs the option `train` of its data")
+    weighted = any(source.weight is not None for source in sources)
+    return tuple(replace(s, weight=1.0) if weighted and s.weight is None else s for s in sources)
+
+
+def checked_tasks(given: Any, split: Split) -> dict[str, SuiteTask]:
+    """The tasks of a split by name, which may be given as mappings. Raises DataError for what cannot be."""
+    if given is not None and not isinstance(given, Mapping):
+        raise DataError(f"{split} must name tasks, {{name: {{data: ..., metric: ...}}}}; got {given!r:.200}")
+    tasks = {name: _made(SuiteTask, task, f"{split}.{name}") for name, task in (given or {}).items()}
+    for name, task in tasks.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise DataError(f"{split}: a task's name is made of letters, digits, _ and -; got {name!r}")
+        with told(f"{split}.{name}"):
+            _check_task(task, split)
+    return tasks
+
+
+def _made(kind: type[Any], given: Any, place: str) -> Any:
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise DataError(f"{place} must hold {{data: ..., ...}}; got {given!r:.200}")
+    known = list(kind.__dataclass_fields__)
+    for option in given:
+        if option not in known:
+            raise DataError(f"{place}: unknown option {option!r}; known are {', '.join(known)}{nearest(option, known)}")
+    if "data" not in given:
+        raise DataError(f"{place} has no `data`: give the data module that its rows come from")
+    return kind(**given)
+
+
+def _check_member(data: Any, items: int | None, weight: float) -> None:
+    if not isinstance(data, TaskData):
+        raise DataError(f"`data` must be a data module, got {data!r:.200}")
+    if data.holds_others:
+        raise DataError(f"{type(data).__name__} cannot be a part of a suite: give its sources and tasks to that one")
+    if items is not None:
+        require_at_least("items", items, 1)
+    if not (isfinite(weight) and weight > 0):
+        raise DataError(f"weight must be above 0, got {weight}; leave out what is not to count")
+
+
+def _check_task(task: SuiteTask, split: Split) -> None:
+    data = task.data
+    _check_member(data, task.items, task.weight)
+    if not data.metrics:
+        raise DataError(
+            f"{type(data).__name__} has no figure between 0 and 1, so that it cannot be one of several tasks"
+        )
+    if task.figure not in data.metrics:
+        said = "metric" if task.metric is not None else "the data's `score`, without a `metric`,"
+        raise DataError(
+            f"{said} must be one of {', '.join(data.metrics)}, which lie between 0 and 1, so that no task outweighs "
+            f"the others by its unit; got {task.figure!r}" + nearest(task.figure, data.metrics)
+        )
+    given, carved = data.sources[split], split == "validation" and data.sources["train"] is not None
+    if given is None and not carved:
+        also = " (or `train`, of which a part is taken)" if split == "validation" else ""
+        raise DataError(f"the task needs the option `{split}` of its data{also}")
+    require_at_least("shots", task.shots, 0)
+    if task.shots and task.examples is None and data.sources["train"] is None:
+        raise DataError(f"{task.shots} shots need rows to draw them from: give `examples`, or `train` of the data")
+    if not task.shots and task.examples is not None:
+        raise DataError("`examples` are given, but `shots` is 0: give the number of examples to show")
+
+
+def require_apart(places: Mapping[str, TaskData], *, max_length: int) -> None:
+    """Raise DataError for a data module in two places, or with longer rows than the suite's."""
+    seen: dict[int, str] = {}
+    for place, data in places.items():
+        if id(data) in seen:
+            raise DataError(f"{seen[id(data)]} and {place} are one data module: give each its own")
+        seen[id(data)] = place
+        if data.asked_length is not None and data.asked_length > max_length:
+            raise DataError(f"{place}: max_length {data.asked_length} is above the suite's, {max_length}: raise that")

@@ -1,0 +1,73 @@
+"""The score of a suite: the weighted mean of its tasks' figures, each by the task's own scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qratk.data.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class ScoredTask:
+    """A task's scorer, the figure of it that counts, and the weight that it has."""
+
+    name: str
+    scorer: Scorer
+    figure: str
+    weight: float
+
+
+class SuiteScorer(Scorer):
+    """Scores rows of several tasks, one task behind the other.
+
+    The score is the weighted mean of one figure of each task, all between 0 and 1. `<task>/score` is that figure, and
+    all that the task's own scorer says is `<task>/<figure>`. Over some of the rows it is of the tasks that they are of.
+    """
+
+    def __init__(self, tasks: Sequence[ScoredTask]) -> None:
+        items: list[int] = []
+        self._ends: list[tuple[int, int]] = []  # of rows and of items
+        total = 0
+        for task in tasks:
+            items += (task.scorer.items + total).tolist()
+            total += task.scorer.num_items
+            self._ends.append((len(items), total))
+        super().__init__(items, total)
+        self._tasks = tuple(tasks)
+
+    def _parts(self) -> list[tuple[ScoredTask, slice]]:
+        """Each task, its scorer with what was seen of its rows, and the place of its items."""
+        parts = []
+        first_row = first_item = 0
+        for task, (row, item) in zip(self._tasks, self._ends, strict=True):
+            for name in ("log_likelihood", "tokens", "seen", "greedy"):
+                setattr(task.scorer, name, getattr(self, name)[first_row:row].cpu())
+            parts.append((task, slice(first_item, item)))
+            first_row, first_item = row, item
+        return parts
+
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
+        weights: list[float] = []
+        for task, place in self._parts():
+            done = complete[place]
+            if not bool(done.any()):
+                continue
+            own[f"{task.name}/score"] = task.scorer.item_figure(task.figure)[done].mean()
+            weights.append(task.weight)
+            figures = task.scorer._figures(done)
+            others |= {f"{task.name}/{name}": value for name, value in figures.items() if name != "score"}
+        weight = torch.tensor(weights, dtype=torch.float64)
+        score = (torch.stack(list(own.values())).double() * weight).sum() / weight.sum()
+        return {"score": score, **own, **others}
+
+    def _outcomes(self) -> Tensor:
+        return torch.cat([task.scorer.item_figure(task.figure) for task, _ in self._parts()])
+
+    def _exact(self) -> Tensor:
+        return torch.cat([task.scorer._exact() for task, _ in self._parts()])
