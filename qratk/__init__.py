@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qratk.core.configuration import LayerChoice as LayerChoice
     from qratk.core.errors import ConfigurationError as ConfigurationError
     from qratk.core.errors import DataError as DataError
+    from qratk.core.errors import ExportError as ExportError
     from qratk.core.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from qratk.core.errors import QratkError as QratkError
     from qratk.core.errors import QuantizationError as QuantizationError
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from qratk.executors.base import Executor as Executor
     from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
+    from qratk.exporters.base import Holding as Holding
     from qratk.exporters.native import native_model as native_model
     from qratk.exporters.packed import load_quantized as load_quantized
     from qratk.loop import SearchLoop as SearchLoop
@@ -149,6 +151,7 @@ _HOMES = {
     "qratk.core.errors": (
         "ConfigurationError",
         "DataError",
+        "ExportError",
         "InfeasibleBudgetError",
         "QratkError",
         "QuantizationError",
@@ -214,7 +217,10 @@ _HOMES = {
         "Executor",
         "Group",
     ),
-    "qratk.exporters.base": ("Exporter",),
+    "qratk.exporters.base": (
+        "Exporter",
+        "Holding",
+    ),
     "qratk.exporters.native": ("native_model",),
     "qratk.exporters.packed": ("load_quantized",),
     "qratk.loop": ("SearchLoop",),

@@ -37,6 +37,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "validate": Command("qratk.cli.validate:validate", "score on the validation data"),
     "test": Command("qratk.cli.test:test", "score on the test data, and with lm-eval"),
     "predict": Command("qratk.cli.predict:predict", "predictions for the data's prediction set"),
+    "export": Command("qratk.cli.export:export", "what was found, in a form that other tools take"),
     "init": Command("qratk.cli.init:init", "a commented configuration to start from, for your model and data"),
     "compare": Command("qratk.cli.compare:compare", "recipes, seeds and budgets in one table, with figures"),
     "gain": Command("qratk.cli.gain:gain", "what a finished search won over uniform bits and ranks"),

@@ -71,13 +71,13 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
         _require_unquantised(name, config)
         _require_possible(name, config)
         if weights:
-            dtype: Any = {_dtype_argument(): "auto"}
+            dtype: Any = {dtype_argument(): "auto"}
             with working("loading the model"):
                 return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **dtype)
         if fault := _file_at_fault(name):
             raise UnsupportedModelError(fault)
-        stored = getattr(config, _dtype_argument(), None) or torch.float32
-        options: Any = {_dtype_argument(): stored, "trust_remote_code": trust_remote_code}
+        stored = getattr(config, dtype_argument(), None) or torch.float32
+        options: Any = {dtype_argument(): stored, "trust_remote_code": trust_remote_code}
         auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, **options)
@@ -140,7 +140,8 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _dtype_argument() -> str:
+def dtype_argument() -> str:
+    """What this transformers calls the type of a model's weights."""
     import transformers
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])

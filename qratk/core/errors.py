@@ -66,6 +66,10 @@ class SearchError(QratkError, RuntimeError):
     """The search cannot go on: for example every evaluation failed."""
 
 
+class ExportError(QratkError, RuntimeError):
+    """What was exported differs from what was scored."""
+
+
 class CommandLineError(SystemExit):
     """A command line that cannot be read: exit status 2; whoever raises it has printed the message."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from qratk.backbone.layers import is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +53,12 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
         else:
             module._buffers[attribute] = tensor.clone()
     model.tie_weights()
+
+
+def is_turned(backbone: Backbone) -> Callable[[str], bool]:
+    """Tells of a projection's name whether its weight is (d_in, d_out) in the original model, as GPT-2's is."""
+    model = empty_model(type(backbone.base), backbone.config)
+    return lambda name: is_conv1d(model.get_submodule(name))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

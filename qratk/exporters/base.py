@@ -6,15 +6,38 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from qratk.core.errors import ConfigurationError, RunDirectoryError
 from qratk.core.intact import write_sums
 from qratk.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qratk.backbone.backbone import Backbone
+
+
+EXACT: Final = 1e-3
+"""Tolerance of a form that holds the very weights: what other orders of sums in float32 may come to."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a form can hold, in words, for help and documentation.
+
+    Attributes:
+        weights: quantisers and bit-widths that are written, and how.
+        adapters: methods and ranks of adapters, and how they are written.
+        equality: what the logits of what is read again are equal to, and how nearly.
+    """
+
+    weights: str
+    adapters: str
+    equality: str
 
 
 class Exporter(ABC):
@@ -28,6 +51,16 @@ class Exporter(ABC):
     def takes(self) -> str:
         """What reads the form, as the end of the sentence "a folder for ..."."""
 
+    @property
+    def holds(self) -> Holding:
+        """What the form can hold."""
+        return Holding("not told", "not told", "not told")
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits that a self-check passes, as a share of their spread; see `self_check`."""
+        return EXACT
+
     @abstractmethod
     def check(self, backbone: Backbone) -> None:
         """Raise `QratkError`, saying why and what to do, when the form cannot hold what is active."""
@@ -35,6 +68,18 @@ class Exporter(ABC):
     @abstractmethod
     def write(self, backbone: Backbone, directory: Path) -> None:
         """Fill an empty directory; `check` was passed."""
+
+    def notes(self, backbone: Backbone) -> Sequence[str]:
+        """What a person should know of this export besides."""
+        return ()
+
+    def reload(self, backbone: Backbone, directory: Path) -> nn.Module | None:
+        """A model in float32 of what `write` wrote, adapters included, by the rules of the form; None for no check.
+
+        Of the backbone it takes what the form leaves out alone: the class of the model, and the base under an adapter.
+        It is called as a Hugging Face model is, with `input_ids`.
+        """
+        return None
 
     def export(self, backbone: Backbone, directory: str | Path) -> Path:
         """Folder that holds all of the form and its digests, or is not there at all; nothing is overwritten.
@@ -45,8 +90,7 @@ class Exporter(ABC):
         target = Path(directory)
         if backbone.configuration is None:
             raise ConfigurationError("no configuration is active; call `backbone.activate` first")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RunDirectoryError(f"{target} is there already; name a new folder, or remove it first")
+        require_free(target)
         self.check(backbone)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
@@ -61,6 +105,12 @@ class Exporter(ABC):
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return target
+
+
+def require_free(target: Path) -> None:
+    """Raise `RunDirectoryError` where a folder that is to be written holds something already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunDirectoryError(f"{target} is there already; name a new folder, or remove it first")
 
 
 exporters: Registry[Exporter] = Registry("exporters", "Exporter")

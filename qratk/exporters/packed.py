@@ -11,13 +11,14 @@ from qratk.adapters.base import AdapterMethod, adapters
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.intact import require_intact, write_sums
-from qratk.exporters.base import Exporter, exporters
+from qratk.exporters.base import Exporter, Holding, exporters
 from qratk.quantizers.base import Quantizer, quantizers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from torch import nn
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear, Variant
@@ -38,6 +39,22 @@ class PackedExporter(Exporter):
     def takes(self) -> str:
         """qratk."""
         return "qratk itself (`load_quantized`)"
+
+    @property
+    def holds(self) -> Holding:
+        """Everything."""
+        return Holding(
+            "every quantiser, as packed", "every method, for PEFT in the folder `adapter`", "equal to the bit"
+        )
+
+    def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
+        """The base of the folder with the adapter beside it."""
+        from qratk.adapters.matrices.folder import read_pairs
+        from qratk.exporters._reading import bank_tensors, reading_model
+
+        again = load_quantized(directory)
+        pairs = read_pairs(directory / "adapter") if (directory / "adapter").exists() else {}
+        return reading_model(again, again.config, bank_tensors(again), pairs=pairs)
 
     def check(self, backbone: Backbone) -> None:
         """Raise `QuantizationError` when a quantizer or the adapter method is not registered: a file cannot name it."""

@@ -107,6 +107,17 @@ class Run:
         path = None if evaluation.checkpoint is None else self.folder / evaluation.checkpoint
         return path if path is not None and path.exists() else None
 
+    @property
+    def model_digest(self) -> str | None:
+        """Digest of the model with its quantisers that was searched; None where the evaluator told none."""
+        found = self._contents.meta.get("content.model")
+        return None if found is None else str(json.loads(found))
+
+    def decided(self, name: str) -> object:
+        """What the search recorded under a name, such as "compute_dtype"; None where it did not."""
+        found = self._contents.decisions.get(name)
+        return None if found is None else json.loads(found)
+
     @cached_property
     def _contents(self) -> Contents:
         path = self.folder / files.JOURNAL
