@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from qratk.mutations.base import CrossoverOperator as CrossoverOperator
     from qratk.mutations.base import MutationOperator as MutationOperator
     from qratk.mutations.proposer import Proposer as Proposer
+    from qratk.quantizers.base import AffineGrid as AffineGrid
     from qratk.quantizers.base import Moments as Moments
     from qratk.quantizers.base import PackedBytes as PackedBytes
     from qratk.quantizers.base import PackedLayer as PackedLayer
@@ -230,6 +231,7 @@ _HOMES = {
     ),
     "qratk.mutations.proposer": ("Proposer",),
     "qratk.quantizers.base": (
+        "AffineGrid",
         "Moments",
         "PackedBytes",
         "PackedLayer",

@@ -56,8 +56,7 @@ class Exporter(ABC):
         """What the form can hold."""
         return Holding("not told", "not told", "not told")
 
-    @property
-    def tolerance(self) -> float:
+    def tolerance(self, backbone: Backbone) -> float:
         """Largest difference of logits that a self-check passes, as a share of their spread; see `self_check`."""
         return EXACT
 

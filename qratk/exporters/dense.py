@@ -54,8 +54,7 @@ class DenseExporter(Exporter):
             "rounding of the weights: to bfloat16 up to .4 %, to float16 .05 %, to float32 none",
         )
 
-    @property
-    def tolerance(self) -> float:
+    def tolerance(self, backbone: Backbone) -> float:
         """What rounding may come to: the whole model is rounded, so that errors add up."""
         return ROUNDED[self.dtype]
 

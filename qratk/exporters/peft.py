@@ -53,10 +53,9 @@ class PeftExporter(Exporter):
             "as scored, over the dequantised base in float32; over the original model the quantisation is lacking",
         )
 
-    @property
-    def tolerance(self) -> float:
+    def tolerance(self, backbone: Backbone) -> float:
         """That of the base's type."""
-        return EXACT if self.base == "none" else self._dense.tolerance
+        return EXACT if self.base == "none" else self._dense.tolerance(backbone)
 
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigurationError` when there is no adapter."""

@@ -69,7 +69,7 @@ def self_check(
     difference = float((ours - theirs).abs().amax())
     spread = float((ours - ours.mean(-1, keepdim=True)).abs().amax())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
-    return SelfCheck(difference, spread, agreement, tokens.numel(), exporter.tolerance)
+    return SelfCheck(difference, spread, agreement, tokens.numel(), exporter.tolerance(backbone))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
 from qratk.quantizers._grouped import GroupedQuantizer
-from qratk.quantizers.base import PackedBytes, PackedLayer
+from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,15 @@ class AffineQuantizer(GroupedQuantizer):
         meta = self.library_meta(packed, shape, bits, dtype)
         dense: torch.Tensor = library().dequantize(packed[self.CODES], meta)
         return dense
+
+    def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> AffineGrid | None:
+        """The codes on their grid; None where groups do not divide rows."""
+        if shape[1] % self.group_size:
+            return None
+        groups = shape[0] * shape[1] // self.group_size
+        codes = library().unpack[PACKING[bits]](packed[self.CODES])[:groups].reshape(shape)
+        scale, zero = (packed[name].reshape(shape[0], -1) for name in ("scale", "zero"))
+        return AffineGrid(codes.byte(), scale, zero.float(), bits)
 
     def library_meta(
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype

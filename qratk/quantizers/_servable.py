@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._grouped import GroupedQuantizer
-from qratk.quantizers.base import PackedBytes, PackedLayer
+from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -88,21 +88,21 @@ class ServableQuantizer(GroupedQuantizer):
         """Packed tensors of codes (d_out, d_in) and the grids of all groups in the order of the weights."""
         import torch
 
-        from qratk.quantizers._bits import pack_words
+        from qratk.quantizers.bitstream import pack_words
 
         scale, zero = (tensor.reshape(len(codes), -1) for tensor in (scale, zero))
         packed = {self.CODES: pack_words(codes, bits), "scale": scale.to(getattr(torch, self.metadata_dtype))}
         return packed if self.symmetric else {**packed, "zero": pack_words(zero.t(), bits).t().contiguous()}
 
     def _codes(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> torch.Tensor:
-        from qratk.quantizers._bits import unpack_words
+        from qratk.quantizers.bitstream import unpack_words
 
         return unpack_words(packed[self.CODES], bits, shape[1])
 
     def _zeros(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> torch.Tensor:
         import torch
 
-        from qratk.quantizers._bits import unpack_words
+        from qratk.quantizers.bitstream import unpack_words
 
         if self.symmetric:
             return torch.full_like(packed["scale"], 2 ** (bits - 1), dtype=torch.uint8)
@@ -116,9 +116,14 @@ class ServableQuantizer(GroupedQuantizer):
         zero = self._zeros(packed, shape, bits).unsqueeze(-1).to(dtype)
         return codes.sub_(zero).mul_(packed["scale"].unsqueeze(-1).to(dtype)).flatten(1)
 
+    def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> AffineGrid:
+        """The codes on their grid."""
+        codes, zero = self._codes(packed, shape, bits), self._zeros(packed, shape, bits).float()
+        return AffineGrid(codes, packed["scale"], zero, bits, self.symmetric)
+
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """Codes and zero points in words of four bytes, and two bytes of scale a group."""
-        from qratk.quantizers._bits import words_of
+        from qratk.quantizers.bitstream import words_of
 
         self.check(shape, bits)
         groups = shape[1] // self.group_size

@@ -72,6 +72,9 @@ class AWQQuantizer(CalibratedAffineQuantizer):
         """Weight (d_out, d_in): the hqq library's own function, and the channels' scales divided out."""
         return super().dequantize(packed, shape, bits, dtype).div_(packed["channel"].float())
 
+    def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> None:
+        """None: every input channel has a scale of its own besides."""
+
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """As for every affine quantizer, and two bytes an input channel."""
         affine = super().packed_bytes(shape, bits)

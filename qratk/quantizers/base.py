@@ -45,6 +45,35 @@ class Moments:
 
 
 @dataclass(frozen=True, eq=False)
+class AffineGrid:
+    """Codes of a weight with a scale and a zero point for each group of a row: W = (codes - zero) * scale.
+
+    Attributes:
+        codes: (d_out, d_in) uint8, below 2^bits.
+        scale: (d_out, groups), in the type that it is stored in; a group is d_in / groups neighbours of a row.
+        zero: (d_out, groups) float32.
+        bits: of a code.
+        symmetric: whether every zero point is 2^(bits - 1) by construction.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    bits: int
+    symmetric: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Weights of a group."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every zero point is a whole number that a code can be."""
+        return bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.bits)).all())
+
+
+@dataclass(frozen=True, eq=False)
 class PackedLayer:
     """A packed projection that is to become a layer of the library whose storage layout it has.
 
@@ -84,7 +113,7 @@ class Quantizer(ABC):
     has the same tensors, shapes and bytes.
 
     What else there is to say of a quantizer is said here, with what holds for most: `adds_bias_afterwards`,
-    `alternatives`, `shared_bytes` and `native_layer`.
+    `alternatives`, `shared_bytes`, `affine_grid` and `native_layer`.
     """
 
     CODES = "codes"
@@ -103,6 +132,13 @@ class Quantizer(ABC):
     def alternatives(self) -> Sequence[Quantizer]:
         """What to try for a shape that this one cannot take, the nearest first."""
         return ()
+
+    def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> AffineGrid | None:
+        """The codes on their grid, for forms of other tools; None where there is none, or groups span rows.
+
+        In float32 it stands for what `dequantize` makes.
+        """
+        return None
 
     def native_layer(self, layer: PackedLayer) -> nn.Module | None:
         """A layer of the library whose layout this is, with copies of the codes; None where there is none.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qratk.core.errors import QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import PackedBytes, PackedLayer, Quantizer, quantizers
+from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer, Quantizer, quantizers
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,14 @@ class Int8Quantizer(Quantizer):
     ) -> torch.Tensor:
         """Weight (d_out, d_in), bit-equal to what bitsandbytes' `MatMul8bitFp` multiplies by."""
         return packed[self.CODES].to(dtype).mul_(packed["absmax"].unsqueeze(1).mul(1.0 / 127.0))
+
+    def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> AffineGrid:
+        """The codes plus 128, with a group a row."""
+        import torch
+
+        codes = (packed[self.CODES].to(torch.int16) + 128).to(torch.uint8)
+        scale = packed["absmax"].unsqueeze(1).mul(1.0 / 127.0)
+        return AffineGrid(codes, scale, torch.full_like(scale, 128.0), 8, symmetric=True)
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """One byte a weight and four a row."""

@@ -192,7 +192,7 @@ class SlimQuantizer(Quantizer):
         """Rows of codes are the groups one after the other; zero points are the groups' columns one after the other."""
         import torch
 
-        from qratk.quantizers._bits import pack_bits
+        from qratk.quantizers.bitstream import pack_bits
 
         size = self.group_size
         rows = [pack_bits(codes[:, g * size : (g + 1) * size], bits) for g, bits in enumerate(widths)]
@@ -210,7 +210,7 @@ class SlimQuantizer(Quantizer):
         """Weight (d_out, d_in), in `dtype` throughout."""
         import torch
 
-        from qratk.quantizers._bits import unpack_bits
+        from qratk.quantizers.bitstream import unpack_bits
 
         (d_out, d_in), size, widths = shape, self.group_size, packed["widths"].tolist()
         dense = torch.empty(d_out, d_in, dtype=dtype, device=packed[self.CODES].device)

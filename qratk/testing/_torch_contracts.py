@@ -20,7 +20,7 @@ from qratk.quantizers.base import Moments, PackedLayer, Quantizer
 VOCABULARY = 32
 
 
-def tiny_module(num_layers: int = 3) -> Any:
+def tiny_module(num_layers: int = 3, four_bits: Quantizer | None = None) -> Any:
     """A stand-in for the LightningModule: its `backbone` is a random Llama with a bank of 16 and 4 bits."""
     from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def tiny_module(num_layers: int = 3) -> Any:
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.1,
             )
         )  # fmt: skip
-        chosen = {4: quantizers.create("nf4"), 16: quantizers.create("none")}
+        chosen = {4: four_bits or quantizers.create("nf4"), 16: quantizers.create("none")}
         backbone = Backbone.from_model(model, quantizers=chosen, compute_dtype="float32")
     backbone.build_bank([4])
     return SimpleNamespace(backbone=backbone)
@@ -260,7 +260,10 @@ def _product(x: torch.Tensor, dense: Callable[[], torch.Tensor], bias: torch.Ten
 
 
 class ExporterContract:
-    """What every exporter promises. Override the fixture `make`: it returns what builds a new one."""
+    """What every exporter promises. Override the fixture `make`: it returns what builds a new one.
+
+    A form that cannot hold nf4 overrides `four_bits`, too.
+    """
 
     @pytest.fixture
     def make(self) -> Callable[[], Exporter]:
@@ -268,9 +271,14 @@ class ExporterContract:
         raise NotImplementedError(f"{type(self).__name__} must override the fixture 'make'")
 
     @pytest.fixture
-    def backbone(self) -> Any:
+    def four_bits(self) -> Quantizer | None:
+        """Quantiser at 4 bits of a weight of rows of 32 or 64; None for nf4."""
+        return None
+
+    @pytest.fixture
+    def backbone(self, four_bits: Quantizer | None) -> Any:
         """A random Llama at 4 and 16 bits with adapters of rank 2 that do something."""
-        backbone = tiny_module().backbone
+        backbone = tiny_module(four_bits=four_bits).backbone
         backbone.build_bank([4, 16])
         backbone.activate(Configuration.of([4, 16, 4], [2, 2, 2]), seed=0)
         generator = torch.Generator().manual_seed(5)

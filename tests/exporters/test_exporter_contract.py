@@ -10,6 +10,7 @@ from qratk.core.errors import ConfigurationError
 from qratk.exporters.base import exporters
 from qratk.exporters.native import native_model
 from qratk.exporters.packed import load_quantized
+from qratk.quantizers.base import quantizers
 from qratk.testing import ExporterContract, tiny_batches
 
 
@@ -71,5 +72,15 @@ class TestPeft(ExporterContract):
         assert list(tmp_path.iterdir()) == []
 
 
+class TestCompressedTensors(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("compressed-tensors")
+
+    @pytest.fixture
+    def four_bits(self):
+        return quantizers.create("affine", group_size=32)
+
+
 def test_every_exporter_is_under_contract():
-    assert set(exporters.names()) == {"dense", "packed", "peft"}
+    assert set(exporters.names()) == {"compressed-tensors", "dense", "packed", "peft"}

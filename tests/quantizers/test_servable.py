@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qratk.core.errors import QuantizationError
-from qratk.quantizers._bits import pack_bits, pack_words, unpack_bits, unpack_words, words_of
 from qratk.quantizers.base import Moments, PackedLayer, quantizers
+from qratk.quantizers.bitstream import pack_bits, pack_words, unpack_bits, unpack_words, words_of
 
 
 def gaussian(*shape, seed=0):

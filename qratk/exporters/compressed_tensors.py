@@ -1,0 +1,296 @@
+"""compressed-tensors' `pack-quantized` form: the codes as they were scored, for vLLM and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+
+from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.work import counted
+from qratk.exporters.base import EXACT, Exporter, Holding, exporters
+from qratk.exporters.dense import ROUNDED
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qratk.backbone.backbone import Backbone
+    from qratk.bank.linear import BankLinear
+    from qratk.quantizers.base import AffineGrid
+
+Client = Literal["vllm", "vllm-cpu", "transformers"]
+ADAPTER: Final = "adapter"
+_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_CURE: Final = (
+    "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: affine}, or "
+    "affine_gptq), or export 'dense'"
+)
+
+
+@exporters.register("compressed-tensors")
+class CompressedTensorsExporter(Exporter):
+    """A Hugging Face folder of packed codes, with bits by layer, and the adapter for PEFT beside it in `adapter`.
+
+    A group of layers of equal bits, group size and symmetry is a group of `config_groups`, whose targets are the names
+    of the projections; 16-bit layers are in none. 3-bit codes go in a container of 4 bits: the readers' releases
+    differ in how they pack 3 (compressed-tensors 0.17 has ten in a word, others a stream).
+
+    Args:
+        client: what will read it. "vllm" and "vllm-cpu" multiply q, k and v, and gate and up, at once, so that these
+            must share bits and groups. "vllm-cpu" has kernels for 4 bits alone: codes of 2 go in a container of 4, and
+            8-bit layers are written in 16 bits. "transformers" takes every projection by itself.
+        dense_bits: write layers of this many bits or more in 16 bits; 0 for none but those of 16.
+        pad: one rank for all projections of the adapter, with the scale in B.
+    """
+
+    def __init__(self, client: Client = "vllm", dense_bits: int = 0, pad: bool = False) -> None:
+        if client not in get_args(Client):
+            raise ConfigurationError(f"client must be one of {get_args(Client)}, got {client!r}")
+        if dense_bits < 0:
+            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        self.client, self.dense_bits, self.pad = client, dense_bits, pad
+
+    @property
+    def takes(self) -> str:
+        """vLLM and transformers."""
+        return "vLLM, and transformers with compressed-tensors 0.17"
+
+    @property
+    def holds(self) -> Holding:
+        """Affine codes with whole zero points."""
+        return Holding(
+            "affine, affine_gptq, gptq at 2, 3 (in 4), 4 and 8 bits, and 16: the very codes; others refused",
+            "LoRA (not DoRA), as a PEFT folder beside it, a rank for each projection; with --pad one rank",
+            "codes, scales and zero points exactly; what is in 16 bits, to rounding",
+        )
+
+    def tolerance(self, backbone: Backbone) -> float:
+        """That of exact weights, or of the type of scales where what has 16 bits is rounded to it."""
+        import torch
+
+        schemes = self._schemes(backbone)
+        dtype = _scale_dtype(backbone, schemes)
+        dense = (bank.dequantized(bank.active) for name, bank in backbone.banks.items() if schemes[name] is None)
+        for tensor in (*backbone.fixed_tensors().values(), *dense):
+            if not bool((tensor.to(dtype).float() == tensor.float()).all()):
+                return ROUNDED["float16" if dtype == torch.float16 else "bfloat16"]
+        return EXACT
+
+    def _schemes(self, backbone: Backbone) -> dict[str, Scheme | None]:
+        return {name: self._scheme(name, bank) for name, bank in backbone.banks.items()}
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `QuantizationError` for codes that the form cannot hold, or that the client cannot multiply by."""
+        from qratk.exporters._folder import is_converted
+
+        if is_converted(backbone):
+            raise QuantizationError(
+                f"files of {type(backbone.base).__name__} are not named as its projections; export 'dense' or 'packed'"
+            )
+        if _has_adapter(backbone) and backbone.adapters.peft_config().use_dora:
+            raise ConfigurationError("vLLM takes no DoRA beside packed weights; export 'dense', which merges it")
+        schemes = self._schemes(backbone)
+        if not any(schemes.values()):
+            raise QuantizationError("every layer would be written in 16 bits; export 'dense'")
+        _scale_dtype(backbone, schemes)
+        if self.client != "transformers":
+            _check_fused(schemes)
+
+    def notes(self, backbone: Backbone) -> Sequence[str]:
+        """What it takes to be read."""
+        dtype = _scale_dtype(backbone, self._schemes(backbone))
+        name = str(dtype).removeprefix("torch.")
+        notes = [f"scales are {name}: serve with --dtype {name}, another one rounds them"]
+        if _has_adapter(backbone):
+            largest = max(backbone.adapters.rank(n) for n in backbone.banks)
+            notes.append(f"the adapter lies in {ADAPTER}; its largest rank is {largest} (vLLM: --max-lora-rank)")
+        return notes
+
+    def write(self, backbone: Backbone, directory: Path) -> None:
+        """Write projection by projection."""
+        import torch
+
+        from qratk.exporters._folder import write_description
+        from qratk.exporters._shards import write_shards
+        from qratk.exporters.peft import write_adapter
+
+        schemes = self._schemes(backbone)
+        dtype = _scale_dtype(backbone, schemes)
+        with torch.no_grad():
+            write_shards(_tensors(backbone, schemes, dtype), directory)
+        write_description(backbone, directory, dtype=dtype, more={"quantization_config": _settings(schemes)})
+        if _has_adapter(backbone):
+            write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
+
+    def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
+        """The folder, unpacked as compressed-tensors does, with the adapter beside it."""
+        from transformers import AutoConfig
+
+        from qratk.adapters.matrices.folder import read_pairs
+        from qratk.exporters._compressed_reader import read_compressed
+        from qratk.exporters._reading import reading_model
+
+        adapter = directory / ADAPTER
+        pairs = read_pairs(adapter) if adapter.exists() else {}
+        config = AutoConfig.from_pretrained(directory)
+        del config.quantization_config
+        return reading_model(backbone, config, read_compressed(directory), pairs=pairs)
+
+    def _scheme(self, name: str, bank: BankLinear) -> Scheme | None:
+        """How a projection is packed; None for 16 bits. Raises `QuantizationError` where it cannot be."""
+        variant = bank.require(bank.active, bank.active_rank)
+        if variant.bits >= 16 or (self.dense_bits and variant.bits >= self.dense_bits):
+            return None
+        if self.client == "vllm-cpu" and variant.bits > 4:
+            return None
+        grid = grid_of(bank)
+        quantizer = variant.quantizer.component_name or type(variant.quantizer).__name__
+        if grid is None or not grid.whole or grid.scale.element_size() != 2:
+            raise QuantizationError(
+                f"{name}: {quantizer} at {variant.bits} bits has no 16-bit scales with whole zero points in groups of "
+                f"a row, as compressed-tensors holds; {_CURE}"
+                + ("" if variant.bits < 8 else ", or give --dense-bits 8 to write such layers in 16 bits")
+            )
+        d_out, d_in = bank.shape
+        container = 4 if variant.bits == 3 or self.client == "vllm-cpu" else variant.bits
+        if self.client == "vllm-cpu" and (d_out % 32 or d_in % 32 or grid.group_size % 2):
+            raise QuantizationError(
+                f"{name}: vLLM's 4-bit kernel for CPUs takes sides that divide by 32 and even groups, not {d_out} x "
+                f"{d_in} in groups of {grid.group_size}; export 'dense'"
+            )
+        return Scheme(container, grid.group_size, grid.symmetric and container == variant.bits)
+
+
+class Scheme(NamedTuple):
+    """How a projection is packed: bits of the container, size of a group, and whether there are no zero points."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+def grid_of(bank: BankLinear) -> AffineGrid | None:
+    """The active codes of a projection on their grid; None where there is none."""
+    variant = bank.require(bank.active, bank.active_rank)
+    return variant.quantizer.affine_grid(variant.packed, bank.shape, variant.bits)
+
+
+def _has_adapter(backbone: Backbone) -> bool:
+    return any(backbone.adapters.rank(name) for name in backbone.banks)
+
+
+def _scale_dtype(backbone: Backbone, schemes: Mapping[str, Scheme | None]) -> torch.dtype:
+    """The type of all scales, which is that of the whole model; raises `QuantizationError` where there are two."""
+    found: dict[torch.dtype, str] = {}
+    for name, scheme in schemes.items():
+        grid = grid_of(backbone.banks[name]) if scheme is not None else None
+        if grid is not None:
+            found.setdefault(grid.scale.dtype, name)
+    if len(found) > 1:
+        kinds = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in found.items())
+        raise QuantizationError(
+            f"scales are of two types, {kinds}, and a served model has one; give all quantisers the same metadata_dtype"
+        )
+    return next(iter(found))
+
+
+def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
+    """Raise `QuantizationError` where projections that are multiplied at once are packed in different ways."""
+    for parts in _FUSED:
+        for name, scheme in schemes.items():
+            head, _, tail = name.rpartition(".")
+            if tail != parts[0]:
+                continue
+            for other in parts[1:]:
+                theirs = schemes.get(f"{head}.{other}", scheme)
+                if theirs != scheme:
+                    raise QuantizationError(
+                        f"{name} and {head}.{other} are packed in different ways ({_told(scheme)}, {_told(theirs)}), "
+                        "and vLLM multiplies by both at once; search with model.granularity: block or sublayer, or "
+                        "give --client transformers"
+                    )
+
+
+def _told(scheme: Scheme | None) -> str:
+    return "16 bits" if scheme is None else f"{scheme.bits} bits in groups of {scheme.group_size}"
+
+
+def _tensors(
+    backbone: Backbone, schemes: Mapping[str, Scheme | None], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of all tensors of the folder, one projection after another."""
+    from qratk.exporters._skeleton import is_turned
+
+    turned = is_turned(backbone)
+    for name, tensor in backbone.fixed_tensors().items():
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for name, bank in counted("writing weights", backbone.banks.items(), len(backbone.banks)):
+        scheme = schemes[name]
+        if scheme is None:
+            dense = bank.dequantized(bank.active, rank=bank.active_rank)
+            yield f"{name}.weight", (dense.t() if turned(name) else dense).to(dtype).contiguous()
+        else:
+            yield from _packed(name, bank, scheme)
+        if bank.bias is not None:
+            yield f"{name}.bias", bank.bias.to(dtype)
+
+
+def _packed(name: str, bank: BankLinear, scheme: Scheme) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a projection: unsigned codes and zero points, from which the form's offset cancels.
+
+    A symmetric weight has no zero points stored: they are the offset itself, half of the range.
+    """
+    import torch
+
+    from qratk.quantizers.bitstream import pack_words
+
+    grid = grid_of(bank)
+    assert grid is not None
+    yield f"{name}.weight_packed", pack_words(grid.codes, scheme.bits)
+    yield f"{name}.weight_scale", grid.scale
+    yield f"{name}.weight_shape", torch.tensor(bank.shape, dtype=torch.int64)
+    if not scheme.symmetric:
+        zero = grid.zero.to(torch.uint8)
+        yield f"{name}.weight_zero_point", pack_words(zero.t().contiguous(), scheme.bits).t().contiguous()
+
+
+def _settings(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme is not None:
+            groups.setdefault(scheme, []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "ignore": ["lm_head"],
+        "config_groups": {
+            f"group_{index}": {
+                "targets": names,
+                "weights": _weights(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for index, (scheme, names) in enumerate(sorted(groups.items()))
+        },
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
