@@ -169,6 +169,16 @@ class Outcome:
         return np.array(importance.bits if knob == "bits" else importance.rank, dtype=np.float64)
 
     @property
+    def task_metrics(self) -> Mapping[str, str]:
+        """The metric of each task that test data are judged by, where the settings name it."""
+        options = self.settings.section("data").get("init_args")
+        tasks = options.get("test") if isinstance(options, Mapping) else None
+        if not isinstance(tasks, Mapping):
+            return {}
+        named = {str(name): task.get("metric") for name, task in tasks.items() if isinstance(task, Mapping)}
+        return {name: str(metric) for name, metric in named.items() if metric}
+
+    @property
     def item_weights(self) -> Sequence[float] | None:
         """Weights of the validation items; None when they are equal."""
         return self.result.item_weights

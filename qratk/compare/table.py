@@ -23,6 +23,8 @@ from qratk.run.atomic import write_atomically
 
 ACCURACY: Final = ("acc", "accuracy")
 NAN: Final = float("nan")
+TASK_SCORE: Final = "/score"
+"""End of the name of what a task adds to the score of a suite."""
 TIE: Final = 1e-4
 """Scores nearer than this are tied: training side by side moves the score of the same configuration by some 1e-5."""
 
@@ -448,7 +450,7 @@ def paper_tables(cells: Cells, made: Sequence[RecipeRow]) -> str:
     parts = []
     for budget, group in by_budget(made).items():
         done = [row for row in group if row.seeds]
-        metrics = metric_names(cells.at(budget).outcomes)
+        metrics = paper_columns(cells.at(budget).outcomes)
         parts.append(f"# {budget_title(budget)}\n\n## Table 1: scores and resources\n\n{_table_1(done)}")
         if metrics:
             parts.append(f"## Table 2: by test metric\n\n{_table_2(done, metrics)}")
@@ -467,7 +469,19 @@ def _table_1(group: Sequence[RecipeRow]) -> str:
     return markdown(["Method", "Score↑", "AvgBit↓", "AvgRank", "Mem, stored↓", "Mem, training peak↓"], lines)
 
 
-def _table_2(group: Sequence[RecipeRow], metrics: Sequence[str]) -> str:
+def paper_columns(cells: Sequence[Outcome]) -> dict[str, str]:
+    """Test metrics of the paper's second table with the heads of their columns: of a suite each task's and their
+    average, else all."""
+    metrics = metric_names(cells)
+    tasks = [name.removesuffix(TASK_SCORE) for name in metrics if name.endswith(TASK_SCORE)]
+    if not tasks:
+        return dict(zip(metrics, metrics, strict=True))
+    used = {name: metric for cell in cells for name, metric in cell.task_metrics.items()}
+    heads = {f"{task}{TASK_SCORE}": task + (f" ({used[task]})" if task in used else "") for task in tasks}
+    return {**heads, "score": "average"}
+
+
+def _table_2(group: Sequence[RecipeRow], metrics: Mapping[str, str]) -> str:
     columns = [_ranked(group, [row.metrics.get(name, NAN) for row in group]) for name in metrics]
     lines = [
         [
@@ -476,7 +490,7 @@ def _table_2(group: Sequence[RecipeRow], metrics: Sequence[str]) -> str:
         ]
         for i, row in enumerate(group)
     ]  # fmt: skip
-    return markdown(["Method", "Bit", "Rank", "Mem", *metrics], lines)
+    return markdown(["Method", "Bit", "Rank", "Mem", *metrics.values()], lines)
 
 
 def _method(row: RecipeRow) -> str:

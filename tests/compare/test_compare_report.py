@@ -28,6 +28,7 @@ from qratk.compare.table import (
     write_tables,
 )
 from qratk.core.errors import ConfigurationError, RunDirectoryError
+from qratk.run.document import Settings
 
 
 def outcome(recipe, seed, score, *, test=None, items=(), weights=None, size=100, limit=100, budget=OWN) -> Outcome:
@@ -186,6 +187,18 @@ def test_paper_tables_mark_best_and_second_by_metric():
     text = paper_tables(made_of(*cells), rows(made_of(*cells), "base"))
     assert "| a | 4.00 | 8.00 | 100 B | **0.5000** | <u>0.7000</u> |" in text
     assert "| base | 4.00 | 8.00 | 100 B | <u>0.3000</u> | **0.9000** |" in text
+
+
+def test_paper_table_of_a_suite_has_a_column_for_each_task_and_the_average():
+    test = {"score": 0.4, "arc/score": 0.3, "qa/score": 0.5, "arc/acc": 0.2, "arc/acc_norm": 0.3, "qa/token_prob": 0.5}
+    tasks = {"arc": {"metric": "acc_norm"}, "qa": {"data": {}, "metric": None}}
+    cell = replace(outcome("a", 0, 0.1, test=test), settings=Settings({"data": {"init_args": {"test": tasks}}}))
+    other = outcome("base", 0, 0.1, test={**test, "score": 0.3, "arc/score": 0.1})
+    text = paper_tables(made_of(cell, other), rows(made_of(cell, other), "base"))
+    assert "| Method | Bit | Rank | Mem | arc (acc_norm) | qa | average |" in text
+    assert "| a | 4.00 | 8.00 | 100 B | **0.3000** | **0.5000** | **0.4000** |" in text
+    columns = cells_csv(made_of(cell, other)).splitlines()[0].split(",")
+    assert {f"test_{name}" for name in test} <= set(columns)
 
 
 def test_validation_score_stands_in_where_nothing_was_tested():
