@@ -150,7 +150,8 @@ class ChoiceData(TaskData):
             found = Choices(tuple((prompt, self.target_delimiter + choice) for choice in choices), choices, label)
         if not item.before:
             return found
-        return replace(found, pairs=tuple((item.before + context, rest) for context, rest in found.pairs))
+        before: str = item.before
+        return replace(found, pairs=tuple((before + context, rest) for context, rest in found.pairs))
 
     def behind(self, items: Sequence[Item], examples: Sequence[Item], style: ShotStyle) -> Sequence[Item]:
         """Items behind examples with their right choices, in lm-eval's form."""

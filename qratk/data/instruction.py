@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from qratk.core.errors import DataError
@@ -14,8 +15,10 @@ from qratk.data.conversation import Conversation
 from qratk.data.encoding import Encoded, encode_pieces, encoded, special_ids
 from qratk.data.forms import FORMS, Answers, Form, FormName, recognised, require_form
 from qratk.data.scoring import LikelihoodScorer
+from qratk.data.shots import Shots, as_text, as_turns
 from qratk.data.sources import Row
 from qratk.data.splits import Item, Split
+from qratk.data.task import ShotStyle
 from qratk.data.text import scored_tokens
 
 _logger = logging.getLogger(__name__)
@@ -132,10 +135,11 @@ class InstructionData(TaskData):
         ignored: dict[str, None] = {}
         open_ended = asked_otherwise = 0
         for item in items:
-            ignored |= dict.fromkeys(template.ignored(item.content))
-            text = template.text(item.content, item.where)
-            spans = template.spans(item.content, text, item.where)
-            template.require_reasoning(item.content, text, spans, item.where)
+            content = as_turns(item)
+            ignored |= dict.fromkeys(template.ignored(content))
+            text = template.text(content, item.where)
+            spans = template.spans(content, text, item.where)
+            template.require_reasoning(content, text, spans, item.where)
             asked_otherwise += not template.asks_as_learnt(text, spans)
             pieces = pieces_of(text, spans)
             ids, owners = encode_pieces(self.tokenizer, pieces, special=False)
@@ -154,11 +158,14 @@ class InstructionData(TaskData):
     ) -> Iterator[tuple[list[int], list[bool]]]:
         """Tokens of a form of ours, and labels: of answers, and of an end of sequence behind each."""
         end = self.tokenizer.eos_token_id
-        for item in items:
-            content: Conversation = item.content
+
+        def pieces_in(content: Conversation, where: str) -> list[Piece]:
             for name in content.told():
-                raise DataError(f"{item.where}: template {form} has no place for {name!r}; use the chat template")
-            pieces = _alpaca_pieces(content) if form == "alpaca" else _plain_pieces(content)
+                raise DataError(f"{where}: template {form} has no place for {name!r}; use the chat template")
+            return _alpaca_pieces(content) if form == "alpaca" else _plain_pieces(content)
+
+        for item in items:
+            pieces = as_text(item, pieces_in)
             ids, owners = encode_pieces(self.tokenizer, pieces, special=True)
             yield end_answers(ids, owners, pieces, end)
 
@@ -194,6 +201,11 @@ class InstructionData(TaskData):
         first = _richest_stretch(labelled[keep:], limit - keep, counts_first=bool(keep)) + keep
         cut = slice(first, first + limit - keep)
         return encoded(tokens[:keep] + tokens[cut], labelled[:keep] + labelled[cut], truncated=True, item=item)
+
+    def behind(self, items: Sequence[Item], examples: Sequence[Item], style: ShotStyle) -> Sequence[Item]:
+        """Items behind examples: earlier turns of the chat template, text with delimiters in a form of ours."""
+        shots = Shots.of(examples, style)
+        return [replace(item, before=shots) for item in items]
 
     def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """One row an item."""

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qratk.data.choices import ChoiceData, Choices
-    from qratk.data.splits import Split
+    from qratk.data.splits import Item, Split
+    from qratk.data.task import ShotStyle
 
 
 def evaluate_lm_eval(
@@ -183,23 +185,39 @@ def write_task(
     *,
     split: Split = "test",
     metrics: Sequence[str] = ("acc", "acc_norm"),
+    examples: Sequence[Item] = (),
+    style: ShotStyle | None = None,
 ) -> Path:
     """Path of the task's YAML file; `evaluate_lm_eval(..., [name], task_folders=[directory])` then scores these items.
 
     The items of a split are written beside it, prompts rendered, so that lm-eval sees the very texts that `data` does.
+    lm-eval shows the `examples` before each item by its own means: all of them, in their order, in this style. What
+    items already have before them is not written.
     """
     import yaml
+
+    from qratk.data.task import ShotStyle
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     rows_path = (folder / f"{name}.jsonl").resolve()
-    chosen = [data.choices(item) for item in data.items(split)]
-    rows = [_document(c, data) for c in chosen]
-    rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _write_documents(rows_path, data, data.items(split))
+    files = {"test": str(rows_path)}
+    if examples:
+        files["shots"] = str(rows_path.with_name(f"{name}.shots.jsonl"))
+        _write_documents(Path(files["shots"]), data, examples)
+    style = style or ShotStyle()
+    shown = {
+        "num_fewshot": len(examples),
+        "fewshot_split": "shots",
+        "fewshot_config": {"sampler": "first_n"},
+        "description": style.description,
+        "fewshot_delimiter": style.delimiter,
+    }
     task = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows_path)}},
+        "dataset_kwargs": {"data_files": files},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "label" if data.substitutes else "prompt",
@@ -208,10 +226,16 @@ def write_task(
         "target_delimiter": data.target_delimiter,
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
         "metadata": {"version": 1.0},
+        **(shown if examples else {}),
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     return path
+
+
+def _write_documents(path: Path, data: ChoiceData, items: Sequence[Item]) -> None:
+    rows = [_document(data.choices(replace(item, before=None)), data) for item in items]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _document(choices: Choices, data: ChoiceData) -> dict[str, Any]:

@@ -29,15 +29,15 @@ _NAMES = ("id", "idx")  # of rows: nobody takes them for a part of what is learn
 class Item:
     """A checked row: what a task made of it, and the digest by which equal rows are found.
 
-    `row_key` is the digest of the row itself, names aside, where that was asked for. `before` is the text of examples
-    that are shown before it.
+    `row_key` is the digest of the row itself, names aside, where that was asked for. `before` are the examples that
+    are shown before it, in the form that the task gave them; None without any.
     """
 
     content: Any
     key: str
     where: str
     row_key: str = ""
-    before: str = ""
+    before: Any = None
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,11 @@ class SuiteData(TaskData):
         tasks = self.tasks[split].items()
         return SuiteScorer([ScoredTask(name, t.data.scorer(split), t.figure, t.weight) for name, t in tasks])
 
+    def examples(self, split: Split, task: str) -> tuple[Item, ...]:
+        """Items that are shown before those of a task, in their order; none without `shots`."""
+        self.items(split)
+        return cast(SuiteSplits, self._splits).examples.get(f"{split}.{task}", ())
+
     def strata(self, split: Split = "validation") -> tuple[tuple[str, int], ...]:
         """Names of the tasks of a split, and how many items each has."""
         self.items(split)
