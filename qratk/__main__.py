@@ -33,6 +33,7 @@ class Command:
 COMMANDS: Final[dict[str, Command]] = {
     "search": Command("qratk.cli.search:search", "find bits and ranks under a memory budget"),
     "plan": Command("qratk.cli.plan:plan", "bytes, evaluations and time of a search, before weights are loaded"),
+    "data": Command("qratk.cli.data:data", "what rows come to: forms, lengths, what is cut, what is learnt of each"),
     "fit": Command("qratk.cli.fit:fit", "fine-tune one configuration and save its adapter"),
     "validate": Command("qratk.cli.validate:validate", "score on the validation data"),
     "test": Command("qratk.cli.test:test", "score on the test data, and with lm-eval"),

@@ -64,10 +64,10 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
     Raises `UnsupportedModelError`, naming the file at fault where there is one, and for a checkpoint that is quantised
     already.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = load_config(name, trust_remote_code=trust_remote_code)
         _require_unquantised(name, config)
         _require_possible(name, config)
         if weights:
@@ -87,11 +87,25 @@ def load_model(name: str, *, trust_remote_code: bool, weights: bool) -> PreTrain
     except Exception as error:  # a model's own code, and the readers of its files, raise whatever they like
         if is_out_of_memory(error):
             raise
-        raise UnsupportedModelError(
-            _file_at_fault(name)
-            or f"the model {name!r} cannot be loaded as a causal language model: {reason(error)} "
-            "Give a Hugging Face name, or a directory with config.json and safetensors files"
-        ) from error
+        raise _not_loaded(name, error) from error
+
+
+def load_config(name: str, *, trust_remote_code: bool) -> Any:
+    """A model's configuration. Raises `UnsupportedModelError`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a model's own code raises whatever it likes
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        _file_at_fault(name)
+        or f"the model {name!r} cannot be loaded as a causal language model: {reason(error)} "
+        "Give a Hugging Face name, or a directory with config.json and safetensors files"
+    )
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool, required: bool) -> Any:

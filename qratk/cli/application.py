@@ -70,7 +70,7 @@ class QratkCLI(LightningCLI, ABC):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, with the arguments that the command line does not give."""
-        ours: dict[str, set[str]] = {"search": set(), "plan": set()}
+        ours: dict[str, set[str]] = {"search": set(), "plan": set(), "data": set()}
         return {**LightningCLI.subcommands(), **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

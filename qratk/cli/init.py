@@ -86,6 +86,7 @@ def init(arguments: Sequence[str]) -> int:
         file.write(text)
     name = shlex.quote(str(path))
     print(f"{path}: {data.rows} rows for {data.module}, at most {sizes.max_length} tokens\nNext:")
+    print(f"  qratk data --config {name}     # rows as the model will see them, and what of them is learnt")
     print(f"  qratk plan --config {name}     # bytes and time, before any weights are loaded")
     print(f"  qratk search --config {name}")
     return 0

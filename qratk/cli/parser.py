@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import yaml
 from jsonargparse import Namespace, set_dumper, set_loader, set_parsing_settings
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -98,6 +99,18 @@ def add_own_arguments(parser: LightningArgumentParser, command: str, *, present:
     """Add what a command takes beside the sections; `present` are arguments that Lightning has added."""
     if command == "plan":
         parser.add_argument("--json", action="store_true", help="Print the plan for machines.")
+    if command == "data":
+        splits = Literal["train", "validation", "test", "all"]
+        colors = Literal["auto", "always", "never"]
+        parser.add_argument("--rows", type=NonNegativeInt, default=3, help="Example rows that are shown.")
+        parser.add_argument(
+            "--split", type=splits | None, default=None, help="Whose rows; by default the first there is."
+        )
+        text = "Characters of a stretch of a row that are shown; 0 for all."
+        parser.add_argument("--characters", type=NonNegativeInt, default=800, help=text)
+        text = "Show by colour what is learnt; auto does so on a terminal, where NO_COLOR is not set."
+        parser.add_argument("--color", type=colors, default="auto", help=text)
+        parser.add_argument("--json", action="store_true", help="Print figures and rows for machines.")
     if "weights_only" in present:  # a checkpoint is data: nothing in it may run
         parser.set_defaults(weights_only=True)
     for name, kind in SHARED.items():

@@ -27,6 +27,18 @@ def clean(text: str) -> str:
     return text_without_secrets(text)
 
 
+def visible(text: str, *, lines: bool = False) -> str:
+    """Text in which nothing acts on a terminal or hides: what is no printable character, and so moves the cursor,
+    colours, turns the direction of writing or cannot be seen, is shown by its escape, as in \\x1b. With `lines`, line
+    feeds stay, behind a sign."""
+    shown = (c if c.isprintable() else "\u21b5\n" if lines and c == "\n" else _escaped(c) for c in text)
+    return "".join(shown)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as '8.1 s', '12 min 05 s', '3 h 07 min' or '2 d 04 h'; '-' when unknown."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,14 @@ class Attached:
             core = dict(sorted(tokenizer.get_vocab().items()))
         special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         return json.dumps([core, special, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=str)
+
+
+class Unlimited(Attached):
+    """A tokenizer that rows may be as long as they are with."""
+
+    def row_length(self, asked: int | None) -> int:
+        """More than any row has."""
+        return sys.maxsize
 
 
 def of_trainer(trainer: Trainer | None, *, wanted_by: str) -> Attached:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from types import FrameType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import AttributeDict, collect_init_args
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from qratk.core.errors import DataError
 from qratk.core.secrets import without_secrets
-from qratk.data.attached import Attached, of_trainer
+from qratk.data.attached import Attached, Unlimited, of_trainer
 from qratk.data.batches import Batch, training_batch
 from qratk.data.encoding import Encoded, learnable
 from qratk.data.identity import counts, fingerprint
@@ -166,6 +167,13 @@ class TaskData(LightningDataModule, Task):
         """Tokens of a row at most: the option, never above what the tokenizer and the model allow."""
         return self.attached.row_length(self.asked_length)
 
+    def without_limit(self) -> Self:
+        """The same data, encoded as they are with no limit on the length of rows."""
+        whole = copy(self)
+        whole._attached = Unlimited(self.attached.tokenizer)
+        whole._encoded = {}
+        return whole
+
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what a stage of the Trainer needs, so that errors come before the first step.
 
@@ -186,6 +194,11 @@ class TaskData(LightningDataModule, Task):
         if not self.has(split):
             raise DataError(f"there is no {split} data: give the option `{split}`")
         return self._splits.items[split]
+
+    def parts(self, split: Split) -> Mapping[str, TaskData]:
+        """The data modules that the items of a split are of, by name: these data by that of the split, or those that
+        they hold, each with its own items of the split."""
+        return {split: self}
 
     def sample(self, split: Split, count: int) -> Sequence[Item]:
         """At most so many items of a split, from which lengths are told."""

@@ -174,6 +174,10 @@ class ChoiceData(TaskData):
         contexts = tuple(head + choice for choice in choices)
         return Choices(tuple((context, self.target_delimiter + tail) for context in contexts), contexts, label)
 
+    def right_row(self, item: Item) -> int:
+        """The right choice's."""
+        return self.choices(item).label
+
     def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """The right choice after its prompt; only the choice is learnt."""
         chosen = [self.choices(item) for item in items]

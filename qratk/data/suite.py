@@ -214,6 +214,11 @@ class SuiteData(TaskData):
         }  # fmt: skip
         return {"sources": trained, "tasks": scored}
 
+    def parts(self, split: Split) -> Mapping[str, TaskData]:
+        """Sources or tasks of a split by their places."""
+        self.items(split)  # each has those of its items that are left to it
+        return {place: data for _, place, data in self._of(split)}
+
     def forms(self, split: Split) -> dict[str, int]:
         """Items of a split by the form of their rows, the most common form first."""
         found: Counter[str] = Counter()

@@ -75,6 +75,15 @@ class Task(ABC):
         """Items with examples shown before each. Raises DataError where the kind of rows has no such thing."""
         raise DataError(f"{type(self).__name__} shows no examples before its items: leave `shots` at 0")
 
+    def right_row(self, item: Item) -> int | None:
+        """Which of the rows to score of an item is that of the right choice; None where they are no choices."""
+        return None
+
+    @property
+    def joins_items(self) -> bool:
+        """Whether rows to train on are made of several items."""
+        return False
+
     def item_weights(self, stage: Split = "validation") -> tuple[float, ...] | None:
         """Weight of each item in the score; None when all are equal."""
         return None

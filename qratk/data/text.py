@@ -55,6 +55,11 @@ class TextData(TaskData):
         """All rows are texts."""
         return "text"
 
+    @property
+    def joins_items(self) -> bool:
+        """With packing, and blocks of one document do not say which."""
+        return True
+
     def fields_used(self) -> frozenset[str]:
         """The text."""
         return frozenset(("text",))

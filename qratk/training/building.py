@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from qratk.adapters.base import AdapterMethod, adapters
 from qratk.backbone.backbone import Backbone
+from qratk.backbone.loading import load_config, load_tokenizer
 from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
+from qratk.data.attached import Attached
 from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.options import FineTuneOptions, Specified
 
@@ -31,6 +33,15 @@ def built_backbone(options: FineTuneOptions, *, weights: bool = True) -> Backbon
         weights=weights,
         bank_dir=options.bank_dir,
     )
+
+
+def built_tokenizer(options: FineTuneOptions) -> Attached:
+    """The tokenizer of the options and what the model can see, from their own files. Raises `UnsupportedModelError`."""
+    path = _model_path(options.model)
+    trusted = options.trust_remote_code
+    name = path if options.tokenizer is None else os.path.expanduser(options.tokenizer)
+    config = load_config(path, trust_remote_code=trusted)
+    return Attached(load_tokenizer(name, trust_remote_code=trusted, required=True), context_length(config))
 
 
 def built_quantizers(specified: Mapping[int, Specified | Quantizer] | None) -> dict[int, Quantizer]:

@@ -34,9 +34,10 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.intact import require_intact_archive
 from qratk.core.secrets import without_secrets
 from qratk.core.shared import SharedLadder
+from qratk.data.attached import Attached
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.allocation import keep_freed_memory
-from qratk.training.building import built_adapter, built_backbone, context_length
+from qratk.training.building import built_adapter, built_backbone, built_tokenizer, context_length
 from qratk.training.continuation import Continuation
 from qratk.training.failure import NonFiniteLossError, not_finite
 from qratk.training.fit_checkpoint import FitCheckpoint
@@ -178,6 +179,10 @@ class FineTuneModule(ScoredModule):
     def load_backbone(self, *, weights: bool = True) -> Backbone:
         """A new backbone with these options; without weights it lies on the meta device."""
         return built_backbone(self.options, weights=weights)
+
+    def load_tokenizer(self) -> Attached:
+        """What data need of the model: its tokenizer and the tokens that it can see, without the model."""
+        return built_tokenizer(self.options)
 
     def activate(self, configuration: Configuration) -> None:
         """Switch to a configuration, with fresh adapters."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qratk.core import Configuration
-from qratk.core.text import clean, duration, label, short_names
+from qratk.core.text import clean, duration, label, short_names, visible
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,21 @@ def test_short_names_drop_what_all_share_and_stay_distinct() -> None:
     assert short_names(["h.0.attn", "h.0.mlp", "h.1.attn"]) == ("0.attn", "0.mlp", "1.attn")
     assert short_names(["layer"]) == ("layer",)
     assert short_names(["model.a", "model.a.b"]) == ("a", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("caf\u00e9 \U0001f600 \u4f60", "caf\u00e9 \U0001f600 \u4f60"),
+        ("\x1b[2J\x07\r\t\x00\x7f\x9b", r"\x1b[2J\x07\r\t\x00\x7f\x9b"),
+        ("\u202eabc\u2028\u200b\xa0\ud83d", r"\u202eabc\u2028\u200b\xa0\ud83d"),
+        ("a\nb", r"a\nb"),
+    ],
+)
+def test_what_acts_or_hides_is_made_visible(text: str, expected: str) -> None:
+    assert visible(text) == expected
+    assert visible(text).isprintable()
+
+
+def test_line_feeds_stay_where_lines_are_wanted() -> None:
+    assert visible("a\n\x1b\n", lines=True) == "a\u21b5\n\\x1b\u21b5\n"
