@@ -20,6 +20,7 @@ from qratk.core.intact import require_intact
 from qratk.run import files
 from qratk.run.document import read_settings
 from qratk.run.run import Run
+from qratk.settings.names import registered_name
 from qratk.training.fit_checkpoint import FitCheckpoint
 from qratk.training.module import FineTuneModule
 from qratk.training.observing import observe
@@ -170,7 +171,7 @@ def _of_checkpoint(path: Path, settings: Path | None) -> Source:
 
 def _method(given: Any, iterations: int) -> str:
     """The method whose folders hold what this one writes."""
-    name = str(given.get("class_path", "lora") if isinstance(given, Mapping) else given)
+    name = registered_name("adapters", str(given.get("class_path", "lora") if isinstance(given, Mapping) else given))
     if name == "dora" or iterations == 1 or name == "lora":
         return "dora" if name == "dora" else "lora"
     raise ConfigurationError(

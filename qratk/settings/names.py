@@ -26,6 +26,7 @@ from qratk.settings.reading import load
 SECTION: Final = "search"
 DATA: Final = "data"
 QUANTIZERS: Final = "quantizers"
+ADAPTER: Final = "adapter"
 
 SLOTS: Final[Mapping[str, str]] = {
     "searcher": "searchers",
@@ -51,7 +52,8 @@ DATA_CLASSES: Final[Mapping[str, str]] = {
 """Import path of each data module that goes by its class name."""
 
 _ARGUMENT = re.compile(
-    r"--(?:(?P<data>data)(?:\.class_path|\.help)?|search(?:\.(?P<slot>\w+)(?:\.class_path|\.help|\+)?)?)"
+    r"--(?:(?P<data>data)(?:\.class_path|\.help)?|search(?:\.(?P<slot>\w+)(?:\.class_path|\.help|\+)?)?|"
+    r"model\.(?P<adapter>adapter))"
     r"(?:=(?P<value>.*))?",
     re.S,
 )
@@ -152,11 +154,34 @@ def _converted_part(key: str, value: Any, convert: Convert) -> Any:
         return resolve_section(value, convert)
     if key == DATA:
         return resolve_component(DATA, value, convert)
-    if key == "model" and isinstance(value, Mapping) and isinstance(value.get(QUANTIZERS), Mapping):
-        # The module takes names itself, so names they are for the parser too.
-        named = {b: resolve_component(QUANTIZERS, q, registered_name) for b, q in value[QUANTIZERS].items()}
-        return {**value, QUANTIZERS: named}
+    if key == "model" and isinstance(value, Mapping):
+        return {name: _of_model(name, part, convert) for name, part in value.items()}
     return _relocated(value)
+
+
+def _of_model(key: str, value: Any, convert: Convert) -> Any:
+    """An option of the module, which takes names itself, so that names they are for the parser too.
+
+    The parser would take {class_path, init_args} for a class to build, and fails where two say another: an adapter is
+    {name: options} for it.
+    """
+    if key == QUANTIZERS and isinstance(value, Mapping):
+        return {bits: resolve_component(QUANTIZERS, one, registered_name) for bits, one in value.items()}
+    if key == ADAPTER and isinstance(value, Mapping):
+        return _adapter(value, for_files=convert is registered_name)
+    return _relocated(value)
+
+
+def _adapter(given: Mapping[str, Any], *, for_files: bool) -> Mapping[str, Any]:
+    """An adapter with options as {class_path, init_args} in files, and as {name: options} for the parser."""
+    if set(given) <= {"class_path", "init_args"} and isinstance(given.get("class_path"), str):
+        name, options = registered_name("adapters", given["class_path"]), given.get("init_args")
+    elif len(given) == 1 and isinstance(next(iter(given)), str):
+        ((name, options),) = given.items()
+    else:
+        return given
+    options = {} if options is None else options
+    return {"class_path": name, "init_args": options} if for_files else {name: options}
 
 
 def _relocated(value: Any) -> Any:
@@ -183,8 +208,8 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
             waiting = None
             continue
         match = _ARGUMENT.fullmatch(argument)
-        slot = None if match is None else (match["data"] or match["slot"] or SECTION)
-        if match is None or slot not in {*SLOTS, SECTION, DATA}:
+        slot = None if match is None else (match["data"] or match["slot"] or match["adapter"] or SECTION)
+        if match is None or slot not in {*SLOTS, SECTION, DATA, ADAPTER}:
             resolved.append(argument)
         elif match["value"] is None:
             waiting = slot
@@ -212,7 +237,12 @@ def _resolve_text(slot: str, text: str) -> str:
         value = load(path.read_text(encoding="utf-8") if is_file else text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return text  # jsonargparse says what is wrong with it
-    resolved = resolve_section(value) if slot == SECTION else resolve_component(SLOTS.get(slot, slot), value)
+    if slot == SECTION:
+        resolved = resolve_section(value)
+    elif slot == ADAPTER:
+        resolved = _of_model(ADAPTER, value, class_path)
+    else:
+        resolved = resolve_component(SLOTS.get(slot, slot), value)
     if resolved == value and not is_file:
         return text
     return resolved if isinstance(resolved, str) else json.dumps(resolved)

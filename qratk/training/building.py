@@ -95,9 +95,16 @@ def context_length(config: Any) -> int | None:
 def _name_and_options(chosen: Specified, one: str) -> tuple[str, dict[str, Any]]:
     if isinstance(chosen, str):
         return chosen, {}
-    if "class_path" not in chosen:
-        raise ConfigurationError(f"{one} is a name or {{class_path, init_args}}, got {dict(chosen)}")
-    return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
+    if "class_path" in chosen and set(chosen) <= {"class_path", "init_args"}:
+        return str(chosen["class_path"]), dict(chosen.get("init_args") or {})
+    if len(chosen) == 1 and "class_path" not in chosen:
+        ((name, options),) = chosen.items()
+        if options is None or isinstance(options, Mapping):
+            return str(name), dict(options or {})
+    raise ConfigurationError(
+        f"{one} is a name, {{name: options}} or {{class_path, init_args}}, got {dict(chosen)}; give "
+        "it whole, an option alone changes nothing of one that was given before"
+    )
 
 
 def _model_path(model: str) -> str:

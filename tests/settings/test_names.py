@@ -149,3 +149,23 @@ def test_defaults_are_the_published_recipe():
 def test_option_hint_lists_options_and_the_nearest():
     assert "offspring" in names.option_hint(RANDOM, "ofspring")
     assert names.option_hint(RANDOM, "ofspring").endswith("Did you mean 'offspring'?")
+
+
+def test_an_adapter_with_options_is_no_class_for_the_parser_and_is_one_again_in_files():
+    given = {"model": {"model": "m", "adapter": {"class_path": "cut", "init_args": {"width": 8}}}}
+    resolved = names.resolve_document(given)
+    assert resolved["model"]["adapter"] == {"cut": {"width": 8}}
+    assert names.named_document(resolved) == given
+    assert names.resolve_document(names.named_document(resolved)) == resolved
+    bare = {"model": {"adapter": {"class_path": "qratk.adapters.cut.Cut"}}}
+    assert names.named_document(names.resolve_document(bare))["model"]["adapter"] == {"class_path": "cut", "init_args": {}}
+    for other in ("lora", {"class_path": "cut", "width": 3}, {"cut": {}, "lora": {}}, {}):
+        assert names.resolve_document({"model": {"adapter": other}}) == {"model": {"adapter": other}}
+
+
+def test_an_adapter_with_options_on_the_command_line():
+    assert names.resolve_arguments(["--model.adapter", "{class_path: cut, init_args: {width: 8}}"]) == [
+        "--model.adapter",
+        json.dumps({"cut": {"width": 8}}),
+    ]
+    assert names.resolve_arguments(["--model.adapter=lora"]) == ["--model.adapter=lora"]
