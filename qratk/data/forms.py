@@ -92,11 +92,6 @@ def _prompt(row: Row, _: Answers) -> list[Conversation]:
             "`rename: {instruction: prompt, output: completion}` with `form: alpaca`"
         )
     after = given[0] if given else "completion"
-    if isinstance(row.data.get("label"), bool):
-        raise row.error(
-            "has a `label` that says whether its completion is good, as for preference training, which is not "
-            "supported; keep the good ones, without the label"
-        )
     if not any(isinstance(row.data.get(name), list | tuple) for name in ("prompt", after)):
         return [one_round(row, row.text("prompt"), row.text(after), joined=True)]
     asked, answered = (listed(row, name, of="{role, content}, as the other is") for name in ("prompt", after))
@@ -183,6 +178,12 @@ def recognised(row: Row, *, ignoring: Collection[str] = ()) -> Form:
             f"say which by the option `form`, as in `form: {fitting[0].name}`"
         )
     form = fitting[0]
+    if {"chosen", "rejected"} <= present or isinstance(row.data.get("label"), bool):
+        raise row.error(
+            f"has {'a true-or-false `label`' if 'label' in present else '`chosen` and `rejected` answers'}, as rows of "
+            f"preference training, which is not supported: keep the good answers alone, or leave that out by "
+            f"`form: {form.name}`"
+        )
     for name in _BEARING:
         if name in present - form.uses and not empty(row.data[name]):
             raise row.error(

@@ -213,7 +213,9 @@ def test_renamed_fields_are_those_of_their_new_names_alone(write: Write, chat_to
         ({**DOLLY, "prompt": "x"}, r"has the fields of several forms: dolly .*, prompt \(prompt, completion or"),
         ({**HC3, "answer": "x"}, "has the fields of several forms: hc3 .*, qa"),
         ({**PROMPT, "response": "x"}, "has both `completion` and `response`"),
-        ({**PROMPT, "label": False}, "has a `label` that says whether its completion is good"),
+        ({**PROMPT, "label": False}, "has a true-or-false `label`, as rows of preference training, .* `form: prompt`"),
+        ({"messages": MESSAGES, "label": True}, "has a true-or-false `label`"),
+        ({"conversations": TURNS, "chosen": {}, "rejected": {}}, "has `chosen` and `rejected` .* `form: sharegpt`"),
         ({**PROMPT, "chat_template_kwargs": {"x": 1}}, "has a field 'chat_template_kwargs'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has `chosen` and `rejected` answers"),
         ({"prompt": [MESSAGES[1]], "completion": "b"}, "needs `completion`, a list of {role, content}, as the other"),
@@ -251,6 +253,8 @@ def test_a_form_that_is_set_decides_between_several(write: Write, chat_tokenizer
     both = {**ALPACA, "messages": MESSAGES}
     assert learnt(write, chat_tokenizer, both, form="alpaca") == ["Four.<|end|>"]
     assert learnt(write, chat_tokenizer, both, form="messages") == ["blue<|end|>barks<|end|>"]
+    rated = {"messages": MESSAGES, "chosen": MESSAGES, "rejected": [], "label": True}
+    assert learnt(write, chat_tokenizer, rated, form="messages") == ["blue<|end|>barks<|end|>"]
     with pytest.raises(DataError, match="line 1: the row needs a text field 'response'"):
         learnt(write, chat_tokenizer, both, form="dolly")
 
