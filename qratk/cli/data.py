@@ -56,7 +56,7 @@ class DataCommand(QratkCLI):
         style = Style(colours(self.settings.color), self.settings.characters)
         figures = report.figures()
         lines = [*as_lines(document, figures), *rows_as_lines(examples, figures, style)]
-        _print("\n".join(lines))
+        print_text("\n".join(lines))
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -214,7 +214,7 @@ def colours(asked: str) -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _print(text: str) -> None:
-    """Print what standard output may be unable to write, with escapes in its place."""
+def print_text(text: str) -> None:
+    """Print a text; characters that standard output cannot encode, by their escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))

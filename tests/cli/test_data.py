@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from qratk.__main__ import main
-from qratk.cli.data import Style, colours
+from qratk.cli.data import Style, colours, print_text
 from qratk.data.report import Piece
 
 SETTINGS = {
@@ -110,7 +111,6 @@ def test_choices_are_shown_with_the_right_one_marked(capsys, config):
 def test_every_split_is_shown_where_all_are_asked_for(capsys, config):
     text = shown(capsys, "--config", config, "--rows=1", "--split=all")
     assert re.findall(r"^(\w+): .*tokens", text, re.M) == ["train", "validation", "test"]
-    assert not re.findall(r"^(\w+): .*tokens", shown(capsys, "--config", config, "--rows=0"), re.M)
 
 
 def test_figures_and_rows_for_machines(capsys, config):
@@ -145,10 +145,9 @@ def test_colours_are_for_terminals(monkeypatch):
 
 def test_nothing_in_the_data_acts_on_the_terminal(capsys, tmp_path):
     row = {"instruction": "Say \x1b]0;pwned\x07 \u202e", "output": "\x1b[31mred\r\x00", "\x1b[2J": 1}
-    for color in ("never", "always"):
-        text = shown(capsys, *instructions(tmp_path, row), f"--color={color}")
-        ours = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        assert ours.isprintable() or set(ours) - {"\n"} == {c for c in ours if c.isprintable()}
+    text = shown(capsys, *instructions(tmp_path, row), "--color=always")
+    assert re.sub(r"\x1b\[[0-9;]*m|\n", "", text).isprintable()
+    assert re.findall(r"\x1b\[31m|\x1b\[2J", text) == []
     assert "fields of the rows that are not used: '\\x1b[2J'" in text
 
 
@@ -164,10 +163,9 @@ def test_what_was_dropped_is_told_once(capsys, caplog, tmp_path):
 
 def test_rows_that_are_cut_are_counted_with_what_is_lost(capsys, tmp_path):
     row = {"instruction": "a", "output": "The sky is blue. " * 9}
-    text = shown(capsys, *instructions(tmp_path, row, {**row, "output": "b"}))
-    assert re.search(r"^rows cut +0$", text, re.M)
-    text = shown(capsys, *instructions(tmp_path, row), "--data.template=plain", "--data.max_length=20")
-    assert re.search(r"^rows cut +1 \(100.0%\)$", text, re.M)
+    given = instructions(tmp_path, row, {**row, "output": "b"})
+    text = shown(capsys, *given, "--data.template=plain", "--data.max_length=20")
+    assert re.search(r"^rows cut +1 \(50.0%\)$", text, re.M)
     lost = float(re.search(r"^  cut off +([\d.]+)%$", text, re.M)[1])
     assert 0 < lost < 100
     assert re.search(r"tokens, \d+ scored, cut\)", text)
@@ -229,11 +227,9 @@ def test_long_stretches_are_shortened_in_the_middle():
     assert Style().row([Piece("", False, False), Piece("x", True, True), Piece("y", True, False)]) == "⟦xy⟧"
 
 
-def test_text_that_the_output_cannot_hold_is_escaped(monkeypatch, config):
-    import io
-
+def test_text_that_the_output_cannot_hold_is_escaped(monkeypatch):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
-    assert main(["data", "--config", config, "--rows=1"]) == 0
+    print_text("⟦blue⟧↵")
     sys.stdout.flush()
-    assert b"\\u27e6" in buffer.getvalue()
+    assert buffer.getvalue() == b"\\u27e6blue\\u27e7\\u21b5\n"
