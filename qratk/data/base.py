@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict, collect_init_args
 from torch.utils.data import DataLoader
 
 from qratk.core.errors import DataError
+from qratk.core.resolution import TaskItems
 from qratk.core.secrets import without_secrets
 from qratk.data.attached import Attached, Unlimited, of_trainer
 from qratk.data.batches import Batch, training_batch
@@ -53,6 +54,7 @@ class TaskData(LightningDataModule, Task):
 
     start_batch: int = 0
     replicate: int = 0
+    rung: int | None = None  # of a search, from the lowest on, whose validation items are scored; None: all items
     holds_others: ClassVar[bool] = False  # whether its rows are those of other data modules
 
     def __init__(
@@ -204,6 +206,19 @@ class TaskData(LightningDataModule, Task):
         """At most so many items of a split, from which lengths are told."""
         return self.items(split)[:count]
 
+    def scored_share(self, rung: int | None) -> float:
+        """Share of the validation rows that is scored at a rung; None is the highest."""
+        return 1.0
+
+    def judged(self, rung: int | None) -> tuple[TaskItems, ...]:
+        """Tasks whose figures, means over items of something between 0 and 1, make up the validation score at a rung.
+
+        None is the highest rung. Empty where the score is of another kind.
+        """
+        if not self.has("validation") or getattr(self, "score", None) not in self.metrics:
+            return ()
+        return (TaskItems("validation", len(self.items("validation"))),)
+
     def strata(self, split: Split = "validation") -> tuple[tuple[str, int], ...]:
         """Names of the tasks that the items of a split belong to, in order, and how many belong to each; empty where
         all are of one."""
@@ -274,7 +289,12 @@ class TaskData(LightningDataModule, Task):
         a search scores the same.
         """
         longest = min(shared_length, self.max_length)
-        return self._batches.scoring(self.scoring_rows(split), split, self.pad_id, longest, replica(self.trainer))
+        rows, chosen = self.scoring_rows(split), self.chosen_rows(split)
+        return self._batches.scoring(rows, split, self.pad_id, longest, replica(self.trainer), chosen)
+
+    def chosen_rows(self, split: Split) -> tuple[int, ...] | None:
+        """Indices of the rows that are scored at the `rung`; None where all are."""
+        return None
 
     def shares_prompts(self, split: Split) -> bool:
         """Whether prompts of a split are computed once for several rows, if the model allows it."""

@@ -61,7 +61,7 @@ class Batches:
     seed: int
     num_workers: int
     share_prompts: bool
-    _kept: dict[tuple[Split, int, int, int], list[Batch]] = field(default_factory=dict)
+    _kept: dict[tuple[Split, int, int, int, tuple[int, ...] | None], list[Batch]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_at_least("batch_size", self.batch_size, 1)
@@ -89,16 +89,26 @@ class Batches:
         return TrainingLoader(rows, sampler, collate, num_workers=self.num_workers)
 
     def scoring(
-        self, rows: Sequence[Encoded], split: Split, pad_id: int, shared_length: int, replica: tuple[int, int]
+        self,
+        rows: Sequence[Encoded],
+        split: Split,
+        pad_id: int,
+        shared_length: int,
+        replica: tuple[int, int],
+        chosen: tuple[int, ...] | None = None,
     ) -> list[Batch]:
-        """A replica's batches of the rows of a split, with prompts shared in rows of at most `shared_length` tokens."""
+        """A replica's batches of the rows of a split, with prompts shared in rows of at most `shared_length` tokens;
+        of the `chosen` rows alone, where some are."""
         rank, replicas = replica
         longest = shared_length if self.share_prompts else 0
-        key = (split, longest, rank, replicas)
+        key = (split, longest, rank, replicas, chosen)
         if key not in self._kept:
             every = scoring_batches(
-                rows, size=self.eval_batch_size, pad_id=pad_id, shared_length=longest, replicas=replicas
-            )
+                rows if chosen is None else [rows[index] for index in chosen],
+                size=self.eval_batch_size, pad_id=pad_id, shared_length=longest, replicas=replicas,
+            )  # fmt: skip
+            if chosen is not None:
+                every = [{**batch, "row": torch.tensor(chosen)[batch["row"]]} for batch in every]
             # No replica may go without a batch; a row that several replicas score counts once.
             self._kept[key] = every[rank::replicas] or every[:1]
         return self._kept[key]

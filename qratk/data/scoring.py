@@ -19,7 +19,8 @@ class Scorer(Metric):
     """Figures of a split from the log-likelihoods of its rows; every row of every item must be seen before `outcomes`.
 
     Works with several replicas: states are summed, and a row that two replicas scored counts once. Figures are made on
-    the CPU in double precision, where adding up has one order.
+    the CPU in double precision, where adding up has one order. Where only some items are to be scored, `wanted` says
+    which, (num_items,) bool.
     """
 
     full_state_update = False
@@ -29,6 +30,7 @@ class Scorer(Metric):
     tokens: Tensor
     seen: Tensor
     greedy: Tensor
+    wanted: Tensor | None = None
 
     def __init__(self, items: Sequence[int], num_items: int) -> None:
         """`items` holds the item of each row."""
@@ -67,12 +69,13 @@ class Scorer(Metric):
         return {name: self._placed(value) for name, value in figures.items()}
 
     def outcomes(self) -> Tensor:
-        """Figure of each item, (num_items,), whose mean under the item weights is the score."""
+        """Figure of each item, (num_items,), whose mean under the item weights is the score; of those wanted."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            missing = int((~self._complete()).sum())
+            wanted = torch.ones(self.num_items, dtype=torch.bool) if self.wanted is None else self.wanted
+            missing = int((wanted & ~self._complete()).sum())
             if missing:
-                raise DataError(f"{missing} of {self.num_items} items were not scored: run all scoring batches")
-            return self._placed(self._outcomes())
+                raise DataError(f"{missing} of {int(wanted.sum())} items were not scored: run all scoring batches")
+            return self._placed(self._outcomes()[wanted])
 
     @abstractmethod
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:

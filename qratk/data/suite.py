@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, cast, final
 
 from qratk.core.errors import DataError
+from qratk.core.resolution import TaskItems
 from qratk.data.attached import DEFAULT_LENGTH
 from qratk.data.base import TaskData
 from qratk.data.encoding import Encoded
@@ -182,12 +183,41 @@ class SuiteData(TaskData):
         """Scorer of all tasks of a split."""
         self.scoring_rows(split)
         tasks = self.tasks[split].items()
-        return SuiteScorer([ScoredTask(name, t.data.scorer(split), t.figure, t.weight) for name, t in tasks])
+        scored = [ScoredTask(name, task.data.scorer(split), task.figure, task.weight) for name, task in tasks]
+        return SuiteScorer(scored, self._wanted(split, self.rung))
+
+    def _wanted(self, split: Split, rung: int | None) -> list[bool] | None:
+        """Of each item whether it is scored at a rung; None where all are."""
+        if split != "validation" or rung is None:
+            return None
+        self.items(split)
+        ranks, wanted = cast(SuiteSplits, self._splits).ranks, []
+        for name, task in self.tasks[split].items():
+            most = task.items_at(rung)
+            wanted += [most is None or rank < most for rank in ranks[f"{split}.{name}"]]
+        return None if all(wanted) else wanted
+
+    def chosen_rows(self, split: Split) -> tuple[int, ...] | None:
+        """Indices of the rows that are scored at the `rung`; None where all are."""
+        wanted = self._wanted(split, self.rung)
+        if wanted is None:
+            return None
+        return tuple(index for index, row in enumerate(self.scoring_rows(split)) if wanted[row.item])
+
+    def scored_share(self, rung: int | None) -> float:
+        """Share of the validation items that is scored at a rung; None is the highest."""
+        wanted = self._wanted("validation", rung)
+        return 1.0 if wanted is None else sum(wanted) / len(wanted)
 
     def examples(self, split: Split, task: str) -> tuple[Item, ...]:
         """Items that are shown before those of a task, in their order; none without `shots`."""
         self.items(split)
         return cast(SuiteSplits, self._splits).examples.get(f"{split}.{task}", ())
+
+    def judged(self, rung: int | None) -> tuple[TaskItems, ...]:
+        """The tasks of validation, with how many items they have at a rung; None is the highest."""
+        sizes, tasks = dict(self.strata("validation")), self.tasks["validation"].items()
+        return tuple(TaskItems(name, min(sizes[name], t.items_at(rung) or sizes[name]), t.weight) for name, t in tasks)
 
     def strata(self, split: Split = "validation") -> tuple[tuple[str, int], ...]:
         """Names of the tasks of a split, and how many items each has."""
@@ -208,6 +238,7 @@ class SuiteData(TaskData):
         scored = {
             f"{split}.{name}": (
                 _told(task.data), task.figure, float(task.weight), task.description, task.fewshot_delimiter,
+                task.items if isinstance(task.items, list | tuple) else None,
                 [item.key for item in splits.examples.get(f"{split}.{name}", ())],
             )
             for split, tasks in self.tasks.items() for name, task in tasks.items()

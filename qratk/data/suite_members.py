@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import isfinite
 from typing import Any, Final
 
@@ -43,7 +44,8 @@ class SuiteTask:
         metric: figure of the task in the score, between 0 and 1: acc, acc_norm, prob, prob_per_token or prob_per_char
             of choices, token_prob of texts and answers; by default the data's `score`, or else its first.
         weight: of the task in the score, relative to the other tasks.
-        items: rows at most, drawn by seed.
+        items: rows at most, drawn by seed; of validation also a list, how many at each rung of a search from the lowest
+            on, of which those of a lower rung are a part of those of a higher one.
         shots: examples shown before each item, the same for all.
         examples: file that they are drawn from; by default the training rows of `data`.
         description: text before the examples.
@@ -53,7 +55,7 @@ class SuiteTask:
     data: TaskData
     metric: str | None = None
     weight: float = 1.0
-    items: int | None = None
+    items: int | list[int] | None = None
     shots: int = 0
     examples: str | list[str] | None = None
     description: str = ""
@@ -63,6 +65,17 @@ class SuiteTask:
     def figure(self) -> str:
         """Name of the figure that counts."""
         return self.metric or _first_choice(self.data)
+
+    @property
+    def most_items(self) -> int | None:
+        """Rows at most: at the highest rung."""
+        return self.items[-1] if isinstance(self.items, list | tuple) else self.items
+
+    def items_at(self, rung: int | None) -> int | None:
+        """Rows at most at a rung; None is the highest one."""
+        if rung is None or not isinstance(self.items, list | tuple):
+            return self.most_items
+        return self.items[min(rung, len(self.items) - 1)]
 
     @property
     def style(self) -> ShotStyle:
@@ -124,13 +137,13 @@ def _made(kind: type[Any], given: Any, place: str) -> Any:
     return kind(**given)
 
 
-def _check_member(data: Any, items: int | None, weight: float) -> None:
+def _check_member(data: Any, items: int | Sequence[int] | None, weight: float) -> None:
     if not isinstance(data, TaskData):
         raise DataError(f"`data` must be a data module, got {data!r:.200}")
     if data.holds_others:
         raise DataError(f"{type(data).__name__} cannot be a part of a suite: give its sources and tasks to that one")
-    if items is not None:
-        require_at_least("items", items, 1)
+    for size in [items] if isinstance(items, int) else items or ():
+        require_at_least("items", size, 1)
     if not (isfinite(weight) and weight > 0):
         raise DataError(f"weight must be above 0, got {weight}; leave out what is not to count")
 
@@ -148,6 +161,11 @@ def _check_task(task: SuiteTask, split: Split) -> None:
             f"{said} must be one of {', '.join(data.metrics)}, which lie between 0 and 1, so that no task outweighs "
             f"the others by its unit; got {task.figure!r}" + nearest(task.figure, data.metrics)
         )
+    if isinstance(task.items, list | tuple):
+        if split != "validation":
+            raise DataError(f"a number of items for each rung is for validation: give one number, got {task.items}")
+        if not task.items or any(after < before for before, after in pairwise(task.items)):
+            raise DataError(f"items for each rung must not become fewer, as in [50, 200]; got {task.items}")
     given, carved = data.sources[split], split == "validation" and data.sources["train"] is not None
     if given is None and not carved:
         also = " (or `train`, of which a part is taken)" if split == "validation" else ""

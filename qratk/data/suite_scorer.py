@@ -28,7 +28,8 @@ class SuiteScorer(Scorer):
     all that the task's own scorer says is `<task>/<figure>`. Over some of the rows it is of the tasks that they are of.
     """
 
-    def __init__(self, tasks: Sequence[ScoredTask]) -> None:
+    def __init__(self, tasks: Sequence[ScoredTask], wanted: Sequence[bool] | None = None) -> None:
+        """`wanted` says of each item whether it is to be scored, where not all are."""
         items: list[int] = []
         self._ends: list[tuple[int, int]] = []  # of rows and of items
         total = 0
@@ -38,6 +39,7 @@ class SuiteScorer(Scorer):
             self._ends.append((len(items), total))
         super().__init__(items, total)
         self._tasks = tuple(tasks)
+        self.wanted = None if wanted is None else torch.tensor(wanted)
 
     def _parts(self) -> list[tuple[ScoredTask, slice]]:
         """Each task, its scorer with what was seen of its rows, and the place of its items."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+import numpy as np
+
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
-from qratk.data.splits import SPLITS, Item, Split, subsample
+from qratk.data.splits import SPLITS, Item, Split, permutation, subsample
 from qratk.data.suite_members import SuiteTask, TrainingSource, told
 
 _DRAWN_BEFORE: Final[Mapping[Split, tuple[Split, ...]]] = {
@@ -53,6 +55,7 @@ class SuiteSplits:
         self._sources, self._tasks, self._seed = sources, tasks, seed
         self.notes: list[str] = []
         self.examples: dict[str, tuple[Item, ...]] = {}  # by place
+        self.ranks: dict[str, tuple[int, ...]] = {}  # of a member's items in the order in which they were drawn
         trained = [Member(source.data, f"train[{index}]", "train") for index, source in enumerate(sources)]
         scored = [Member(task.data, f"{s}.{name}", s) for s in SPLITS[1:] for name, task in tasks[s].items()]
         self.members = (*trained, *scored)
@@ -64,7 +67,7 @@ class SuiteSplits:
         held_out: dict[Split, list[Item]] = {"test": [], "validation": []}
         for split in _HELD_OUT:
             for name, task in self._tasks[split].items():
-                held_out[split] += self._drawn(task.data, split, f"{split}.{name}", task.items, held_out)
+                held_out[split] += self._drawn(task.data, split, f"{split}.{name}", task.most_items, held_out)
         for split in _HELD_OUT:
             for name, task in self._tasks[split].items():
                 self._show_examples(task, split, name, [*held_out["test"], *held_out["validation"]])
@@ -91,7 +94,10 @@ class SuiteSplits:
             items = list(data.items(split))
         for other in _DRAWN_BEFORE[split]:
             items = self._without(items, held_out[other], place, other)
-        drawn = subsample(items, limit, seed=self._seed, purpose=place)
+        order = permutation(len(items), seed=self._seed, purpose=place)[:limit]
+        kept = np.sort(order)
+        drawn = tuple(items[index] for index in kept)
+        self.ranks[place] = tuple(np.argsort(order).tolist())
         data.narrow(split, drawn)
         return drawn
 

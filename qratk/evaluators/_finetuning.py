@@ -107,6 +107,16 @@ class FineTuning:
         finally:
             module.options, data.replicate = given, 0
 
+    @contextmanager
+    def scored_at(self, steps: int) -> Iterator[None]:
+        """Context in which validation scores the items of a rung; elsewhere it scores all, as at the highest rung."""
+        ladder = self.context.ladder
+        self.data.rung = None if steps == ladder.highest else ladder.steps.index(steps)
+        try:
+            yield
+        finally:
+            self.data.rung = None
+
     @property
     def limits(self) -> CohortLimits:
         """What keeps candidates from being trained side by side."""

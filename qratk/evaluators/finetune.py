@@ -179,7 +179,8 @@ class FineTuneEvaluator(Evaluator):
 
     def _evaluate(self, group: Sequence[Request]) -> list[Evaluation]:
         began = time.monotonic()
-        outcomes = caught(lambda: self._outcomes(group))
+        with self.parts.scored_at(group[0].steps):
+            outcomes = caught(lambda: self._outcomes(group))
         if isinstance(outcomes, OutOfMemory):
             free_memory(self.parts.module)
             if len(group) > 1:

@@ -221,6 +221,12 @@ BAD: dict[str, tuple[Callable[[Write], dict[str, Any]], str]] = {
     "a list of tasks": (lambda w: {"validation": [choice(w)]}, "validation must name tasks"),
     "shots": (lambda w: {"validation": {"c": choice(w, shots=2)}}, "2 shots need rows to draw them from"),
     "examples": (lambda w: {"validation": {"c": choice(w, examples="x")}}, "`shots` is 0"),
+    "fewer": (lambda w: {"validation": {"c": choice(w, items=[3, 2])}}, r"must not become fewer.*got \[3, 2\]"),
+    "no rungs": (lambda w: {"validation": {"c": choice(w, items=[])}}, r"items for each rung"),
+    "rungs of test": (
+        lambda w: {"test": {"c": {"data": MultipleChoiceData(test=w("t.jsonl", questions(1))), "items": [1, 2]}}},
+        "test.c: a number of items for each rung is for validation",
+    ),
     "in another": (
         lambda w: {"validation": {"c": {"data": SuiteData(validation={"d": choice(w)})}}},
         "SuiteData cannot be a part of a suite",

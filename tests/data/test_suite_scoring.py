@@ -127,3 +127,36 @@ def test_a_figure_that_a_kind_does_not_have_is_refused(files: dict[str, str], to
     data.attach(tokenizer, context_length=256)
     with pytest.raises(DataError, match="no figure 'acc'"):
         data.scorer("validation").item_figure("acc")
+
+
+@pytest.mark.parametrize("shared_length", [0, 128])
+def test_lower_rungs_score_a_part_of_the_items(
+    files: dict[str, str], tokenizer: Any, model: Any, scored: Callable[..., Any], shared_length: int
+) -> None:
+    data = members(files)
+    made = SuiteData(
+        validation={
+            "two": {"data": data["two"], "items": [2, 4], "metric": "prob"},
+            "four": {"data": data["four"], "items": [3, 5, 9]},
+            "answer": {"data": data["answer"], "weight": 2},
+        }
+    )
+    made.attach(tokenizer, context_length=256)
+    outcomes, shares = {}, []
+    for rung in (0, 1, None):
+        made.rung = rung
+        scorer = scored(made, model, "validation", shared_length=shared_length)
+        outcomes[rung] = scorer.outcomes().tolist()
+        sizes = [task.items for task in made.judged(rung)]
+        assert len(outcomes[rung]) == sum(sizes)
+        parts = torch.tensor(outcomes[rung]).split(sizes)
+        mean = (parts[0].mean() + parts[1].mean() + 2 * parts[2].mean()) / 4
+        assert float(scorer.compute()["score"]) == pytest.approx(float(mean))
+        shares.append(made.scored_share(rung))
+        assert len(made.scoring_batches("validation")) >= 1
+    assert [len(values) for values in outcomes.values()] == [10, 14, 18]
+    assert shares == pytest.approx([10 / 18, 14 / 18, 1.0])
+    whole = [round(value, 5) for value in outcomes[None]]
+    assert all({round(value, 5) for value in outcomes[rung]} <= set(whole) for rung in (0, 1))
+    assert {round(value, 5) for value in outcomes[0]} <= {round(value, 5) for value in outcomes[1]}
+    assert made.item_weights()[:4] == (0.25,) * 4
