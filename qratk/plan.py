@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.configuration import Configuration
+from qratk.core.evaluation import Evaluation, FidelityLadder
 from qratk.core.memory import Budget, Footprint, MemoryModel
+from qratk.core.resolution import Resolution, TaskItems, foretold, measured
 from qratk.core.shared import Setting
 from qratk.data.attached import DEFAULT_LENGTH, Attached
 from qratk.data.splits import SPLITS
+from qratk.run.run import Run
 
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
@@ -75,7 +79,9 @@ class Plan:
     seeds; `steps` the optimiser steps they take in all, each of the others continuing the rung below, within the budget
     of `full_runs`, if there is one; `shared` the ladders of settings that all layers share; `seconds` an estimate from
     the arithmetic of the projections and the head alone. Training peaks are those of `batch`, sequences and tokens in
-    each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate".
+    each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate". `resolutions` say of
+    the rungs, highest first, how fine scores are, those of equal items once; none where the score has no bounds.
+    `other_data` says that what was measured before was of other data.
     """
 
     num_layers: int
@@ -97,6 +103,8 @@ class Plan:
     replicates: int = 0
     shared: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     full_runs: float | None = None
+    resolutions: tuple[Resolution, ...] = ()
+    other_data: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -109,10 +117,18 @@ class Plan:
         return data
 
 
-def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *, accumulate: int = 1) -> Plan:
+def make_plan(
+    module: FineTuneModule,
+    datamodule: TaskData,
+    loop: SearchLoop,
+    *,
+    accumulate: int = 1,
+    run_dir: Path | None = None,
+) -> Plan:
     """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure.
 
-    `accumulate` is the number of batches in an optimiser step.
+    `accumulate` is the number of batches in an optimiser step. What a search on the same data in `run_dir`, if there is
+    one, has measured tells how fine scores are.
     """
     from qratk.peaks.foretold import memory_model
 
@@ -143,7 +159,10 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
     per_token = 2.0 * (sum(memory.parameters) + _head_parameters(backbone))
     # Forward, and backward to the inputs alone: frozen weights have no gradient. Checkpointing runs forward twice.
     passes = 3.0 if checkpointing else 2.0
-    tokens = steps * accumulate * work.step_tokens * passes + sum(evaluations.values()) * work.validation_tokens
+    scored, other_data = _scored(datamodule, run_dir)
+    rungs = _rungs(loop.ladder)
+    scorings = sum(number * datamodule.scored_share(rungs.get(at)) for at, number in evaluations.items())
+    tokens = steps * accumulate * work.step_tokens * passes + scorings * work.validation_tokens
     return Plan(
         num_layers=memory.space.num_layers,
         parameters=sum(memory.parameters),
@@ -164,7 +183,34 @@ def make_plan(module: FineTuneModule, datamodule: TaskData, loop: SearchLoop, *,
         replicates=loop.planned_replicates,
         shared={ladder.name: ladder.values for ladder in loop.shared_ladders},
         full_runs=loop.full_runs,
+        resolutions=tuple(_resolutions(datamodule, loop.ladder, scored)),
+        other_data=other_data,
     )
+
+
+def _scored(datamodule: TaskData, run_dir: Path | None) -> tuple[Sequence[Evaluation], str]:
+    """Evaluations of a search on the same data in a folder; else why there are none, where it holds another one."""
+    if run_dir is None or not (run := Run(run_dir)).begun:
+        return (), ""
+    if run.data_digest != datamodule.fingerprint():
+        return (), f"{run_dir} holds a search on other data: what it measured does not tell how fine these scores are"
+    return [record.evaluation for record in run.records], ""
+
+
+def _rungs(ladder: FidelityLadder) -> dict[int, int | None]:
+    """Number of each rung by its steps, as data count them: None is the highest."""
+    return {steps: None if steps == ladder.highest else rung for rung, steps in enumerate(ladder.steps)}
+
+
+def _resolutions(datamodule: TaskData, ladder: FidelityLadder, scored: Sequence[Evaluation]) -> Iterator[Resolution]:
+    before: tuple[TaskItems, ...] = ()
+    for steps, rung in reversed(_rungs(ladder).items()):
+        tasks = datamodule.judged(rung)
+        if not tasks or tasks == before:
+            continue
+        before = tasks
+        own = [e.outcomes for e in scored if e.ok and e.steps == steps]
+        yield measured(steps, tasks, own) or foretold(steps, tasks)
 
 
 def search_memory(backbone: Backbone, loop: SearchLoop, dense_cache: str) -> SearchMemory:
@@ -215,9 +261,9 @@ def workload(datamodule: TaskData, length: int, *, tokenizer: bool = True) -> Wo
         reason = f"there is no {missing[0]} data" if missing else "the model has no tokenizer"
         tokens = float(datamodule.batch_size * length)
         return Workload(tokens, 0.0, f"rows of {length} tokens, validation left out: {reason}")
-    train = [len(row.tokens) for row in datamodule.encode_training(datamodule.items("train")[:_SAMPLE])]
+    train = [len(row.tokens) for row in datamodule.encode_training(datamodule.sample("train", _SAMPLE))]
     held_out = datamodule.items("validation")
-    scored = [len(row.tokens) for row in datamodule.encode_scoring(held_out[:_SAMPLE])]
+    scored = [len(row.tokens) for row in datamodule.encode_scoring(datamodule.sample("validation", _SAMPLE))]
     batches = [train[i : i + datamodule.batch_size] for i in range(0, len(train), datamodule.batch_size)]
     width = sum(map(max, batches)) / len(batches)  # a batch is padded to its longest row
     validation = sum(scored) * len(held_out) / min(len(held_out), _SAMPLE)

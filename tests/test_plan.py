@@ -187,3 +187,19 @@ def test_plan_for_machines_has_the_parts(made):
     assert document["peak_source"] == "trace"
     assert set(document["rows"][0]["training_parts"]) > {"gradients", "optimizer", "logits"}
     assert document["search_memory"]["bank_bytes"] == made.search_memory.bank_bytes
+
+
+def test_plan_says_how_fine_scores_are(made):
+    (found,) = made.resolutions
+    assert (found.steps, found.tasks[0].items, found.measured) == (30, 16, False)
+    assert found.standard_error == pytest.approx(0.125)
+    text = as_text(made)
+    assert "score        at 30 steps: standard error at most 0.125" in text
+    assert "told at 95 %: 0.346 over other items, 0.155 over the same if configurations differ on 10% of them" in text
+    assert json.loads(json.dumps(made.as_dict()))["resolutions"][0]["tasks"][0]["items"] == 16
+
+
+def test_plan_says_nothing_of_scores_without_bounds(module):
+    from qratk.embedded.datamodule import EmbeddedData
+
+    assert EmbeddedData(score="log_likelihood").judged(None) == ()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qratk.cli.application import SearchingCLI, run
 from qratk.core.memory import format_bytes
+from qratk.core.resolution import CHANGED, Resolution
 from qratk.core.shared import setting_text
 from qratk.core.text import duration
 from qratk.data.base import TaskData
@@ -30,7 +32,9 @@ class PlanCommand(SearchingCLI):
 
     def plan(self, model: FineTuneModule, datamodule: TaskData) -> None:
         """Print what a search would take."""
-        found = make_plan(model, datamodule, self.loop, accumulate=self.settings.trainer.accumulate_grad_batches)
+        accumulate, folder = self.settings.trainer.accumulate_grad_batches, self.settings.get("run_dir")
+        run_dir = Path(folder) if folder else None
+        found = make_plan(model, datamodule, self.loop, accumulate=accumulate, run_dir=run_dir)
         print(json.dumps(found.as_dict(), indent=2) if self.settings.json else as_text(found))
 
 
@@ -60,6 +64,7 @@ def as_text(plan: Plan) -> str:
         f"time         at least {duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
         f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
         "             multiplications alone, without dequantising, attention and overhead",
+        *(line for resolution in plan.resolutions for line in _resolution(resolution)),
     ]
     return "\n".join([*lines, *(f"note         {text}" for text in (plan.coverage, *plan.fallbacks) if text)])
 
@@ -74,6 +79,20 @@ def _settings(plan: Plan) -> list[str]:
     if plan.full_runs is not None:
         lines.append(f"effort       {plan.full_runs:g} full runs of training in all, whatever the evaluations")
     return lines
+
+
+def _resolution(found: Resolution) -> list[str]:
+    """How fine a score is, task by task and in all."""
+    bound = "" if found.measured else "at most "
+    tasks = ", ".join(f"{task.name} {task.standard_error:.3f} ({task.items} items)" for task in found.tasks)
+    assumed = "" if found.measured else f" if configurations differ on {CHANGED:.0%} of them"
+    paired = "" if math.isnan(found.paired) else f", {found.paired:.3f} over the same{assumed}"
+    source = ", by scorings in the run folder" if found.measured else ""
+    return [
+        f"score        at {found.steps} steps: standard error {bound}{found.standard_error:.3f}{source}",
+        f"             differences told at 95 %: {found.unpaired:.3f} over other items{paired}",
+        f"             tasks: {tasks}",
+    ]
 
 
 def _table(rows: Sequence[PlanRow]) -> list[str]:

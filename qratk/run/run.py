@@ -113,6 +113,12 @@ class Run:
         found = self._contents.meta.get("content.model")
         return None if found is None else str(json.loads(found))
 
+    @property
+    def data_digest(self) -> str | None:
+        """Digest of the data that were searched on; None where the evaluator told none."""
+        found = self._contents.meta.get("content.data")
+        return None if found is None else str(json.loads(found))
+
     def decided(self, name: str) -> object:
         """What the search recorded under a name, such as "compute_dtype"; None where it did not."""
         found = self._contents.decisions.get(name)

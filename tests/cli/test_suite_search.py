@@ -17,7 +17,7 @@ from qratk.embedded.data import write_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 SEARCH: dict[str, Any] = {
-    "bits": [4, 8], "ranks": [2, 4], "like": [4, 4], "steps": [1, 2], "generations": 1, "high_fidelity_candidates": 1,
+    "bits": [4], "ranks": [2, 4], "like": [4, 4], "steps": [1, 2], "generations": 1, "high_fidelity_candidates": 1,
     "bits_importance": "uniform", "rank_importance": "uniform", "refiner": "none",
     "reporters": ["files", "terminal"], "test": True,
 }  # fmt: skip
@@ -50,7 +50,7 @@ def document(tmp_path: Path) -> dict[str, Any]:
                 "items": 6,
                 "metric": "acc",
             },
-            "answer": {"data": member("InstructionData", validation="held.jsonl", template="plain"), "items": 4},
+            "answer": {"data": member("InstructionData", validation="held.jsonl", template="plain"), "items": [2, 4]},
         },
         "test": {"choice": {"data": member("MultipleChoiceData", test=files["test"]), "items": 5}},
         "batch_size": 4,
@@ -79,15 +79,22 @@ def test_figures_of_a_suite_go_where_figures_go(document: dict[str, Any], capsys
     for line, record in zip(lines, run.records, strict=True):
         assert float(line["answer/token_prob"]) == record.evaluation.figures["answer/token_prob"]
         outcomes = record.evaluation.outcomes
-        assert len(outcomes) == 10
-        assert sum(outcomes[:6]) / 12 + sum(outcomes[6:]) / 8 == pytest.approx(record.evaluation.score)
+        assert len(outcomes) == {1: 6 + 2, 2: 6 + 4}[record.evaluation.steps]  # fewer answers at the lower rung
+        means = sum(outcomes[:6]) / 6, sum(outcomes[6:]) / len(outcomes[6:])
+        assert sum(means) / 2 == pytest.approx(record.evaluation.score)
     tested = run.result.tested(best)
     assert tested["score"] == tested["choice/score"] == tested["choice/prob_per_token"]
     saved = yaml.safe_load(Path("run/config.yaml").read_text())["data"]
     assert saved["init_args"]["train"][1]["data"]["class_path"] == "InstructionData"
 
-    # The saved settings are the same search, and so is the call from Python.
-    assert main(["search", "--config", "run/config.yaml", "--run_dir", "run"]) == 0
+    assert main(["plan", "--config", "suite.yaml", "--run_dir", "run"]) == 0
+    planned = capsys.readouterr().out
+    assert "score        at 2 steps: standard error 0." in planned
+    assert ", by scorings in the run folder" in planned
+    assert "(6 items), answer 0." in planned
+    assert "score        at 1 steps" in planned
+
+    # The call from Python is the same search.
     given = document["data"]["init_args"]
     kinds = {"MultipleChoiceData": MultipleChoiceData, "InstructionData": InstructionData}
 
