@@ -125,6 +125,7 @@ def document(
         "model:",
         f"  model: {json.dumps(model)} # a Hugging Face name or a local folder",
         "  learning_rate: 2.0e-4 # of a fit; the search tries those of `search.shared`",
+        "  adapter: cut # trained at rank 16, cut to each layer's own; or `lora`, trained at that rank",
         "  init: loftq # adapters begin with what quantisation left out; `default` begins at zero",
         "  schedule: cosine",
         "",

@@ -158,7 +158,10 @@ def test_an_adapter_with_options_is_no_class_for_the_parser_and_is_one_again_in_
     assert names.named_document(resolved) == given
     assert names.resolve_document(names.named_document(resolved)) == resolved
     bare = {"model": {"adapter": {"class_path": "qratk.adapters.cut.Cut"}}}
-    assert names.named_document(names.resolve_document(bare))["model"]["adapter"] == {"class_path": "cut", "init_args": {}}
+    assert names.named_document(names.resolve_document(bare))["model"]["adapter"] == {
+        "class_path": "cut",
+        "init_args": {},
+    }
     for other in ("lora", {"class_path": "cut", "width": 3}, {"cut": {}, "lora": {}}, {}):
         assert names.resolve_document({"model": {"adapter": other}}) == {"model": {"adapter": other}}
 

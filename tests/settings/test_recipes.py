@@ -77,3 +77,16 @@ def test_bits_only_and_ranks_only_leave_the_other_knob_alone(tmp_path):
 def test_without_multi_fidelity_everything_runs_to_the_end(tmp_path):
     result = searched(tmp_path, section(CONFIGS / "ablations" / "no_multi_fidelity.yaml"))
     assert {e.steps for e in result.history} == {30}
+
+
+OTHERS = [path for path in BASELINES if path.stem != "autoqra_rslora"] + [
+    CONFIGS / "ablations" / "as_published.yaml",
+    *sorted(CONFIGS.parent.glob("plugins/*/*.yaml")),
+]
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_what_is_no_variant_of_the_default_takes_none_of_its_choices(path):
+    given = yaml.safe_load(path.read_text())
+    assert {"adapter", "init"} <= set(given["model"])
+    assert {"seeds", "merge"} <= set(given["search"])
