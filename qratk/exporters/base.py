@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qratk.backbone.backbone import Backbone
+    from qratk.bank.linear import BankLinear
+    from qratk.quantizers.base import AffineGrid
 
 
-EXACT: Final = 1e-3
+EXACT: Final = 3e-4
 """Tolerance of a form that holds the very weights: what other orders of sums in float32 may come to."""
 
 
@@ -57,7 +59,7 @@ class Exporter(ABC):
         return Holding("not told", "not told", "not told")
 
     def tolerance(self, backbone: Backbone) -> float:
-        """Largest difference of logits that a self-check passes, as a share of their spread; see `self_check`."""
+        """Mean difference of logits that a self-check passes, as a share of their spread; see `SelfCheck`."""
         return EXACT
 
     @abstractmethod
@@ -110,6 +112,17 @@ def require_free(target: Path) -> None:
     """Raise `RunDirectoryError` where a folder that is to be written holds something already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunDirectoryError(f"{target} is there already; name a new folder, or remove it first")
+
+
+def grid_of(bank: BankLinear) -> AffineGrid | None:
+    """The active codes of a projection on their grid; None where there is none."""
+    variant = bank.require(bank.active, bank.active_rank)
+    return variant.quantizer.affine_grid(variant.packed, bank.shape, variant.bits)
+
+
+def has_adapter(backbone: Backbone) -> bool:
+    """Whether a projection has an adapter."""
+    return any(backbone.adapters.rank(name) for name in backbone.banks)
 
 
 exporters: Registry[Exporter] = Registry("exporters", "Exporter")

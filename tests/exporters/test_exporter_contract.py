@@ -82,5 +82,15 @@ class TestCompressedTensors(ExporterContract):
         return quantizers.create("affine", group_size=32)
 
 
+class TestGguf(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("gguf")
+
+    @pytest.fixture
+    def four_bits(self):
+        return quantizers.create("affine", group_size=32)
+
+
 def test_every_exporter_is_under_contract():
-    assert set(exporters.names()) == {"compressed-tensors", "dense", "packed", "peft"}
+    assert set(exporters.names()) == {"compressed-tensors", "dense", "gguf", "packed", "peft"}
