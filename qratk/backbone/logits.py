@@ -8,7 +8,9 @@ A batch holds `input_ids` and `attention_mask`, both (B, T). What is predicted s
   index of its scorer row in `row` (R,). A position may predict several targets: the last token of a shared prompt does.
 
 In a batch of shared prompts, a row is a trunk and the branches that continue it: `segments`, (B, T), is 0 in the trunk,
-i in the i-th branch and -1 in the padding, and `position_ids`, (B, T), restart after the trunk with every branch.
+a number of its own in each branch and -1 in the padding, and `position_ids`, (B, T), restart after the trunk with every
+branch. Where some branches share more than the trunk, that is a segment too, and `parents`, (B, T), is its number in
+these branches and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ IGNORE = -100
 _CHUNK_BYTES = 1 << 26
 _MANY = 1 << 22  # logits whose likelihoods are taken some rows at a time
 _ROWS_BYTES = 1 << 20  # of float32 at a time: what a processor's cache holds
-_INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids")
+_INPUTS = ("input_ids", "attention_mask", "labels", "segments", "position_ids", "parents")
 # How far two ways to compute the same logits may lie apart by rounding, as a share of their spread.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # Rounding of 16 bits grows with depth: that many times as far is well, if it is this share of what a mistake makes.
@@ -54,14 +56,18 @@ def model_inputs(batch: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     """Arguments of a Hugging Face model; a batch of shared prompts gets a mask (B, 1, T, T) of `dtype` to be added."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
-        inputs |= {"attention_mask": _shared_mask(batch["segments"], dtype), "position_ids": batch["position_ids"]}
+        mask = _shared_mask(batch["segments"], batch.get("parents"), dtype)
+        inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
     return inputs
 
 
-def _shared_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+def _shared_mask(segments: Tensor, parents: Tensor | None, dtype: torch.dtype) -> Tensor:
     asking, asked = segments[:, :, None], segments[:, None, :]
     # Padding may look at the trunk: a row of a mask that allows nothing makes NaN of it.
-    visible = ((asked == 0) | (asked == asking)).tril()
+    visible = (asked == 0) | (asked == asking)
+    if parents is not None:
+        visible |= asked == parents[:, :, None]
+    visible = visible.tril()
     mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

@@ -290,7 +290,13 @@ class TaskData(LightningDataModule, Task):
         """
         longest = min(shared_length, self.max_length)
         rows, chosen = self.scoring_rows(split), self.chosen_rows(split)
-        return self._batches.scoring(rows, split, self.pad_id, longest, replica(self.trainer), chosen)
+        place, groups = replica(self.trainer), self.groups(split)
+        return self._batches.scoring(rows, split, self.pad_id, longest, place, chosen, groups)
+
+    def groups(self, split: Split) -> tuple[int, ...] | None:
+        """Of each item a number that those have in common that are shown with the same examples, -1 without any; None
+        where there are none in the whole split."""
+        return None
 
     def chosen_rows(self, split: Split) -> tuple[int, ...] | None:
         """Indices of the rows that are scored at the `rung`; None where all are."""

@@ -5,13 +5,15 @@ A training batch holds `input_ids`, `attention_mask` and `labels`, each (B, T).
 A scoring batch holds `input_ids` and `attention_mask`, (B, T); `row`, (R,), the scorer rows in it; `predictor`, (P,),
 flat indices b * T + t of the positions that predict; `target`, (N,), the tokens predicted; `target_at`, (N,), the index
 of each target's predictor; `target_row`, (N,), its index in `row`. With shared prompts, row b is a trunk followed by
-branches: `segments`, (B, T), is 0 in the trunk, i in the i-th branch and -1 in the padding, and `position_ids`, (B, T),
-restart after the trunk with every branch. All are int64.
+branches: `segments`, (B, T), is 0 in the trunk, a number of its own in each branch and -1 in the padding, and
+`position_ids`, (B, T), restart after the trunk with every branch. Several items that are shown with the same examples
+share these in the trunk, and what each item's choices share lies between trunk and branches, in a stem with a number of
+its own: `parents`, (B, T), is the number of the stem in its branches, and 0 elsewhere. All are int64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -29,6 +31,7 @@ Batch = dict[str, Tensor]
 
 # Attention of a shared row grows with the square of its length: it must save more than it can cost.
 _LARGEST_SHARE = 0.8
+_TOGETHER = 1024  # tokens of a row of several items at most, beyond which its attention costs more than is shared
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class Packed:
     """Rows, by index, that are computed as one: the first `trunk` tokens are common to them and computed once.
 
     A branch is what equal rows have behind the trunk; they are computed once too, so that equal choices tie exactly.
+    With rows of several items, `stems` says of each branch which item of the row it is of, and up to which of its
+    tokens the item's branches are alike.
     """
 
     branches: tuple[tuple[int, ...], ...]
     trunk: int
     length: int
+    stems: tuple[tuple[int, int], ...] = ()
 
 
 def training_batch(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -58,15 +64,22 @@ def training_batch(rows: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def scoring_batches(
-    rows: Sequence[Encoded], *, size: int, pad_id: int, shared_length: int = 0, replicas: int = 1
+    rows: Sequence[Encoded],
+    *,
+    size: int,
+    pad_id: int,
+    shared_length: int = 0,
+    replicas: int = 1,
+    groups: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Batches of all rows, longest first, padded at the right to their longest row.
 
     A batch has at most as many tokens, padding included, as `size` of the longest rows. Items share prompts in rows of
-    at most `shared_length` tokens. There are at least `replicas` batches where there are that many rows.
+    at most `shared_length` tokens; so do items of a group, as `pack_rows` has them. There are at least `replicas`
+    batches where there are that many rows.
     """
-    packs = list(pack_rows(rows, shared_length))
     budget = size * max(len(row.tokens) for row in rows)
+    packs = list(pack_rows(rows, shared_length, groups=groups, together=min(_TOGETHER, budget)))
     most = max(1, len(packs) // replicas)
     batches = []
     # Rows that share nothing keep the plain mask, for which there are faster kernels.
@@ -77,16 +90,69 @@ def scoring_batches(
     return batches
 
 
-def pack_rows(rows: Sequence[Encoded], shared_length: int) -> Iterator[Packed]:
-    """Rows grouped so that each group can be computed as one row; without a trunk, a group is of equal rows."""
-    for _, indices in groupby(range(len(rows)), key=lambda index: rows[index].item):
-        branches = _distinct(rows, indices)
-        firsts = [rows[branch[0]] for branch in branches]
-        single = [Packed((branch,), 0, len(row.tokens)) for branch, row in zip(branches, firsts, strict=True)]
-        trunk = _trunk(firsts) if shared_length and len(branches) > 1 else 0
-        shared = _split(single, trunk, shared_length) if trunk else single
-        worth = sum(pack.length for pack in shared) <= _LARGEST_SHARE * sum(pack.length for pack in single)
-        yield from shared if worth else single
+def pack_rows(
+    rows: Sequence[Encoded], shared_length: int, *, groups: Sequence[int] | None = None, together: int = _TOGETHER
+) -> Iterator[Packed]:
+    """Rows grouped so that each group can be computed as one row; without a trunk, a group is of equal rows.
+
+    `groups` names the group of each item, whose rows begin with the same examples; -1 where there are none. Items of a
+    group that follow one another share a row of at most `together` tokens.
+    """
+    items = [list(indices) for _, indices in groupby(range(len(rows)), key=lambda index: rows[index].item)]
+    if groups is None or not shared_length:
+        groups = [-1] * (1 + max(row.item for row in rows))
+    for group, members in groupby(items, key=lambda indices: groups[rows[indices[0]].item]):
+        apart = [(indices, list(_pack_item(rows, indices, shared_length))) for indices in members]
+        alone = [pack for _, packs in apart for pack in packs]
+        joined = _pack_together(rows, apart, min(shared_length, together)) if group >= 0 else alone
+        worth = sum(pack.length for pack in joined) <= _LARGEST_SHARE * sum(pack.length for pack in alone)
+        yield from joined if worth else alone
+
+
+def _pack_item(rows: Sequence[Encoded], indices: Sequence[int], shared_length: int) -> Iterator[Packed]:
+    """An item's rows."""
+    branches = _distinct(rows, indices)
+    firsts = [rows[branch[0]] for branch in branches]
+    single = [Packed((branch,), 0, len(row.tokens)) for branch, row in zip(branches, firsts, strict=True)]
+    trunk = _trunk(firsts) if shared_length and len(branches) > 1 else 0
+    shared = _split(single, trunk, shared_length) if trunk else single
+    worth = sum(pack.length for pack in shared) <= _LARGEST_SHARE * sum(pack.length for pack in single)
+    yield from shared if worth else single
+
+
+def _pack_together(
+    rows: Sequence[Encoded], items: Sequence[tuple[list[int], list[Packed]]], longest: int
+) -> list[Packed]:
+    """Items behind what all their rows begin with, as many in a row as fit; one that does not fit is packed as it is
+    given."""
+    trunk = _trunk([rows[index] for indices, _ in items for index in indices])
+    packs: list[Packed] = []
+    branches: list[tuple[int, ...]] = []
+    stems: list[tuple[int, int]] = []
+    length = trunk
+
+    def finish() -> None:
+        if branches:
+            packs.append(Packed(tuple(branches), trunk, length, tuple(stems)))
+        branches.clear()
+        stems.clear()
+
+    for number, (indices, alone) in enumerate(items):
+        own = _distinct(rows, indices)
+        firsts = [rows[branch[0]] for branch in own]
+        stem = _trunk(firsts) if len(own) > 1 else trunk
+        size = stem - trunk + sum(len(row.tokens) - stem for row in firsts)
+        if not trunk or trunk + size > longest:
+            packs += alone
+            continue
+        if length + size > longest:
+            finish()
+            length = trunk
+        branches += own
+        stems += [(number, stem)] * len(own)
+        length += size
+    finish()
+    return packs
 
 
 def _distinct(rows: Sequence[Encoded], indices: Iterable[int]) -> list[tuple[int, ...]]:
@@ -129,34 +195,50 @@ def _joined(packs: Sequence[Packed], trunk: int) -> Packed:
     return Packed(branches, trunk, trunk + sum(pack.length - trunk for pack in packs))
 
 
+class _Line:
+    """A row of a batch that is filled segment by segment; arrays are those of the batch, (B, T)."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[np.int64]], number: int) -> None:
+        self._of = {name: values[number] for name, values in arrays.items()}
+        self._begin = self.segment = 0  # the next one
+
+    def put(self, row: Encoded, first: int, last: int, parent: int = 0) -> NDArray[np.int64]:
+        """Write tokens of a row as the next segment; where in the line they come to lie."""
+        place = slice(self._begin, self._begin + last - first)
+        self._of["input_ids"][place], self._of["attention_mask"][place] = row.tokens[first:last], 1
+        self._of["position_ids"][place] = np.arange(first, last)
+        self._of["segments"][place], self._of["parents"][place] = self.segment, parent
+        self._begin, self.segment = place.stop, self.segment + 1
+        return np.arange(place.start, place.stop)
+
+
 def _collate(packs: Sequence[Packed], rows: Sequence[Encoded], pad_id: int) -> Batch:
     width = max(pack.length for pack in packs)
-    shape = (len(packs), width)
-    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    segments, positions = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    fills = {"input_ids": pad_id, "attention_mask": 0, "segments": -1, "position_ids": 0, "parents": 0}
+    arrays = {name: np.full((len(packs), width), fill, dtype=np.int64) for name, fill in fills.items()}
     indices: list[int] = []
     predictors: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
     for number, pack in enumerate(packs):
-        trunk = begin = pack.trunk
-        mask[number, : pack.length] = 1
-        ids[number, :trunk] = rows[pack.branches[0][0]].tokens[:trunk]
-        segments[number, :trunk], positions[number, :trunk] = 0, np.arange(trunk)
-        for branch, equal in enumerate(pack.branches, start=1):
+        line = _Line(arrays, number)
+        trunk = before = line.put(rows[pack.branches[0][0]], 0, pack.trunk)
+        item, parent = -1, 0
+        for equal, (own, end) in zip(pack.branches, pack.stems or [(-1, pack.trunk)] * len(pack.branches), strict=True):
             row = rows[equal[0]]
-            end = begin + len(row.tokens) - trunk
-            ids[number, begin:end], segments[number, begin:end] = row.tokens[trunk:], branch
-            positions[number, begin:end] = np.arange(trunk, len(row.tokens))
+            if own != item:
+                item, before, parent = own, trunk, 0
+                if end > pack.trunk:
+                    parent = line.segment
+                    before = np.concatenate([trunk, line.put(row, pack.trunk, end)])
+            place = np.concatenate([before, line.put(row, end, len(row.tokens), parent)])  # of each token of the row
             label = 1 + row.labelled[1:].nonzero()[0]
-            before = label - 1  # in the row; behind the trunk it lies further on in the shared row
             indices += equal
-            predictors += [number * width + np.where(before < trunk, before, before - trunk + begin)] * len(equal)
+            predictors += [number * width + place[label - 1]] * len(equal)
             targets += [row.tokens[label]] * len(equal)
-            begin = end
     predictor, at = np.unique(np.concatenate(predictors), return_inverse=True)
-    batch: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": mask}
-    if packs[0].trunk:
-        batch |= {"segments": segments, "position_ids": positions}
+    names = ["input_ids", "attention_mask"] + (["segments", "position_ids"] if packs[0].trunk else [])
+    names += ["parents"] if any(pack.stems for pack in packs) else []
+    batch: dict[str, NDArray[Any]] = {name: arrays[name] for name in names}
     batch |= {
         "row": np.array(indices),
         "predictor": predictor,

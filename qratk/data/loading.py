@@ -96,16 +96,18 @@ class Batches:
         shared_length: int,
         replica: tuple[int, int],
         chosen: tuple[int, ...] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[Batch]:
         """A replica's batches of the rows of a split, with prompts shared in rows of at most `shared_length` tokens;
-        of the `chosen` rows alone, where some are."""
+        of the `chosen` rows alone, where some are. `groups` are items with the same examples, as `pack_rows` has them.
+        """
         rank, replicas = replica
         longest = shared_length if self.share_prompts else 0
         key = (split, longest, rank, replicas, chosen)
         if key not in self._kept:
             every = scoring_batches(
                 rows if chosen is None else [rows[index] for index in chosen],
-                size=self.eval_batch_size, pad_id=pad_id, shared_length=longest, replicas=replicas,
+                size=self.eval_batch_size, pad_id=pad_id, shared_length=longest, replicas=replicas, groups=groups,
             )  # fmt: skip
             if chosen is not None:
                 every = [{**batch, "row": torch.tensor(chosen)[batch["row"]]} for batch in every]

@@ -204,6 +204,16 @@ class SuiteData(TaskData):
             return None
         return tuple(index for index, row in enumerate(self.scoring_rows(split)) if wanted[row.item])
 
+    def groups(self, split: Split) -> tuple[int, ...] | None:
+        """Of each item the number of its task, where that shows examples; -1 where it does not."""
+        members = [item.member for item in cast("Sequence[SuiteItem]", self.items(split))]
+        shots = {number for number, place, _ in self._of(split) if cast(SuiteSplits, self._splits).examples.get(place)}
+        return tuple(number if number in shots else -1 for number in members) if shots else None
+
+    def shares_prompts(self, split: Split) -> bool:
+        """Whether prompts of a split are computed once for several rows, if the model allows it."""
+        return super().shares_prompts(split) or (self._batches.share_prompts and self.groups(split) is not None)
+
     def scored_share(self, rung: int | None) -> float:
         """Share of the validation items that is scored at a rung; None is the highest."""
         wanted = self._wanted("validation", rung)

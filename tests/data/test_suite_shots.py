@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from qratk.backbone.logits import labelled_logits, replicate, target_log_likelihood
 from qratk.core import DataError
 from qratk.data import InstructionData, MultipleChoiceData, SuiteData, TextData, write_task
+from qratk.data.batches import pack_rows
 from qratk.data.lm_eval import run_lm_eval
 from qratk.data.task import ShotStyle
 
@@ -121,3 +124,44 @@ def test_examples_that_cannot_stand_before_others_are_refused(write: Write, chat
     texts = {"validation": write("x.jsonl", [{"text": "a"}]), "train": write("y.jsonl", [{"text": "b"}, {"text": "c"}])}
     with pytest.raises(DataError, match="TextData shows no examples before its items"):
         suite(chat_tokenizer, TextData(**texts)).setup("validate")
+
+
+@pytest.mark.parametrize("kind", ["choices", "blank", "instructions"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_examples_are_computed_once_for_several_items(
+    kind: str, size: int, write: Write, tokenizer: Any, model: Any, scored: Callable[..., Any]
+) -> None:
+    made = answers if kind == "instructions" else lambda *numbers: questions(*numbers, blank=kind == "blank")
+    files = {"validation": write("v.jsonl", made(*range(9))), "train": write("t.jsonl", made(*range(20, 30)))}
+    member = InstructionData(**files, template="plain") if kind == "instructions" else MultipleChoiceData(**files)
+    other = MultipleChoiceData(validation=write("o.jsonl", questions(*range(40, 44))))  # without examples
+    data = SuiteData(validation={"shown": {"data": member, "shots": 4}, "bare": {"data": other}}, eval_batch_size=size)
+    data.attach(tokenizer, context_length=256)
+    alone, together = (scored(data, model, "validation", shared_length=length) for length in (0, 256))
+    torch.testing.assert_close(together.log_likelihood, alone.log_likelihood, rtol=1e-4, atol=1e-4)
+    assert (together.seen == 1).all()
+    batches = data.scoring_batches("validation", shared_length=256)
+    tokens = [sum(int(b["attention_mask"].sum()) for b in data.scoring_batches("validation", shared_length=n))
+              for n in (0, 256)]  # fmt: skip
+    if size == 1:  # a batch of one row has no room for two items
+        return
+    assert tokens[1] < (0.35 if kind == "choices" else 0.5) * tokens[0]
+    assert any("parents" in batch for batch in batches)
+    for batch in (batch for batch in batches if "parents" in batch):
+        twice = replicate(batch, 2)
+        whole, one = (target_log_likelihood(labelled_logits(model, b), b)[0] for b in (twice, batch))
+        torch.testing.assert_close(whole, one.repeat(2), rtol=1e-4, atol=1e-4)
+
+
+def test_items_that_do_not_fit_together_are_packed_by_themselves(write: Write, tokenizer: Any) -> None:
+    files = {"validation": write("v.jsonl", questions(*range(6))), "train": write("t.jsonl", questions(*range(9, 30)))}
+    data = suite(tokenizer, MultipleChoiceData(**files), shots=4)
+    rows = data.scoring_rows("validation")
+    longest = max(len(row.tokens) for row in rows)
+    plain = list(pack_rows(rows, 256))
+    assert list(pack_rows(rows, 256, groups=[0] * 6, together=longest)) == plain
+    assert list(pack_rows(rows, 256, groups=[-1] * 6)) == plain
+    packs = list(pack_rows(rows, 256, groups=[0] * 6))
+    assert max(pack.length for pack in packs) <= 256
+    assert sorted(index for pack in packs for branch in pack.branches for index in branch) == list(range(len(rows)))
+    assert len(packs) < len(plain)
