@@ -69,7 +69,7 @@ class Source:
             self._require_digest(backbone)
         module.activate(configuration)
         backbone.keep_active()
-        backbone.dense_cache("off")
+        backbone.dense_cache("auto")  # the self-check writes texts, token by token
         backbone.model.to(device).eval()
         if self.adapter is not None:
             put_pairs(backbone.adapters, read_pairs(require_intact(self.adapter)))

@@ -82,6 +82,12 @@ class TestCompressedTensors(ExporterContract):
         return quantizers.create("affine", group_size=32)
 
 
+class TestRecipe(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("recipe")
+
+
 class TestGguf(ExporterContract):
     @pytest.fixture
     def make(self):
@@ -93,4 +99,4 @@ class TestGguf(ExporterContract):
 
 
 def test_every_exporter_is_under_contract():
-    assert set(exporters.names()) == {"compressed-tensors", "dense", "gguf", "packed", "peft"}
+    assert set(exporters.names()) == {"compressed-tensors", "dense", "gguf", "packed", "peft", "recipe"}
