@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from qratk.core.work import Work as Work
     from qratk.data.base import TaskData as TaskData
     from qratk.data.instruction import InstructionData as InstructionData
+    from qratk.data.lm_eval_data import LmEvalData as LmEvalData
     from qratk.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
     from qratk.data.suite import SuiteData as SuiteData
     from qratk.data.text import TextData as TextData
@@ -198,6 +199,7 @@ _HOMES = {
     "qratk.core.work": ("Work",),
     "qratk.data.base": ("TaskData",),
     "qratk.data.instruction": ("InstructionData",),
+    "qratk.data.lm_eval_data": ("LmEvalData",),
     "qratk.data.multiple_choice": ("MultipleChoiceData",),
     "qratk.data.suite": ("SuiteData",),
     "qratk.data.text": ("TextData",),

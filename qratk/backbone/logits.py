@@ -225,6 +225,16 @@ def target_log_likelihood(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[
     return table.index_put((row, place), values).sum(1), counts
 
 
+def target_greedy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Whether each scorer row's targets are the likeliest tokens, every one of them, (R,) bool.
+
+    `logits` is (P, V), of the batch's predictors. Of equals the first is the likeliest, as in lm-eval.
+    """
+    likeliest = logits.argmax(1)[batch["target_at"]] == batch["target"]
+    missed = torch.zeros(len(batch["row"]), dtype=torch.int64, device=logits.device)
+    return missed.index_add_(0, batch["target_row"], (~likeliest).long()) == 0
+
+
 def replicate(batch: Mapping[str, Tensor], candidates: int) -> dict[str, Tensor]:
     """The batch `candidates` times over: row b of candidate k is row k * B + b, and likewise for targets.
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qratk.data.base import TaskData
     from qratk.data.instruction import InstructionData
     from qratk.data.lm_eval import evaluate_lm_eval, write_task
+    from qratk.data.lm_eval_data import LmEvalData
     from qratk.data.multiple_choice import MultipleChoiceData
     from qratk.data.sampler import StepSampler
     from qratk.data.scoring import Scorer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "InstructionData": "instruction",
+    "LmEvalData": "lm_eval_data",
     "MultipleChoiceData": "multiple_choice",
     "Scorer": "scoring",
     "StepSampler": "sampler",
@@ -31,8 +33,8 @@ _MODULES = {
 }
 
 __all__ = [
-    "InstructionData", "MultipleChoiceData", "Scorer", "StepSampler", "SuiteData", "SuiteTask", "TaskData", "TextData",
-    "TrainingSource", "evaluate_lm_eval", "write_task",
+    "InstructionData", "LmEvalData", "MultipleChoiceData", "Scorer", "StepSampler", "SuiteData", "SuiteTask",
+    "TaskData", "TextData", "TrainingSource", "evaluate_lm_eval", "write_task",
 ]  # fmt: skip
 
 

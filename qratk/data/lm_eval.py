@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.errors import DataError
+from qratk.data.lm_eval_task import FEWSHOT_SEED, load_tasks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,8 +58,13 @@ def run_lm_eval(
     max_length: int | None = None,
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """What `lm_eval.evaluate` returns, with each item under "samples" if asked for; see `evaluate_lm_eval`."""
-    task_dict = _tasks(tasks, task_folders)
+    """What `lm_eval.evaluate` returns, with each item under "samples" if asked for; see `evaluate_lm_eval`.
+
+    Examples are drawn by the seed of lm-eval's command line.
+    """
+    task_dict = load_tasks(tasks, task_folders)
+    for task in _single_tasks(task_dict):
+        task.set_fewshot_seed(FEWSHOT_SEED)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -147,29 +152,10 @@ def _placed(model: nn.Module, device: str | None) -> Iterator[None]:
             module.training = training[name]
 
 
-def _tasks(names: Sequence[str], folders: Sequence[str | Path]) -> Any:
-    if isinstance(names, str) or not names:
-        raise DataError(f"tasks must be a list of task names, got {names!r}")
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise DataError(f"there is no task folder {folder}; paths are relative to {Path.cwd()}")
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    paths = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=paths, include_defaults=True)
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise DataError(
-                f"there is no lm-eval task {name!r}, neither among lm-eval's own nor in {paths or 'a task folder'}"
-                + (f"; near are {', '.join(near)}" if near else "")
-            )
-    try:
-        return get_task_dict(list(names), manager)
-    except (OSError, ConnectionError, ValueError, RuntimeError) as error:
-        raise DataError(f"the data of lm-eval tasks {', '.join(names)} cannot be loaded: {error}") from error
+def _single_tasks(loaded: Mapping[Any, Any]) -> Iterator[Any]:
+    """The tasks that are no groups."""
+    for value in loaded.values():
+        yield from _single_tasks(value) if isinstance(value, Mapping) else [value]
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ class Scorer(Metric):
 
     Works with several replicas: states are summed, and a row that two replicas scored counts once. Figures are made on
     the CPU in double precision, where adding up has one order. Where only some items are to be scored, `wanted` says
-    which, (num_items,) bool.
+    which, (num_items,) bool. `needs_greedy` says whether `update` must be told if rows were the likeliest tokens.
     """
 
     full_state_update = False
@@ -31,6 +31,7 @@ class Scorer(Metric):
     seen: Tensor
     greedy: Tensor
     wanted: Tensor | None = None
+    needs_greedy: bool = False
 
     def __init__(self, items: Sequence[int], num_items: int) -> None:
         """`items` holds the item of each row."""

@@ -170,6 +170,11 @@ def _check_task(task: SuiteTask, split: Split) -> None:
     if given is None and not carved:
         also = " (or `train`, of which a part is taken)" if split == "validation" else ""
         raise DataError(f"the task needs the option `{split}` of its data{also}")
+    if data.shots_option is not None and (task.shots or task.examples is not None or task.description):
+        raise DataError(
+            f"{type(data).__name__} shows its task's own examples and description: leave out `shots`, `examples` and "
+            f"`description`, and give `{data.shots_option}` to the data"
+        )
     require_at_least("shots", task.shots, 0)
     if task.shots and task.examples is None and data.sources["train"] is None:
         raise DataError(f"{task.shots} shots need rows to draw them from: give `examples`, or `train` of the data")

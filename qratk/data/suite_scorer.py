@@ -39,6 +39,7 @@ class SuiteScorer(Scorer):
             self._ends.append((len(items), total))
         super().__init__(items, total)
         self._tasks = tuple(tasks)
+        self.needs_greedy = any(task.scorer.needs_greedy for task in tasks)
         self.wanted = None if wanted is None else torch.tensor(wanted)
 
     def _parts(self) -> list[tuple[ScoredTask, slice]]:

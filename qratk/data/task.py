@@ -31,9 +31,11 @@ class Task(ABC):
     Attributes:
         metrics: names of its figures between 0 and 1, by which it can be one of several tasks: see
             `Scorer.item_figure`. Where the task has a `score` of such a name, that is the first choice, else the first.
+        shots_option: the option by which it shows examples and a description of its own, where it does.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
+    shots_option: ClassVar[str | None] = None
 
     @abstractmethod
     def parse(self, row: Row) -> Any:

@@ -47,6 +47,7 @@ DATA_CLASSES: Final[Mapping[str, str]] = {
     "MultipleChoiceData": "qratk.data.multiple_choice.MultipleChoiceData",
     "TextData": "qratk.data.text.TextData",
     "SuiteData": "qratk.data.suite.SuiteData",
+    "LmEvalData": "qratk.data.lm_eval_data.LmEvalData",
     "EmbeddedData": "qratk.embedded.datamodule.EmbeddedData",
 }
 """Import path of each data module that goes by its class name."""

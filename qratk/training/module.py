@@ -25,7 +25,6 @@ from qratk.backbone.logits import (
     labelled_logits,
     model_inputs,
     shared_length,
-    target_log_likelihood,
     training_losses,
 )
 from qratk.core.batching import BATCH_COST
@@ -391,9 +390,9 @@ class FineTuneModule(ScoredModule):
                 _logger.warning("the model cannot score choices that share a prompt: each is scored with its own")
         return self._shared_length
 
-    def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
-        return target_log_likelihood(labelled_logits(self.backbone.model, batch), batch)
+    def scoring_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits at a scoring batch's predictors, (P, V)."""
+        return labelled_logits(self.backbone.model, batch)
 
     def on_validation_epoch_start(self) -> None:
         """Round the adapters to what is stored; in the midst of training, that is told anew."""

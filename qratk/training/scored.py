@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from lightning import LightningModule
 from torch import Tensor
 
+from qratk.backbone.logits import target_log_likelihood
 from qratk.core.errors import ConfigurationError
 from qratk.training.scoring import Scoring, outcomes_of
 
@@ -32,8 +33,12 @@ class ScoredModule(LightningModule, ABC):
         self._stored = ExitStack()
 
     @abstractmethod
+    def scoring_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits at a scoring batch's predictors, (P, V)."""
+
     def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
+        return target_log_likelihood(self.scoring_logits(batch), batch)
 
     @abstractmethod
     def stored_precision(self) -> AbstractContextManager[None]:
@@ -53,7 +58,7 @@ class ScoredModule(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch."""
-        self._scoring.update(batch, *self.log_likelihood(batch))
+        self._scoring.update(batch, self.scoring_logits(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics as validation/<name>; `validation/score` is larger-is-better."""
@@ -65,7 +70,7 @@ class ScoredModule(LightningModule, ABC):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch."""
-        self._scoring.update(batch, *self.log_likelihood(batch))
+        self._scoring.update(batch, self.scoring_logits(batch))
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics as test/<name>."""

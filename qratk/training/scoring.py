@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qratk.backbone.logits import target_greedy, target_log_likelihood
+
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
     from qratk.data.scoring import Scorer
@@ -35,12 +37,13 @@ class Scoring:
         self._scorers = tuple(data.scorer(split).to(device) for _ in range(count))
         self._stored.enter_context(stored_precision)
 
-    def update(self, batch: Mapping[str, Tensor], log_likelihood: Tensor, tokens: Tensor) -> None:
-        """Take summed log-likelihoods and labelled tokens of a batch's R rows, (count * R,), candidate by candidate."""
-        count = len(self._scorers)
-        parts = zip(log_likelihood.view(count, -1), tokens.view(count, -1), strict=True)
-        for scorer, (likelihood, labelled) in zip(self._scorers, parts, strict=True):
-            scorer.update(batch, likelihood, labelled)
+    def update(self, batch: Mapping[str, Tensor], logits: Tensor, whole: Mapping[str, Tensor] | None = None) -> None:
+        """Take the logits of a batch's predictors; of several candidates those of `whole`, the batch so many times."""
+        whole, count = batch if whole is None else whole, len(self._scorers)
+        likelihoods, tokens = (part.view(count, -1) for part in target_log_likelihood(logits, whole))
+        greedy = target_greedy(logits, whole).view(count, -1) if self._scorers[0].needs_greedy else None
+        for index, scorer in enumerate(self._scorers):
+            scorer.update(batch, likelihoods[index], tokens[index], None if greedy is None else greedy[index])
 
     def end(self) -> tuple[Scorer, ...]:
         """The scorers, with all that they saw; the adapters are as before."""

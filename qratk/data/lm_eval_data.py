@@ -1,0 +1,239 @@
+"""A task of lm-eval as data: its own prompts, examples and metrics, scored within a search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, final
+
+from qratk.core.errors import DataError
+from qratk.data.base import TaskData
+from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES
+from qratk.data.encoding import Encoded, PairEncoder, encoded
+from qratk.data.lm_eval_scorer import AUTO, LmEvalScorer
+from qratk.data.lm_eval_task import FEWSHOT_SEED, HarnessTask, document_of
+from qratk.data.sources import Row, Source, content_key
+from qratk.data.splits import Item, Split, SplitOptions, Splits, permutation, require_at_least
+
+_METRICS: Final = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+
+
+@final
+class LmEvalData(TaskData):
+    """An lm-eval task that is scored by log-likelihoods (`output_type` multiple_choice or loglikelihood).
+
+    Prompts, examples and metrics are made by lm-eval; figures are equal to those of its own run over the same items.
+
+    Args:
+        task: name of the task: lm-eval's own, or one in `task_folders`.
+        task_folders: folders of tasks in YAML.
+        num_fewshot: examples before each item; null means what the task says.
+        fewshot_seed: by which the task's own sampler draws them; the default is that of lm-eval's command line.
+        train: split of the task's data set whose right answers are trained on, without examples; null means none.
+        validation: split of the task's data set; `auto` is the one that the task calls so. Where the task has no other
+            for test, `auto` of both shares its documents out by the seed: `validation_items` (or
+            `validation_fraction`) of them for validation, the others for test. Null means none, or with `train` as many
+            taken off that.
+        test: as `validation`; `auto` is the split that lm-eval evaluates.
+        score: what a search maximises: one of the task's metrics that are a mean over items, or a score of
+            `MultipleChoiceData`, or `token_prob`; `auto` is `prob_per_token` of choices, `token_prob` of continuations,
+            and the task's first metric where it makes results by a function of its own.
+
+    The other options of `TaskData` apply too, but for `rename`. Raises DataError for options that cannot be.
+    """
+
+    shots_option = "num_fewshot"
+    metrics = (AUTO, *dict.fromkeys((*_METRICS, *UNIT_FIGURES, "token_prob")))
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        task_folders: list[str] | None = None,
+        num_fewshot: int | None = None,
+        fewshot_seed: int = FEWSHOT_SEED,
+        train: str | None = None,
+        validation: str | None = AUTO,
+        test: str | None = AUTO,
+        score: str = AUTO,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(task, str) or not task:
+            raise DataError(f"task must be the name of one lm-eval task, got {task!r:.80}")
+        require_at_least("num_fewshot", 0 if num_fewshot is None else num_fewshot, 0)
+        if not isinstance(score, str) or not score:
+            raise DataError(f"score must be the name of a figure, got {score!r:.80}")
+        if score not in (*self.metrics, *CHOICE_FIGURES):  # one that only the task knows: checked when it is loaded
+            self.metrics = (*self.metrics, score)
+        named = [split for split in (train, validation, test) if split not in (None, AUTO)]
+        if len(set(named)) < len(named):
+            raise DataError(
+                f"train, validation and test must be different splits of the task's data, got {train}, {validation} "
+                f"and {test}; without `validation` and `test` one split of a task is shared out by the seed"
+            )
+        if kwargs.get("rename"):
+            raise DataError("rows of lm-eval tasks are read by the task's own templates: `rename` does not apply")
+        self.task, self.task_folders = task, tuple(task_folders or ())
+        self.num_fewshot, self.fewshot_seed, self.score = num_fewshot, fewshot_seed, score
+        super().__init__(train, validation=validation, test=test, **kwargs)
+
+    def _split(self, options: SplitOptions) -> LmEvalSplits:
+        return LmEvalSplits(options, self)
+
+    @cached_property
+    def harness(self) -> HarnessTask:
+        """The task, loaded when it is first asked for. Raises DataError."""
+        return HarnessTask(self.task, self.task_folders, num_fewshot=self.num_fewshot, seed=self.fewshot_seed)
+
+    def parse(self, row: Row) -> Any:
+        """Raises DataError: documents are the task's own."""
+        raise DataError(f"{row.where}: {type(self).__name__} has the documents of task {self.task}, and no other rows")
+
+    def form_of(self, content: Any) -> str:
+        """What the task asks of a model."""
+        return f"lm-eval {self.harness.output_type}"
+
+    def fields_used(self) -> frozenset[str]:
+        """None by name: the task's templates read documents."""
+        return frozenset()
+
+    def right_row(self, item: Item) -> int | None:
+        """The first right choice's."""
+        if self.harness.output_type != "multiple_choice" or self.harness.own_results:
+            return None
+        return self.harness.right(document_of(item))[0]
+
+    def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """The right choice, or the continuation, after its prompt without examples; only that is learnt."""
+        pairs = []
+        for item in items:
+            document = document_of(item)
+            made = self.harness.pairs(document, shots=False)
+            chosen = self.harness.right(document)[0] if self.harness.output_type == "multiple_choice" else 0
+            pairs.append(made[chosen])
+        yield from self._encode(pairs, range(len(items)), items)
+
+    def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        """Every request that lm-eval would make."""
+        pairs: list[tuple[str, str]] = []
+        owners: list[int] = []
+        for index, item in enumerate(items):
+            pairs += self.harness.pairs(document_of(item))
+            owners += [index] * (len(pairs) - len(owners))
+        yield from self._encode(pairs, owners, items)
+
+    def _encode(
+        self, pairs: Sequence[tuple[str, str]], owners: Sequence[int], items: Sequence[Item]
+    ) -> Iterator[Encoded]:
+        limit = self.max_length
+        for (context, continuation), owner in zip(PairEncoder(self.tokenizer)(pairs), owners, strict=True):
+            if not continuation:
+                raise DataError(f"{items[owner].where}: an answer adds no token to its prompt, and cannot be scored")
+            tokens = (context + continuation)[-limit:]  # cut from the left, as lm-eval does
+            scored = min(len(continuation), limit - 1)
+            labelled = [False] * (len(tokens) - scored) + [True] * scored
+            yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
+
+    def scoring_rows(self, split: Split) -> tuple[Encoded, ...]:
+        """Encoded rows to score. Raises DataError too for a score that the task does not have."""
+        missing = (split, False) not in self._encoded
+        rows = super().scoring_rows(split)
+        if missing:
+            self._scorer(split, rows)
+        return rows
+
+    def scorer(self, split: Split = "validation") -> LmEvalScorer:
+        """Scorer of the task's metrics."""
+        return self._scorer(split, self.scoring_rows(split))
+
+    def _scorer(self, split: Split, rows: Sequence[Encoded]) -> LmEvalScorer:
+        documents = [document_of(item) for item in self.items(split)]
+        return LmEvalScorer(self.harness, documents, [row.item for row in rows], self.score)
+
+    def options(self) -> Mapping[str, Any]:
+        """Task, examples and score."""
+        harness = self.harness
+        pool = [content_key(document) for document in harness.example_pool()]
+        return {
+            "task": self.task,
+            "shots": (harness.shots, self.fewshot_seed, content_key(pool)),
+            "score": self.score,
+            "config": harness.identity(),
+        }
+
+
+class LmEvalSplits(Splits):
+    """Documents of a task by split, disjoint in content."""
+
+    def __init__(self, options: SplitOptions, data: LmEvalData) -> None:
+        super().__init__(options, data)
+        self._data = data
+
+    def _read(self, split: Split) -> list[Item]:
+        place = self._places[split]
+        if place is None:
+            return []
+        items = self._items_of(place)
+        if self._shared is None or split == "train":
+            return items
+        number = self._number_held_out(len(items))
+        order = permutation(len(items), seed=self.options.seed, purpose="carve").tolist()
+        chosen = set(order[:number])
+        return [item for index, item in enumerate(items) if (index in chosen) == (split == "validation")]
+
+    @cached_property
+    def _places(self) -> dict[Split, str | None]:
+        """Names that the data set has for the splits."""
+        harness, asked = self._data.harness, self.options.sources
+        test = harness.evaluated_split if asked["test"] == AUTO else asked["test"]
+        validation = harness.own_split("validation") if asked["validation"] == AUTO else asked["validation"]
+        if validation is None and asked["validation"] == AUTO:
+            validation = test  # which is all that there is
+        if asked["validation"] == AUTO and validation == test and asked["test"] != AUTO:
+            validation = None  # all was asked for as test
+        if asked["test"] == AUTO and validation == test and asked["validation"] not in (AUTO, None):
+            test = None
+        return {"train": self._named(asked["train"]), "validation": self._named(validation), "test": self._named(test)}
+
+    def _named(self, split: Source | None) -> str | None:
+        return None if split is None else str(split)
+
+    @cached_property
+    def _shared(self) -> str | None:
+        """The split that is both validation and test, and is shared out; None where these are two."""
+        places = self._places
+        shared = places["validation"] if places["validation"] == places["test"] else None
+        if shared is not None:
+            size = len(self._data.harness.documents(shared))
+            number = self._number_held_out(size)
+            self._note(
+                f"task {self._data.task} has no split but {shared!r} for validation and test: {number} of its {size} "
+                f"documents, by the seed, are validation, the others test; `validation` and `test` name other splits"
+            )
+        return shared
+
+    def _number_held_out(self, size: int) -> int:
+        options = self.options
+        number = options.validation_items or max(1, round(options.validation_fraction * size))
+        if number >= size:
+            raise DataError(
+                f"cannot take {number} validation items off {size} documents of task {self._data.task}: lower "
+                f"validation_items, or name another split"
+            )
+        return number
+
+    def _items_of(self, place: str) -> list[Item]:
+        harness = self._data.harness
+        found = []
+        for document in harness.documents(place):
+            key = content_key(document.fields)
+            found.append(Item(document, key, harness.where(document), key if self.options.row_keys else ""))
+        if harness.shots and harness.examples_split == place:
+            self._note(
+                f"task {self._data.task} draws its examples from the documents of {place!r}, which are scored too"
+            )
+        return found
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)

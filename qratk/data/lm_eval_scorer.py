@@ -1,0 +1,149 @@
+"""Scores items of an lm-eval task: by its own metrics, and by how likely the right choices are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, compress
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from qratk.core.errors import DataError
+from qratk.core.text import nearest
+from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES
+from qratk.data.lm_eval_task import Document, HarnessTask
+from qratk.data.scoring import ChoiceScorer, LikelihoodScorer, Scorer
+
+AUTO: Final = "auto"
+
+
+class LmEvalScorer(Scorer):
+    """lm-eval's metrics of a task, item by item and over all, from the log-likelihoods of its requests.
+
+    Of choices with one right one there are also the figures of `ChoiceScorer`, of continuations those of
+    `LikelihoodScorer`: unlike an accuracy they tell of two models which is nearer to being right.
+    """
+
+    def __init__(self, task: HarnessTask, documents: Sequence[Document], items: Sequence[int], score: str) -> None:
+        """`items` holds the item of each row. Raises DataError for a score that the task does not have."""
+        super().__init__(items, len(documents))
+        self._documents = tuple(documents)
+        counts = torch.bincount(self.items, minlength=len(documents)).tolist()
+        self._starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+        self._counts = counts
+        self._task = task
+        self._right: list[tuple[int, ...]] = []
+        self._liked: tuple[Scorer, Tensor] | None = None  # not a submodule, and the rows that it is of
+        self._put_likelihoods()
+        self.needs_greedy = task.needs_greedy
+        self.score = self._known(score)
+
+    def _put_likelihoods(self) -> None:
+        """Have a scorer of likelihoods, where what is right is known and one."""
+        task = self._task
+        if task.own_results:
+            return
+        if task.output_type == "loglikelihood":
+            self._liked = (LikelihoodScorer(self.items.tolist(), self.num_items), torch.arange(len(self.items)))
+            return
+        choices = [task.choices(document) for document in self._documents]
+        self._right = [task.right(document) for document in self._documents]
+        if any(len(right) > 1 for right in self._right):
+            return
+        rows = [start + k for start, own in zip(self._starts, choices, strict=True) for k in range(len(own))]
+        owners = [index for index, own in enumerate(choices) for _ in own]
+        lengths = [len(text) for own in choices for text in own]
+        labels = [right[0] for right in self._right]
+        self._liked = (ChoiceScorer(owners, labels, lengths, score="prob_per_token"), torch.tensor(rows))
+
+    def _known(self, name: str) -> str:
+        """The figure of that name, the task's own first choice for `auto`."""
+        bounded = [metric for metric in self._task.metrics if self._task.bounded(metric)]
+        smooth = self._smooth
+        if name == AUTO:
+            first = [*smooth[:1], *bounded]
+            if not first:
+                raise DataError(f"task {self._task.name} has no metric that is a mean over items; it cannot be a score")
+            return first[0]
+        all_names = list(dict.fromkeys([*bounded, *smooth, *(CHOICE_FIGURES if self._of_choices else ())]))
+        if name not in all_names:
+            raise DataError(
+                f"task {self._task.name} has no figure {name!r} that is a mean over items; it has "
+                f"{', '.join(all_names)}{nearest(name, all_names)}"
+            )
+        return name
+
+    @property
+    def _of_choices(self) -> bool:
+        return self._liked is not None and isinstance(self._liked[0], ChoiceScorer)
+
+    @property
+    def _smooth(self) -> list[str]:
+        """Figures between 0 and 1 that are made of likelihoods, the best to search by first."""
+        if self._liked is None:
+            return []
+        return ["prob_per_token", *UNIT_FIGURES] if self._of_choices else ["token_prob"]
+
+    def _likelihoods(self) -> Scorer:
+        """The scorer of likelihoods, with what was seen."""
+        assert self._liked is not None
+        scorer, rows = self._liked
+        for name in ("log_likelihood", "tokens", "seen", "greedy"):
+            setattr(scorer, name, getattr(self, name).cpu()[rows])
+        return scorer
+
+    def _results(self, admitted: Sequence[bool]) -> list[dict[str, Any]]:
+        """What the task says of each of the items that are admitted."""
+        values = self._row_values()[0].tolist()
+        greedy = (self.greedy.cpu() > 0).tolist()
+        places = zip(self._documents, self._starts, self._counts, strict=True)
+        return [
+            self._task.results(document, [(values[row], greedy[row]) for row in range(start, start + count)])
+            for document, start, count in compress(places, admitted)
+        ]
+
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        figures = {} if self._liked is None else self._likelihoods()._figures(complete)
+        results = self._results(complete.tolist())
+        for metric in dict.fromkeys(name for result in results for name in result):
+            value = self._task.aggregated(metric, [result[metric] for result in results if metric in result])
+            figures[metric] = torch.tensor(value, dtype=torch.float64)
+        figures.pop("score", None)
+        return {"score": self._of_items(self.score, results, complete).mean(), **figures}
+
+    def _outcomes(self) -> Tensor:
+        every = torch.ones(self.num_items, dtype=torch.bool)
+        return self._of_items(self.score, None, every)
+
+    def item_figure(self, name: str) -> Tensor:
+        """A metric or figure between 0 and 1 of each item; "auto" is the score."""
+        name = self._known(name)
+        if name in CHOICE_FIGURES and name not in UNIT_FIGURES:
+            return super().item_figure(name)
+        return self._of_items(name, None, torch.ones(self.num_items, dtype=torch.bool))
+
+    def _of_items(self, name: str, results: list[dict[str, Any]] | None, admitted: Tensor) -> Tensor:
+        """A figure of each of the items that are admitted."""
+        if name in CHOICE_FIGURES and self._of_choices:
+            scorer = self._likelihoods()
+            assert isinstance(scorer, ChoiceScorer)
+            scorer.score = name  # type: ignore[assignment]
+            # One of them is fitted to the items in view.
+            return CHOICE_FIGURES[scorer.score](scorer._compared(admitted))
+        if name == "token_prob" and self._liked is not None:
+            return self._likelihoods().item_figure(name)[admitted]
+        results = self._results(admitted.tolist()) if results is None else results
+        values = torch.tensor([float(result[name]) for result in results], dtype=torch.float64)
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise DataError(
+                f"task {self._task.name}: {name} of an item is {float(values.max())}, not between 0 and 1; choose "
+                f"another metric"
+            )
+        return values
+
+    def _exact(self) -> Tensor:
+        greedy = (self.greedy.cpu() > 0).tolist()
+        rights = self._right or [tuple(range(count)) for count in self._counts]
+        found = [any(greedy[start + k] for k in right) for start, right in zip(self._starts, rights, strict=True)]
+        return torch.tensor(found)

@@ -1,0 +1,338 @@
+"""A task of lm-eval as it stands there: its documents, the requests that it makes of them, and its metrics."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qratk.core.errors import DataError
+from qratk.data.splits import Split
+
+if TYPE_CHECKING:
+    from qratk.data.splits import Item
+
+FEWSHOT_SEED: Final = 1234
+"""Of lm-eval's command line, by which it draws examples."""
+
+_SCORED: Final = ("multiple_choice", "loglikelihood")
+_TEXTS: Final = ("doc_to_text", "doc_to_choice", "doc_to_target")
+_DECIDING: Final = (
+    "output_type", *_TEXTS, "description", "target_delimiter", "fewshot_delimiter", "gen_prefix", "use_prompt",
+    "fewshot_config", "process_docs", "process_results", "metric_list", "filter_list",
+)  # fmt: skip
+
+
+def load_tasks(names: Sequence[str], folders: Sequence[str | Path] = ()) -> dict[Any, Any]:
+    """Tasks of lm-eval by name, its own or those in folders; a group's value holds its tasks.
+
+    Its own are only read (20 s, once) when a name is in no folder. Raises DataError for an unknown task, a missing
+    folder, or data that cannot be loaded.
+    """
+    if isinstance(names, str) or not names:
+        raise DataError(f"tasks must be a list of task names, got {names!r}")
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise DataError(f"there is no task folder {folder}; paths are relative to {Path.cwd()}")
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    paths = tuple(str(folder) for folder in folders)
+    manager = TaskManager(include_path=list(paths), include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = _with_defaults(paths, TaskManager)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise DataError(
+                f"there is no lm-eval task {name!r}, neither among lm-eval's own nor in "
+                f"{list(paths) or 'a task folder'}" + (f"; near are {', '.join(near)}" if near else "")
+            )
+    try:
+        tasks: dict[Any, Any] = get_task_dict(list(names), manager)
+    except Exception as error:  # of data sets, templates, and functions of a task, which are tried on a document
+        named = f"task{'s' * (len(names) > 1)} {', '.join(names)}"
+        raise DataError(f"{named} of lm-eval cannot be loaded: {type(error).__name__}: {error}") from error
+    return tasks
+
+
+@lru_cache(maxsize=4)
+def _with_defaults(paths: tuple[str, ...], manager: Callable[..., Any]) -> Any:
+    return manager(include_path=list(paths), include_defaults=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A document of a task: where it stands in a split of the task's data set, and its fields."""
+
+    split: str
+    index: int
+    fields: dict[str, Any]
+
+
+class HarnessTask:
+    """One task of lm-eval, whose documents are scored by log-likelihoods.
+
+    Prompts are the task's own, with as many examples as it says, or `num_fewshot`, drawn by its own sampler: the
+    documents that lm-eval itself evaluates have the very examples that they have in a whole run of it with that seed,
+    and in one with a `limit`. Raises DataError for what is no such task, and where documents do not fit its templates.
+    """
+
+    def __init__(
+        self, name: str, folders: Sequence[str | Path] = (), *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED
+    ) -> None:
+        self.name, self.seed = name, seed
+        self._task = _single(name, load_tasks([name], folders))
+        self._dataset: Mapping[str, Any] = self._task.dataset
+        self.shots = self._number_of_shots(num_fewshot)
+        self._sampler = getattr(self._task, "sampler", None)
+        self._documents: dict[str, list[Document]] = {}
+        self._examples: dict[str, list[Sequence[Any]]] = {}
+        self._remember_texts()
+
+    def _number_of_shots(self, asked: int | None) -> int:
+        own = self._task.config.num_fewshot
+        if asked is not None and own == 0 and asked > 0:
+            raise DataError(f"task {self.name} says num_fewshot: 0, which lm-eval keeps; leave num_fewshot out")
+        return int((own or 0) if asked is None else asked)
+
+    def _remember_texts(self) -> None:
+        """Have the task render a document's own fields once: metrics ask for them at every scoring."""
+        for name in _TEXTS:
+            setattr(self._task, name, _remembered(getattr(self._task, name)))
+
+    @property
+    def output_type(self) -> str:
+        """What the task asks of a model: multiple_choice or loglikelihood."""
+        return str(self._task.OUTPUT_TYPE)
+
+    @property
+    def own_results(self) -> bool:
+        """Whether the task makes results of an item by a function of its own."""
+        return callable(self._task.config.process_results)
+
+    # Documents
+
+    def own_split(self, split: Split) -> str | None:
+        """Name that the task gives to its training, validation or test split; None where it has none."""
+        config = self._task.config
+        found: str | None = {
+            "train": config.training_split,
+            "validation": config.validation_split,
+            "test": config.test_split,
+        }[split]
+        return found
+
+    @property
+    def evaluated_split(self) -> str:
+        """Name of the split that lm-eval evaluates: test, or else validation."""
+        return self.own_split("test") or self.own_split("validation") or ""
+
+    def documents(self, split: str) -> list[Document]:
+        """Documents of a split of the data set, as the task processes them, in their order."""
+        if split not in self._documents:
+            try:
+                raw = self._dataset[split]
+            except (KeyError, TypeError):
+                known = ", ".join(map(str, self._dataset)) if isinstance(self._dataset, Mapping) else "none"
+                raise DataError(f"the data of task {self.name} have no split {split!r}; they have {known}") from None
+            process = self._task.config.process_docs
+            fields = raw if process is None else process(raw)
+            self._documents[split] = [Document(split, index, doc) for index, doc in enumerate(fields)]
+        return self._documents[split]
+
+    def where(self, document: Document) -> str:
+        """Where a document stands, for people."""
+        return f"{self.name} [{document.split}], row {document.index}"
+
+    # Requests
+
+    def pairs(self, document: Document, *, shots: bool = True) -> tuple[tuple[str, str], ...]:
+        """(context, continuation) of each request that lm-eval would make of a document.
+
+        Of choices these are one each, and, where mutual information is a metric, one each again without a context.
+        """
+        examples = self._examples_of(document) if shots else ()
+        task, doc = self._task, document.fields
+        with self._making(document):
+            task.sampler = _Given(examples)
+            context = task.fewshot_context(
+                doc,
+                num_fewshot=len(examples),
+                system_instruction=None,
+                apply_chat_template=False,
+                fewshot_as_multiturn=False,
+                chat_template=None,
+                gen_prefix=task.doc_to_prefix(doc),
+            )
+            made = task.construct_requests(
+                doc=doc,
+                ctx=context,
+                metadata=(self.name, document.index, 1),
+                apply_chat_template=False,
+                chat_template=None,
+            )
+        return tuple((str(one.args[0]), str(one.args[1])) for one in (made if isinstance(made, list) else [made]))
+
+    def choices(self, document: Document) -> list[str]:
+        """Texts of a document's choices, by which lm-eval measures them."""
+        with self._making(document):
+            return [str(choice) for choice in self._task.doc_to_choice(document.fields)]
+
+    def right(self, document: Document) -> tuple[int, ...]:
+        """Indices of the right choices. Raises DataError where the document has none."""
+        task, doc, choices = self._task, document.fields, self.choices(document)
+        with self._making(document):
+            gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        found = [choices.index(one) if one in choices else one for one in (gold if isinstance(gold, list) else [gold])]
+        if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
+            raise DataError(
+                f"{self.where(document)}: the label is {gold!r:.80}, which is none of the {len(choices)} choices; "
+                f"choose a split of the data whose labels are known"
+            )
+        return tuple(found)
+
+    @contextmanager
+    def _making(self, document: Document) -> Iterator[None]:
+        """Context in which errors of templates and of functions of the task name the document."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # whatever templates and a task's own functions can raise
+            raise DataError(
+                f"{self.where(document)}: task {self.name} cannot make its requests: {type(error).__name__}: {error}"
+            ) from error
+
+    def _examples_of(self, document: Document) -> Sequence[Any]:
+        if not self.shots:
+            return ()
+        if document.split not in self._examples:
+            self._examples[document.split] = list(self._drawn(document.split))
+        return self._examples[document.split][document.index]
+
+    def _drawn(self, split: str) -> Iterator[Sequence[Any]]:
+        """Examples of every document of a split in turn, as lm-eval draws them in a run over it."""
+        if self._sampler is None:
+            raise DataError(f"task {self.name} has no documents to draw {self.shots} examples from")
+        fewshot, config = self._task.fewshot_cfg.split, self._task.config
+        by_task = fewshot == config.test_split  # `ConfigurableTask.fewshot_context`
+        apart = by_task if split == self.evaluated_split else self.examples_split == split
+        self._sampler.set_rnd(self.seed)
+        for document in self.documents(split):
+            try:
+                yield self._sampler.sample(n=self.shots, eval_doc=document.fields if apart else None)
+            except (AssertionError, ValueError) as error:
+                raise DataError(
+                    f"task {self.name} cannot draw {self.shots} examples: {error}; lower num_fewshot"
+                ) from error
+
+    @property
+    def examples_split(self) -> str | None:
+        """Name of the split that examples are drawn from; None where they are given in the task."""
+        if self._task.fewshot_cfg.split is not None:
+            return str(self._task.fewshot_cfg.split)
+        if self._task.config.fewshot_config is not None and self._task.fewshot_cfg.samples is not None:
+            return None
+        return self.own_split("train") or self.own_split("validation") or self.own_split("test")
+
+    def example_pool(self) -> list[Any]:
+        """Documents that examples are drawn from, without any where none are shown."""
+        return list(self._sampler.df) if self.shots and self._sampler is not None else []
+
+    # Metrics
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the task's metrics."""
+        return tuple(self._task._metric_fn_list)
+
+    def bounded(self, metric: str) -> bool:
+        """Whether a metric is a mean over items, and larger is better, as far as the task says."""
+        from lm_eval.api.metrics import mean
+
+        return self._task.aggregation().get(metric) is mean and bool(self._task.higher_is_better().get(metric, True))
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether metrics ask if a continuation is the likeliest token by token."""
+        return self.own_results or self.output_type == "loglikelihood" or "exact_match" in self.metrics
+
+    def results(self, document: Document, responses: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+        """Each metric's value of an item, from the log-likelihood of each request and whether it was the likeliest."""
+        with self._making(document):
+            found: dict[str, Any] = self._task.process_results(document.fields, list(responses))
+        return found
+
+    def aggregated(self, metric: str, values: Sequence[Any]) -> float:
+        """A metric over items, from its values of each."""
+        from lm_eval.api.metrics import mean
+
+        return float(self._task.aggregation().get(metric, mean)(list(values)))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides prompts and figures, in plain data."""
+        config = self._task.dump_config()
+        return {name: config.get(name) for name in _DECIDING}
+
+
+def _single(name: str, loaded: Mapping[Any, Any]) -> Any:
+    """The one task. Raises DataError for a group, and for what is not scored by log-likelihoods."""
+    from lm_eval.api.task import ConfigurableTask
+
+    task = loaded.get(name)
+    if task is None or isinstance(task, Mapping):
+        inside = list(_names(loaded))
+        shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
+        raise DataError(f"{name} is a group of lm-eval tasks; give each its place in a suite: {shown}")
+    if not isinstance(task, ConfigurableTask):
+        raise DataError(f"task {name} is a class of its own, {type(task).__name__}; only those of a YAML can be used")
+    if task.OUTPUT_TYPE not in _SCORED:
+        raise DataError(
+            f"task {name} has the output_type {task.OUTPUT_TYPE}; only {' and '.join(_SCORED)} can be scored in a "
+            f"search, others run after it: --lm_eval.tasks='[{name}]'"
+        )
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise DataError(f"task {name} runs code of the model or shows it more than text, which is not done here")
+    return task
+
+
+def _names(loaded: Mapping[Any, Any]) -> Iterator[str]:
+    """Names of the tasks of nested groups."""
+    for key, value in loaded.items():
+        if isinstance(value, Mapping):
+            yield from _names(value)
+        else:
+            yield str(key)
+
+
+def _remembered(render: Callable[..., Any]) -> Callable[..., Any]:
+    """What a task makes of a document by a template, which is kept with both of them."""
+    kept: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+
+    def rendered(doc: Any, template: Any = None) -> Any:
+        place = id(doc), id(template)
+        if place not in kept:
+            kept[place] = (doc, template, render(doc) if template is None else render(doc, template))
+        return kept[place][2]
+
+    return rendered
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A sampler that has drawn already."""
+
+    examples: Sequence[Any]
+
+    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[Any]:
+        return self.examples[:n]
+
+
+def document_of(item: Item) -> Document:
+    """The document that an item is of."""
+    found: Document = item.content
+    return found

@@ -1,0 +1,74 @@
+"""A search on an lm-eval task: scored within it as lm-eval scores what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import qratk
+from qratk.__main__ import main
+from qratk.embedded.data import write_dataset
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's dependencies
+]
+
+
+@pytest.fixture
+def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.chdir(tmp_path)
+    files = {split: str(path) for split, path in write_dataset(tmp_path / "rows").items()}
+    for path in files.values():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()[:12]]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "exact_match")
+    ]
+    task = {
+        "task": "own_task", "output_type": "multiple_choice", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files}, "training_split": "train", "validation_split": "validation",
+        "test_split": "test", "num_fewshot": 1, "doc_to_text": "{{context}}\n{{question}}", "doc_to_choice": "choices",
+        "doc_to_target": "label", "metric_list": metrics,
+    }  # fmt: skip
+    Path("tasks").mkdir()
+    Path("tasks/own_task.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    search = {
+        "bits": [4], "ranks": [2, 4], "like": [4, 4], "steps": [1], "generations": 1, "high_fidelity_candidates": 1,
+        "bits_importance": "uniform", "rank_importance": "uniform", "refiner": "none", "test": True,
+        "reporters": ["files"], "searcher": {"class_path": "random", "init_args": {"offspring": 1}},
+    }  # fmt: skip
+    options = {"task": "own_task", "task_folders": ["tasks"], "train": "train", "batch_size": 4}
+    return {
+        "model": {"model": "embedded", "learning_rate": 5e-3},
+        "data": {"class_path": "LmEvalData", "init_args": options},
+        "search": search,
+    }
+
+
+def test_what_a_search_reports_is_what_lm_eval_says_of_its_answer(
+    document: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert main(["search", "--config", "own.yaml", "--run_dir", "run"]) == 0
+    run = qratk.Run.open("run")
+    best = run.result.best
+    assert best.score == best.figures["prob_per_token"]
+    assert all(len(record.evaluation.outcomes) == 12 for record in run.records)
+    capsys.readouterr()
+    assert (
+        main(["test", "--config", "run/best.yaml", "--lm_eval.tasks=[own_task]", "--lm_eval.task_folders=[tasks]"]) == 0
+    )
+    told = capsys.readouterr().out
+    theirs = yaml.safe_load(told[told.index("lm_eval:") :])["lm_eval"]["own_task"]
+    assert set(theirs) == {"acc", "acc_norm", "exact_match"}
+    for name, value in theirs.items():
+        (line,) = [line for line in told.splitlines() if f"test/{name} " in line]
+        assert float(line.strip("│ ").split()[-1]) == pytest.approx(value, abs=1e-6)

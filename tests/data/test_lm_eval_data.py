@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from qratk.backbone.logits import labelled_logits, target_greedy, target_log_likelihood
+from qratk.core import DataError
+from qratk.data import LmEvalData, MultipleChoiceData, SuiteData
+from qratk.data.lm_eval import run_lm_eval
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's dependencies
+    pytest.mark.usefixtures("datasets_cache"),
+]
+
+CHOICES = ["red", "green blue", "zwölf Bäume", "the quick brown fox", "yes"]
+
+
+def documents(*numbers: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": f"one {n} two",
+            "choices": CHOICES[n % 3 : n % 3 + 2 + n % 2],
+            "label": n % 2,
+            "both": [0, 1] if n % 3 else [1],
+            "tail": f"the dog {n}",
+        }
+        for n in numbers
+    ]
+
+
+def metric(name: str, aggregation: str = "mean") -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": aggregation == "mean"}
+
+
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_target": "label",
+    "doc_to_choice": "choices",
+    "metric_list": [metric("acc"), metric("acc_norm")],
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "plain": CHOICE,
+    "shots": {**CHOICE, "num_fewshot": 2, "description": "Say {{label}}.\n\n", "fewshot_delimiter": "\n--\n"},
+    "own_shots": {**CHOICE, "num_fewshot": 3, "fewshot_split": "test"},
+    "first": {**CHOICE, "num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}, "fewshot_split": "train"},
+    "bytes": {
+        **CHOICE,
+        "target_delimiter": "\n",
+        "metric_list": [metric(name) for name in ("acc_bytes", "exact_match", "acc_mutual_info", "acc")],
+    },
+    "both": {**CHOICE, "doc_to_target": "both", "metric_list": [metric("acc"), metric("acc_norm")]},
+    "inputs": {
+        **CHOICE,
+        "doc_to_text": "label",
+        "doc_to_target": "tail",
+        "doc_to_choice": "{{[question ~ ' so', question ~ ' but the quick']}}",
+        "num_fewshot": 1,
+    },
+    "last_word": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{' ' ~ tail}}",
+        "metric_list": [metric("acc"), metric("perplexity", "perplexity")],
+    },
+    "own_results": {**CHOICE, "process_results": "!results", "metric_list": [metric("share")]},
+}
+FUNCTION = """
+import math
+
+def results(doc, results):
+    values = [math.exp(value) for value, _ in results]
+    return {"share": values[doc["label"]] / sum(values)}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of tasks over local files of each split."""
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "functions.py").write_text(FUNCTION, encoding="utf-8")
+    return place
+
+
+def write_tasks(place: Path, name: str, **options: Any) -> str:
+    files = {"train": documents(*range(20, 32)), "validation": documents(*range(12, 20)), "test": documents(*range(12))}
+    for split, rows in files.items():
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    splits = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {split: str(place / f"{split}.jsonl") for split in files}},
+        **splits,
+        **TASKS[name],
+        **options,
+    }
+    text = yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False)
+    (place / f"{name}.yaml").write_text(text.replace("'!results'", "!function functions.results"), encoding="utf-8")
+    return name
+
+
+def make(place: Path, name: str, tokenizer: Any, config: dict[str, Any] | None = None, **options: Any) -> LmEvalData:
+    data = LmEvalData(write_tasks(place, name, **(config or {})), task_folders=[str(place)], **options)
+    data.attach(tokenizer, context_length=256)
+    return data
+
+
+def scored(data: Any, model: Any, split: str = "test", shared_length: int = 128) -> Any:
+    scorer = data.scorer(split)
+    with torch.no_grad():
+        for batch in data.scoring_batches(split, shared_length=shared_length):
+            logits = labelled_logits(model, batch)
+            scorer.update(batch, *target_log_likelihood(logits, batch), target_greedy(logits, batch))
+    return scorer
+
+
+def samples_of(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_requests_likelihoods_and_metrics_are_those_of_lm_eval(
+    name: str, folder: Path, tokenizer: Any, model: Any
+) -> None:
+    data = make(folder, name, tokenizer)
+    scorer = scored(data, model)
+    theirs = run_lm_eval(model, tokenizer, [name], task_folders=[folder], log_samples=True, max_length=255)
+    samples = samples_of(theirs, name)
+    ours = [pair for item in data.items("test") for pair in data.harness.pairs(item.content)]
+    assert ours == [tuple(pair) for sample in samples for pair in sample["arguments"]]
+    expected = [value for sample in samples for value, _ in sample["filtered_resps"]]
+    np.testing.assert_allclose(scorer.log_likelihood.numpy(), expected, rtol=2e-5, atol=2e-5)
+    likeliest = [greedy for sample in samples for _, greedy in sample["filtered_resps"]]
+    assert (scorer.greedy > 0).tolist() == likeliest
+    figures = {key: float(value) for key, value in scorer.compute().items()}
+    wanted = {key.removesuffix(",none"): value for key, value in theirs["results"][name].items() if "," in key}
+    wanted = {key: value for key, value in wanted.items() if "_stderr" not in key}
+    assert wanted
+    assert {key: figures[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+    for figure in wanted:
+        if data.harness.bounded(figure):
+            own = [float(sample[figure]) for sample in samples]
+            assert scorer.item_figure(figure).tolist() == pytest.approx(own, rel=1e-5)
+    assert float(scorer.outcomes().mean()) == pytest.approx(figures["score"])
+
+
+def test_examples_are_those_of_the_command_line(folder: Path, tokenizer: Any, model: Any) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    data = make(folder, "plain", tokenizer, num_fewshot=3, max_test_items=5)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=255)
+    results = simple_evaluate(
+        harness,
+        tasks=["plain"],
+        num_fewshot=3,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )
+    assert results is not None
+    prompts = {sample["doc_id"]: sample["arguments"] for sample in samples_of(results, "plain")}
+    assert len(data.items("test")) == 5
+    for item in data.items("test"):  # a part of the documents has the examples that the whole has
+        pairs = data.harness.pairs(item.content)
+        assert list(pairs) == [tuple(pair) for pair in prompts[item.content.index]]
+        assert pairs[0][0].count("Question:") == 4
+
+
+def test_the_scores_to_search_by_are_those_of_choices(folder: Path, tokenizer: Any, model: Any, write: Any) -> None:
+    data = make(folder, "plain", tokenizer)
+    rows = [{"question": d["question"], "choices": d["choices"], "label": d["label"]} for d in documents(*range(12))]
+    other = MultipleChoiceData(test=write("t.jsonl", rows), prompt="Question: {{question}}\nAnswer:")
+    other.attach(tokenizer, context_length=256)
+    ours, theirs = scored(data, model), scored(other, model)
+    assert ours.score == theirs.score == "prob_per_token"
+    expected = {key: float(value) for key, value in theirs.compute().items()}
+    found = {key: float(value) for key, value in ours.compute().items()}
+    assert found == pytest.approx(expected)
+    assert make(folder, "last_word", tokenizer).scorer("test").score == "token_prob"
+    assert make(folder, "own_results", tokenizer).scorer("test").score == "share"
+    assert make(folder, "both", tokenizer).scorer("test").score == "acc"
+
+
+def test_validation_and_test_are_the_splits_of_the_task(folder: Path, tokenizer: Any) -> None:
+    data = make(folder, "own_shots", tokenizer, train="train")
+    places = {split: {item.content.split for item in data.items(split)} for split in ("train", "validation", "test")}
+    assert places == {"train": {"train"}, "validation": {"validation"}, "test": {"test"}}
+    assert [len(data.items(split)) for split in ("train", "validation", "test")] == [12, 8, 12]
+    assert any("draws its examples from the documents of 'test'" in note for note in data.notes)
+    swapped = make(folder, "plain", tokenizer, validation="train", test="validation")
+    assert [len(swapped.items(split)) for split in ("validation", "test")] == [12, 8]
+    assert not swapped.has("train")
+
+
+def test_one_split_is_shared_out_by_the_seed_and_that_is_said(folder: Path, tokenizer: Any) -> None:
+    def shares(**options: Any) -> tuple[list[int], ...]:
+        data = make(folder, "plain", tokenizer, {"test_split": None}, **options)
+        assert any("5 of its 8 documents, by the seed, are validation" in note for note in data.notes)
+        return tuple([item.content.index for item in data.items(split)] for split in ("validation", "test"))
+
+    validation, test = shares(validation_items=5)
+    assert sorted(validation + test) == list(range(8))
+    assert len(validation) == 5
+    assert shares(validation_items=5, seed=1) != (validation, test)
+    whole = make(folder, "plain", tokenizer, {"test_split": None}, validation=None)
+    assert len(whole.items("test")) == 8
+    assert not whole.has("validation")
+    assert whole.notes == ()
+    with pytest.raises(DataError, match="cannot take 8 validation items off 8 documents"):
+        make(folder, "plain", tokenizer, {"test_split": None}, validation_items=8).items("test")
+
+
+def test_the_right_answer_is_trained_on_without_examples(folder: Path, tokenizer: Any) -> None:
+    for name, text, learnt in (
+        ("shots", "<s>Say 0.\n\nQuestion: one 20 two\nAnswer: zwölf Bäume", " zwölf Bäume"),
+        ("last_word", "<s>one 20 two the dog 20", " the dog 20"),
+    ):
+        row = make(folder, name, tokenizer, train="train", batch_size=2).training_rows()[0]
+        assert tokenizer.decode(row.tokens) == text
+        assert tokenizer.decode(row.tokens[row.labelled]) == learnt
+
+
+def test_in_a_suite_the_figures_are_the_same(folder: Path, tokenizer: Any, model: Any) -> None:
+    alone = {name: scored(make(folder, name, tokenizer), model, "validation") for name in ("shots", "last_word")}
+    tasks = {name: {"data": make(folder, name, tokenizer), "metric": "acc"} for name in alone}
+    tasks["own_results"] = {"data": make(folder, "own_results", tokenizer, score="share"), "items": [3, 5]}
+    suite = SuiteData(validation=tasks, test={"shots": {"data": make(folder, "shots", tokenizer)}})
+    suite.attach(tokenizer, context_length=256)
+    scorer = scored(suite, model, "validation")
+    assert scorer.needs_greedy
+    figures = {key: float(value) for key, value in scorer.compute().items()}
+    for name, own in alone.items():
+        expected = {f"{name}/{key}": float(value) for key, value in own.compute().items() if key != "score"}
+        assert {key: figures[key] for key in expected if "exact" not in key} == pytest.approx(
+            {key: value for key, value in expected.items() if "exact" not in key}, rel=1e-4
+        )
+        assert figures[f"{name}/score"] == figures[f"{name}/acc"]
+    parts = [figures[f"{name}/score"] for name in tasks]
+    assert figures["score"] == pytest.approx(sum(parts) / 3)
+    suite.rung = 0
+    assert len(scored(suite, model, "validation").outcomes()) == 8 + 8 + 3
+    assert len(suite.items("test")) == 12
+    suite.describe()
+
+
+def test_the_same_documents_are_not_trained_on(folder: Path, tokenizer: Any, write: Any) -> None:
+    source = MultipleChoiceData(write("s.jsonl", documents(*range(8, 16))))
+    suite = SuiteData(
+        [{"data": source}],
+        validation={"plain": {"data": make(folder, "plain", tokenizer)}},
+        test={"plain": {"data": make(folder, "plain", tokenizer)}},
+    )
+    suite.attach(tokenizer, context_length=256)
+    with pytest.raises(DataError, match="every row is also in the validation data"):
+        suite.items("train")
+    assert "4 of 8 rows of train[0] are also in test: dropped" in suite._splits.notes
+
+
+def test_data_are_told_apart_by_what_decides_prompts(folder: Path, tokenizer: Any) -> None:
+    def seen(name: str = "shots", config: Any = None, **options: Any) -> str:
+        return make(folder, name, tokenizer, config, **options).fingerprint()
+
+    assert seen() == seen()
+    others = [
+        seen(fewshot_seed=3),
+        seen(num_fewshot=1),
+        seen(score="acc"),
+        seen("plain"),
+        seen(config={"description": "x"}),
+    ]
+    assert len({seen(), *others}) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": ""}, "task must be the name of one lm-eval task"),
+        ({"task": "a", "num_fewshot": -1}, "num_fewshot must be at least 0"),
+        ({"task": "a", "validation": "test", "test": "test"}, "must be different splits"),
+        ({"task": "a", "rename": {"a": "b"}}, "`rename` does not apply"),
+        ({"task": "a", "train": None, "validation": None, "test": None}, "no data"),
+        ({"task": "a", "score": ""}, "score must be the name of a figure"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LmEvalData(**options)
+
+
+def test_what_the_task_does_not_have_is_refused_before_anything_is_scored(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"no figure 'f1' that is a mean over items; it has acc, acc_norm, prob"):
+        make(folder, "plain", tokenizer, score="f1").scoring_rows("test")
+    with pytest.raises(DataError, match=r"no split 'dev'; they have train, validation, test"):
+        make(folder, "plain", tokenizer, test="dev").items("test")
+    with pytest.raises(DataError, match=r"plain \[test\], row 1: the label is 3, which is none of the 3 choices"):
+        make(folder, "plain", tokenizer, {"doc_to_target": "{{label * 3}}"}).scoring_rows("test")
+    with pytest.raises(DataError, match="task plain of lm-eval cannot be loaded: IndexError"):
+        make(folder, "plain", tokenizer, {"doc_to_target": "{{label + 3}}"}).scoring_rows("test")
+    with pytest.raises(DataError, match="cannot draw 13 examples"):
+        make(folder, "plain", tokenizer, num_fewshot=13).scoring_rows("test")
+    with pytest.raises(DataError, match=r"row 1: task plain cannot make its requests: ZeroDivisionError"):
+        make(folder, "plain", tokenizer, {"doc_to_text": "{{1 / (label - 1)}}"}).scoring_rows("validation")
+    rolling = {"output_type": "loglikelihood_rolling", "metric_list": None}
+    with pytest.raises(DataError, match="output_type loglikelihood_rolling; only multiple_choice and loglikelihood"):
+        make(folder, "last_word", tokenizer, rolling).items("test")
+    with pytest.raises(DataError, match="says num_fewshot: 0, which lm-eval keeps"):
+        make(folder, "plain", tokenizer, {"num_fewshot": 0}, num_fewshot=2).items("test")
+    with pytest.raises(DataError, match=r"validation\.a: LmEvalData shows its task's own .* `num_fewshot`"):
+        SuiteData(validation={"a": {"data": LmEvalData("plain"), "shots": 2}})
+
+
+def test_a_group_of_tasks_is_refused_by_its_tasks(folder: Path, tokenizer: Any) -> None:
+    for name in ("plain", "shots"):
+        write_tasks(folder, name)
+    (folder / "group.yaml").write_text("group: all\ntask: [plain, shots]\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"all is a group of lm-eval tasks; .* plain, shots"):
+        LmEvalData("all", task_folders=[str(folder)]).items("test")
