@@ -142,6 +142,18 @@ class LmEvalData(TaskData):
             self._scorer(split, rows)
         return rows
 
+    def groups(self, split: Split) -> tuple[int, ...] | None:
+        """Of each item a number that those have in common that are shown the same examples; None where each has its
+        own."""
+        numbers: dict[tuple[int, ...], int] = {}
+        shown = [tuple(map(id, self.harness.examples(document_of(item)))) for item in self.items(split)]
+        found = tuple(numbers.setdefault(examples, len(numbers)) if examples else -1 for examples in shown)
+        return found if len(numbers) < sum(number >= 0 for number in found) else None
+
+    def shares_prompts(self, split: Split) -> bool:
+        """Whether prompts of a split are computed once for several rows, if the model allows it."""
+        return super().shares_prompts(split) or (self._batches.share_prompts and self.groups(split) is not None)
+
     def scorer(self, split: Split = "validation") -> LmEvalScorer:
         """Scorer of the task's metrics."""
         return self._scorer(split, self.scoring_rows(split))

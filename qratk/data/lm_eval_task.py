@@ -90,7 +90,7 @@ class HarnessTask:
         self.shots = self._number_of_shots(num_fewshot)
         self._sampler = getattr(self._task, "sampler", None)
         self._documents: dict[str, list[Document]] = {}
-        self._examples: dict[str, list[Sequence[Any]]] = {}
+        self._drawn_examples: dict[str, list[Sequence[Any]]] = {}
         self._remember_texts()
 
     def _number_of_shots(self, asked: int | None) -> int:
@@ -155,7 +155,7 @@ class HarnessTask:
 
         Of choices these are one each, and, where mutual information is a metric, one each again without a context.
         """
-        examples = self._examples_of(document) if shots else ()
+        examples = self.examples(document) if shots else ()
         task, doc = self._task, document.fields
         with self._making(document):
             task.sampler = _Given(examples)
@@ -207,12 +207,13 @@ class HarnessTask:
                 f"{self.where(document)}: task {self.name} cannot make its requests: {type(error).__name__}: {error}"
             ) from error
 
-    def _examples_of(self, document: Document) -> Sequence[Any]:
+    def examples(self, document: Document) -> Sequence[Any]:
+        """Documents that are shown before a document. Raises DataError where there are too few."""
         if not self.shots:
             return ()
-        if document.split not in self._examples:
-            self._examples[document.split] = list(self._drawn(document.split))
-        return self._examples[document.split][document.index]
+        if document.split not in self._drawn_examples:
+            self._drawn_examples[document.split] = list(self._drawn(document.split))
+        return self._drawn_examples[document.split][document.index]
 
     def _drawn(self, split: str) -> Iterator[Sequence[Any]]:
         """Examples of every document of a split in turn, as lm-eval draws them in a run over it."""

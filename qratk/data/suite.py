@@ -205,10 +205,15 @@ class SuiteData(TaskData):
         return tuple(index for index, row in enumerate(self.scoring_rows(split)) if wanted[row.item])
 
     def groups(self, split: Split) -> tuple[int, ...] | None:
-        """Of each item the number of its task, where that shows examples; -1 where it does not."""
-        members = [item.member for item in cast("Sequence[SuiteItem]", self.items(split))]
-        shots = {number for number, place, _ in self._of(split) if cast(SuiteSplits, self._splits).examples.get(place)}
-        return tuple(number if number in shots else -1 for number in members) if shots else None
+        """Of each item a number of its task and of the examples that this shows; -1 where it shows none."""
+        self.items(split)
+        shown = cast(SuiteSplits, self._splits).examples
+        places: dict[tuple[int, int], int] = {}
+        found: list[int] = []
+        for number, place, data in self._of(split):
+            own = data.groups(split) or (0 if shown.get(place) else -1,) * len(data.items(split))
+            found += [-1 if group < 0 else places.setdefault((number, group), len(places)) for group in own]
+        return tuple(found) if places else None
 
     def shares_prompts(self, split: Split) -> bool:
         """Whether prompts of a split are computed once for several rows, if the model allows it."""

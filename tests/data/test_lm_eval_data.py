@@ -154,6 +154,23 @@ def test_requests_likelihoods_and_metrics_are_those_of_lm_eval(
     assert float(scorer.outcomes().mean()) == pytest.approx(figures["score"])
 
 
+def test_items_with_the_same_examples_share_them(folder: Path, tokenizer: Any) -> None:
+    def most_segments(name: str, *, suite: bool = False) -> int:
+        data: Any = make(folder, name, tokenizer)
+        if suite:
+            data = SuiteData(test={"a": {"data": make(folder, "shots", tokenizer)}, "b": {"data": data}})
+            data.attach(tokenizer, context_length=256)
+        assert data.shares_prompts("test")
+        batches = data.scoring_batches("test", shared_length=256)
+        return max(int(batch["segments"].max()) for batch in batches if "segments" in batch)
+
+    assert len(set(make(folder, "shots", tokenizer).groups("test") or ())) > 6
+    assert make(folder, "plain", tokenizer).groups("test") is None
+    assert make(folder, "first", tokenizer).groups("test") == (0,) * 12
+    assert most_segments("first") > 3
+    assert most_segments("first", suite=True) > 3
+
+
 def test_examples_are_those_of_the_command_line(folder: Path, tokenizer: Any, model: Any) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
