@@ -72,5 +72,5 @@ def test_config_states_a_budget(path):
 @pytest.mark.parametrize("kind", sorted(REGISTRIES))
 def test_every_strategy_is_in_the_list_of_strategies(kind):
     text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
-    words = set(re.findall(r"[a-z0-9_]+", " ".join(re.findall(r"`([^`]+)`", text))))
+    words = set(re.findall(r"[a-z0-9_-]+", " ".join(re.findall(r"`([^`]+)`", text))))
     assert set(REGISTRIES[kind].names()) <= words
