@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from qratk.core.errors import DataError
 from qratk.core.text import nearest
@@ -16,6 +16,8 @@ from qratk.data.base import TaskData
 from qratk.data.splits import Split, require_at_least
 from qratk.data.task import ShotStyle
 
+# The command line finds mistakes by parsing parts, which then must not be refused for want of another part.
+_MISSING: Final = cast(TaskData, None)
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -30,7 +32,7 @@ class TrainingSource:
         items: rows at most, drawn by seed.
     """
 
-    data: TaskData
+    data: TaskData = _MISSING
     weight: float | None = None
     items: int | None = None
 
@@ -52,7 +54,7 @@ class SuiteTask:
         fewshot_delimiter: text behind each example.
     """
 
-    data: TaskData
+    data: TaskData = _MISSING
     metric: str | None = None
     weight: float = 1.0
     items: int | list[int] | None = None
@@ -132,12 +134,12 @@ def _made(kind: type[Any], given: Any, place: str) -> Any:
     for option in given:
         if option not in known:
             raise DataError(f"{place}: unknown option {option!r}; known are {', '.join(known)}{nearest(option, known)}")
-    if "data" not in given:
-        raise DataError(f"{place} has no `data`: give the data module that its rows come from")
     return kind(**given)
 
 
 def _check_member(data: Any, items: int | Sequence[int] | None, weight: float) -> None:
+    if data is _MISSING:
+        raise DataError("there is no `data`: give the data module that the rows come from")
     if not isinstance(data, TaskData):
         raise DataError(f"`data` must be a data module, got {data!r:.200}")
     if data.holds_others:

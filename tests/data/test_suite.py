@@ -207,7 +207,7 @@ BAD: dict[str, tuple[Callable[[Write], dict[str, Any]], str]] = {
     ),
     "weight": (lambda w: {"validation": {"c": choice(w, weight=0)}}, r"validation.c: weight must be above 0, got 0"),
     "items": (lambda w: {"validation": {"c": choice(w, items=0)}}, "validation.c: items must be at least 1"),
-    "no data": (lambda w: {"validation": {"c": {"metric": "acc"}}}, "validation.c has no `data`"),
+    "no data": (lambda w: {"validation": {"c": {"metric": "acc"}}}, "validation.c: there is no `data`"),
     "no module": (lambda w: {"validation": {"c": {"data": "rows.jsonl"}}}, "must be a data module, got 'rows.jsonl'"),
     "option": (lambda w: {"validation": {"c": choice(w, wieght=2)}}, "unknown option 'wieght'.*weight"),
     "name": (lambda w: {"validation": {"a/b": choice(w)}}, "letters, digits, _ and -; got 'a/b'"),
