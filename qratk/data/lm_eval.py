@@ -15,7 +15,7 @@ from qratk.core.errors import DataError
 from qratk.data.lm_eval_task import FEWSHOT_SEED, load_tasks
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from qratk.data.choices import ChoiceData, Choices
     from qratk.data.splits import Item, Split
@@ -69,7 +69,7 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     with _placed(model, device), _quiet():
-        harness = _harness(HFLM, tokenizer)(
+        harness = _harness(HFLM, tokenizer, model)(
             pretrained=_view(model),
             tokenizer=copy.deepcopy(tokenizer),  # a padding token is set on it
             batch_size=batch_size,
@@ -84,18 +84,36 @@ def run_lm_eval(
     return results
 
 
-def _harness(kind: Any, tokenizer: Any) -> Any:
-    """lm-eval's `HFLM`, of texts without what the tokenizer puts behind them: it would stand before continuations."""
+def _harness(kind: Any, tokenizer: Any, model: nn.Module) -> Any:
+    """lm-eval's `HFLM`, of texts without what the tokenizer puts behind them: it would stand before continuations.
+
+    Where generation is greedy, rows leave the batch when they are done; texts are the same.
+    """
     from qratk.data.encoding import affixes, without_end
 
     behind = affixes(tokenizer)[1]
-    if not behind:
-        return kind
 
     class Harness(kind):  # type: ignore[misc]
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
             ids: list[int] = super().tok_encode(string, add_special_tokens, **options)
-            return ids if add_special_tokens is False else without_end(ids, behind)
+            return ids if add_special_tokens is False or not behind else without_end(ids, behind)
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+            import torch
+
+            from qratk.data.generation import StopSequences, asks_for_greedy, end_ids, generate, plain_greedy
+
+            if not (asks_for_greedy(options) and plain_greedy(model)):
+                made: Tensor = super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+                return made
+            rows = generate(
+                model, context, options["attention_mask"], most=max_length - context.shape[1], ends=end_ids(model),
+                stopped=StopSequences(self.tokenizer, stop),
+            )  # fmt: skip
+            width = max(map(len, rows))
+            pad = self.tokenizer.pad_token_id
+            filled = [row + [pad] * (width - len(row)) for row in rows]
+            return torch.cat([context, context.new_tensor(filled)], 1)
 
     return Harness
 
