@@ -9,6 +9,9 @@ branches: `segments`, (B, T), is 0 in the trunk, a number of its own in each bra
 `position_ids`, (B, T), restart after the trunk with every branch. Several items that are shown with the same examples
 share these in the trunk, and what each item's choices share lies between trunk and branches, in a stem with a number of
 its own: `parents`, (B, T), is the number of the stem in its branches, and 0 elsewhere. All are int64.
+
+A batch of prompts to go on from holds `input_ids` and `attention_mask`, (B, T), padded at the left, `row`, (B,), and
+`most`, (B,), the tokens that are generated at most.
 """
 
 from __future__ import annotations
@@ -78,16 +81,48 @@ def scoring_batches(
     at most `shared_length` tokens; so do items of a group, as `pack_rows` has them. There are at least `replicas`
     batches where there are that many rows.
     """
-    budget = size * max(len(row.tokens) for row in rows)
+    prompts = [index for index, row in enumerate(rows) if row.generates]
+    if prompts:
+        batches = _prompt_batches(rows, prompts, size, pad_id, replicas)
+        if len(prompts) == len(rows):
+            return batches
+    else:
+        batches = []
+    budget = size * max(len(row.tokens) for row in rows if not row.generates)
     packs = list(pack_rows(rows, shared_length, groups=groups, together=min(_TOGETHER, budget)))
     most = max(1, len(packs) // replicas)
-    batches = []
     # Rows that share nothing keep the plain mask, for which there are faster kernels.
     for shared in (True, False):
         group = sorted((p for p in packs if (p.trunk > 0) == shared), key=lambda pack: -pack.length)
         for cut in cheapest_cuts([pack.length for pack in group], budget=budget, most=most):
             batches.append(_collate(group[cut], rows, pad_id))
     return batches
+
+
+def _prompt_batches(
+    rows: Sequence[Encoded], prompts: Sequence[int], size: int, pad_id: int, replicas: int
+) -> list[Batch]:
+    """Batches of prompts to go on from, those that may become longest first, padded at the left."""
+
+    def length(index: int) -> int:
+        return len(rows[index].tokens) + rows[index].generates
+
+    ordered = sorted(prompts, key=lambda index: -length(index))
+    lengths = [length(index) for index in ordered]
+    cuts = cheapest_cuts(lengths, budget=size * lengths[0], most=max(1, len(ordered) // replicas))
+    return [_prompt_batch(ordered[cut], rows, pad_id) for cut in cuts]
+
+
+def _prompt_batch(indices: Sequence[int], rows: Sequence[Encoded], pad_id: int) -> Batch:
+    width = max(len(rows[index].tokens) for index in indices)
+    ids = torch.full((len(indices), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for place, index in enumerate(indices):
+        tokens = rows[index].tokens
+        ids[place, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
+        mask[place, width - len(tokens) :] = 1
+    most = torch.tensor([rows[index].generates for index in indices])
+    return {"input_ids": ids, "attention_mask": mask, "row": torch.tensor(indices), "most": most}
 
 
 def pack_rows(
@@ -98,7 +133,8 @@ def pack_rows(
     `groups` names the group of each item, whose rows begin with the same examples; -1 where there are none. Items of a
     group that follow one another share a row of at most `together` tokens.
     """
-    items = [list(indices) for _, indices in groupby(range(len(rows)), key=lambda index: rows[index].item)]
+    scored = [index for index, row in enumerate(rows) if not row.generates]
+    items = [list(indices) for _, indices in groupby(scored, key=lambda index: rows[index].item)]
     if groups is None or not shared_length:
         groups = [-1] * (1 + max(row.item for row in rows))
     for group, members in groupby(items, key=lambda indices: groups[rows[indices[0]].item]):

@@ -18,12 +18,16 @@ _MOST_REPEATS = 16  # of a row in one batch
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Tokens of a row, (T,), which are labelled, (T,), whether some were cut off, and the item it belongs to."""
+    """Tokens of a row, (T,), which are labelled, (T,), whether some were cut off, and the item it belongs to.
+
+    A prompt that a model is to go on from has nothing labelled, and says how many tokens it `generates` at most.
+    """
 
     tokens: NDArray[np.int32]
     labelled: NDArray[np.bool_]
     truncated: bool = False
     item: int = 0
+    generates: int = 0
 
 
 def encoded(tokens: Sequence[int], labelled: Sequence[bool], *, truncated: bool = False, item: int = 0) -> Encoded:
@@ -81,6 +85,11 @@ class PairEncoder:
             else:
                 encoded.append(self._without_context(bare_tokens[rest]))
         return encoded
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts that a model is to go on from. Raises DataError for one that has none."""
+        tokens = self._encode(sorted(set(texts)))
+        return [self._not_empty(tokens[text]) for text in texts]
 
     def _not_empty(self, head: list[int]) -> list[int]:
         if not head:

@@ -60,9 +60,9 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
-    most: int,
+    most: int | Sequence[int],
     ends: Collection[int] = (),
-    stopped: Callable[[Sequence[int]], bool] = lambda tokens: False,
+    stopped: Callable[[int, Sequence[int]], bool] = lambda prompt, tokens: False,
     candidates: int = 1,
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token; what ends it is part of it.
@@ -74,15 +74,16 @@ def generate(
         model: causal language model, as Hugging Face has them; a cohort is installed in it for several candidates.
         input_ids: prompts (B, T), padded at the left.
         attention_mask: 1 where there is a token, 0 where there is padding, (B, T).
-        most: tokens of a continuation at most.
+        most: tokens of a continuation at most, of all or of each prompt.
         ends: tokens that end a continuation.
-        stopped: whether a continuation so far is over.
+        stopped: whether the continuation of a prompt, by its index, is over with these tokens.
         candidates: how many of them are in the model.
 
     Returns:
         Tokens of each continuation, of the first candidate's prompts, then the second's.
     """
     prompts = len(input_ids)
+    limits = [most] * prompts if isinstance(most, int) else list(most)
     ids, mask = input_ids.repeat(candidates, 1), attention_mask.repeat(candidates, 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     takes = inspect.signature(_inner(model).forward).parameters
@@ -95,12 +96,14 @@ def generate(
         options = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in takes}
         out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{held: cache}, **options)
-        cache, tokens = out.past_key_values, out.logits[:, -1].argmax(-1)
+        cache = next(out[name] for name in ("cache", "past_key_values") if name in out)
+        tokens = out.logits[:, -1].argmax(-1)
         rows = [candidate * prompts + prompt for candidate in range(candidates) for prompt in left]
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not done[row]:
                 found[row].append(token)
-                done[row] = token in ends or len(found[row]) >= most or stopped(found[row])
+                prompt = row % prompts
+                done[row] = token in ends or len(found[row]) >= limits[prompt] or stopped(prompt, found[row])
         staying = [not all(done[prompt::prompts]) for prompt in left]
         if not any(staying):
             return found

@@ -106,9 +106,10 @@ def _harness(kind: Any, tokenizer: Any, model: nn.Module) -> Any:
             if not (asks_for_greedy(options) and plain_greedy(model)):
                 made: Tensor = super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
                 return made
+            stops = StopSequences(self.tokenizer, stop)
             rows = generate(
                 model, context, options["attention_mask"], most=max_length - context.shape[1], ends=end_ids(model),
-                stopped=StopSequences(self.tokenizer, stop),
+                stopped=lambda _, tokens: stops(tokens),
             )  # fmt: skip
             width = max(map(len, rows))
             pad = self.tokenizer.pad_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final, final
 
@@ -20,7 +21,8 @@ _METRICS: Final = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_mat
 
 @final
 class LmEvalData(TaskData):
-    """An lm-eval task that is scored by log-likelihoods (`output_type` multiple_choice or loglikelihood).
+    """An lm-eval task: `output_type` multiple_choice and loglikelihood, by log-likelihoods, and generate_until, by the
+    text that the model goes on with, the likeliest token each time.
 
     Prompts, examples and metrics are made by lm-eval; figures are equal to those of its own run over the same items.
 
@@ -37,7 +39,7 @@ class LmEvalData(TaskData):
         test: as `validation`; `auto` is the split that lm-eval evaluates.
         score: what a search maximises: one of the task's metrics that are a mean over items, or a score of
             `MultipleChoiceData`, or `token_prob`; `auto` is `prob_per_token` of choices, `token_prob` of continuations,
-            and the task's first metric where it makes results by a function of its own.
+            and the task's first metric of generated text, or where it makes results by a function of its own.
 
     The other options of `TaskData` apply too, but for `rename`. Raises DataError for options that cannot be.
     """
@@ -108,6 +110,9 @@ class LmEvalData(TaskData):
         pairs = []
         for item in items:
             document = document_of(item)
+            if self.harness.generates:
+                pairs.append((self.harness.prompt(document, shots=False), self.harness.answer(document)))
+                continue
             made = self.harness.pairs(document, shots=False)
             chosen = self.harness.right(document)[0] if self.harness.output_type == "multiple_choice" else 0
             pairs.append(made[chosen])
@@ -115,6 +120,9 @@ class LmEvalData(TaskData):
 
     def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """Every request that lm-eval would make."""
+        if self.harness.generates:
+            yield from self._encode_prompts(items)
+            return
         pairs: list[tuple[str, str]] = []
         owners: list[int] = []
         for index, item in enumerate(items):
@@ -133,6 +141,19 @@ class LmEvalData(TaskData):
             scored = min(len(continuation), limit - 1)
             labelled = [False] * (len(tokens) - scored) + [True] * scored
             yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
+
+    def _encode_prompts(self, items: Sequence[Item]) -> Iterator[Encoded]:
+        most = self.harness.most_tokens
+        limit = self.max_length - most
+        if limit < 1:
+            raise DataError(
+                f"task {self.task} generates up to {most} tokens, which leaves no room for prompts within max_length "
+                f"{self.max_length}: raise it"
+            )
+        prompts = PairEncoder(self.tokenizer).prompts([self.harness.prompt(document_of(item)) for item in items])
+        for index, prompt in enumerate(prompts):
+            row = encoded(prompt[-limit:], [False] * min(len(prompt), limit), truncated=len(prompt) > limit, item=index)
+            yield replace(row, generates=most)
 
     def scoring_rows(self, split: Split) -> tuple[Encoded, ...]:
         """Encoded rows to score. Raises DataError too for a score that the task does not have."""
@@ -160,7 +181,7 @@ class LmEvalData(TaskData):
 
     def _scorer(self, split: Split, rows: Sequence[Encoded]) -> LmEvalScorer:
         documents = [document_of(item) for item in self.items(split)]
-        return LmEvalScorer(self.harness, documents, [row.item for row in rows], self.score)
+        return LmEvalScorer(self.harness, documents, [row.item for row in rows], self.score, self.tokenizer)
 
     def options(self) -> Mapping[str, Any]:
         """Task, examples and score."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from qratk.core.errors import DataError
 from qratk.core.text import nearest
 from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES
+from qratk.data.generation import StopSequences
 from qratk.data.lm_eval_task import Document, HarnessTask
 from qratk.data.scoring import ChoiceScorer, LikelihoodScorer, Scorer
 
@@ -25,9 +26,13 @@ class LmEvalScorer(Scorer):
     `LikelihoodScorer`: unlike an accuracy they tell of two models which is nearer to being right.
     """
 
-    def __init__(self, task: HarnessTask, documents: Sequence[Document], items: Sequence[int], score: str) -> None:
+    def __init__(
+        self, task: HarnessTask, documents: Sequence[Document], items: Sequence[int], score: str, tokenizer: Any
+    ) -> None:
         """`items` holds the item of each row. Raises DataError for a score that the task does not have."""
-        super().__init__(items, len(documents))
+        super().__init__(items, len(documents), len(task.text_figures) if task.generates else 0)
+        self._tokenizer = tokenizer
+        self._stop = StopSequences(tokenizer, task.until) if task.generates else None
         self._documents = tuple(documents)
         counts = torch.bincount(self.items, minlength=len(documents)).tolist()
         self._starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
@@ -42,7 +47,7 @@ class LmEvalScorer(Scorer):
     def _put_likelihoods(self) -> None:
         """Have a scorer of likelihoods, where what is right is known and one."""
         task = self._task
-        if task.own_results:
+        if task.own_results or task.generates:
             return
         if task.output_type == "loglikelihood":
             self._liked = (LikelihoodScorer(self.items.tolist(), self.num_items), torch.arange(len(self.items)))
@@ -59,7 +64,11 @@ class LmEvalScorer(Scorer):
 
     def _known(self, name: str) -> str:
         """The figure of that name, the task's own first choice for `auto`."""
-        bounded = [metric for metric in self._task.metrics if self._task.bounded(metric)]
+        task = self._task
+        bounded = [metric for metric in task.metrics if task.bounded(metric)]
+        if task.generates:
+            bounded = list(task.text_figures)
+            name = next((full for full in bounded if full.partition(",")[0] == name), name)
         smooth = self._smooth
         if name == AUTO:
             first = [*smooth[:1], *bounded]
@@ -93,8 +102,20 @@ class LmEvalScorer(Scorer):
             setattr(scorer, name, getattr(self, name).cpu()[rows])
         return scorer
 
+    def stopped(self, row: int, tokens: Sequence[int]) -> bool:
+        """Whether one of the texts has come that end a text of the task."""
+        return self._stop is not None and self._stop(tokens)
+
+    def text_values(self, row: int, tokens: Sequence[int]) -> Sequence[float]:
+        """The task's metrics of a row's text."""
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._task.text_values(self._documents[int(self.items[row])], text)
+
     def _results(self, admitted: Sequence[bool]) -> list[dict[str, Any]]:
         """What the task says of each of the items that are admitted."""
+        if self._task.generates:
+            means = (self.values.cpu().double() / self.seen.cpu().clamp(min=1)[:, None]).tolist()
+            return [dict(zip(self._task.text_figures, own, strict=True)) for own in compress(means, admitted)]
         values = self._row_values()[0].tolist()
         greedy = (self.greedy.cpu() > 0).tolist()
         places = zip(self._documents, self._starts, self._counts, strict=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qratk.core.errors import DataError
+from qratk.data.generation import asks_for_greedy
 from qratk.data.splits import Split
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 FEWSHOT_SEED: Final = 1234
 """Of lm-eval's command line, by which it draws examples."""
 
-_SCORED: Final = ("multiple_choice", "loglikelihood")
+_SCORED: Final = ("multiple_choice", "loglikelihood", "generate_until")
+_MOST_TOKENS: Final = 256  # of a text, where the task does not say: lm-eval's default
 _TEXTS: Final = ("doc_to_text", "doc_to_choice", "doc_to_target")
 _DECIDING: Final = (
     "output_type", *_TEXTS, "description", "target_delimiter", "fewshot_delimiter", "gen_prefix", "use_prompt",
-    "fewshot_config", "process_docs", "process_results", "metric_list", "filter_list",
+    "fewshot_config", "process_docs", "process_results", "metric_list", "filter_list", "generation_kwargs",
 )  # fmt: skip
 
 
@@ -74,7 +76,7 @@ class Document:
 
 
 class HarnessTask:
-    """One task of lm-eval, whose documents are scored by log-likelihoods.
+    """One task of lm-eval, whose documents are scored by log-likelihoods or by the text that a model goes on with.
 
     Prompts are the task's own, with as many examples as it says, or `num_fewshot`, drawn by its own sampler: the
     documents that lm-eval itself evaluates have the very examples that they have in a whole run of it with that seed,
@@ -92,6 +94,8 @@ class HarnessTask:
         self._documents: dict[str, list[Document]] = {}
         self._drawn_examples: dict[str, list[Sequence[Any]]] = {}
         self._remember_texts()
+        if self.generates:
+            self.until, self.most_tokens = self._generation()
 
     def _number_of_shots(self, asked: int | None) -> int:
         own = self._task.config.num_fewshot
@@ -106,8 +110,13 @@ class HarnessTask:
 
     @property
     def output_type(self) -> str:
-        """What the task asks of a model: multiple_choice or loglikelihood."""
+        """What the task asks of a model: multiple_choice, loglikelihood or generate_until."""
         return str(self._task.OUTPUT_TYPE)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a model has to go on from prompts."""
+        return self.output_type == "generate_until"
 
     @property
     def own_results(self) -> bool:
@@ -155,6 +164,13 @@ class HarnessTask:
 
         Of choices these are one each, and, where mutual information is a metric, one each again without a context.
         """
+        return tuple((str(one.args[0]), str(one.args[1])) for one in self._requests(document, shots=shots))
+
+    def prompt(self, document: Document, *, shots: bool = True) -> str:
+        """What a model has to go on from."""
+        return str(self._requests(document, shots=shots)[0].args[0])
+
+    def _requests(self, document: Document, *, shots: bool) -> list[Any]:
         examples = self.examples(document) if shots else ()
         task, doc = self._task, document.fields
         with self._making(document):
@@ -175,7 +191,7 @@ class HarnessTask:
                 apply_chat_template=False,
                 chat_template=None,
             )
-        return tuple((str(one.args[0]), str(one.args[1])) for one in (made if isinstance(made, list) else [made]))
+        return list(made) if isinstance(made, list) else [made]
 
     def choices(self, document: Document) -> list[str]:
         """Texts of a document's choices, by which lm-eval measures them."""
@@ -194,6 +210,28 @@ class HarnessTask:
                 f"choose a split of the data whose labels are known"
             )
         return tuple(found)
+
+    def answer(self, document: Document) -> str:
+        """The right answer of a task that generates text, as it stands behind the prompt."""
+        with self._making(document):
+            target = self._task.doc_to_target(document.fields)
+            if self._task.config.doc_to_choice is not None and isinstance(target, int):
+                target = self.choices(document)[target]
+            first = target[0] if isinstance(target, list) else target
+            return f"{self._task.config.target_delimiter}{first}"
+
+    def _generation(self) -> tuple[tuple[str, ...], int]:
+        """Texts that end a text, and its tokens at most. Raises DataError unless the likeliest tokens are asked for."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        options = dict(normalize_gen_kwargs(dict(self._task.config.generation_kwargs or {}), _MOST_TOKENS))
+        until, most = options.pop("until", None) or [], int(options.pop("max_gen_toks"))
+        if not asks_for_greedy({**options, "attention_mask": None}) or int(self._task.config.repeats or 1) > 1:
+            raise DataError(
+                f"task {self.name} asks for more than the likeliest text, by {self._task.config.generation_kwargs}; it "
+                f"can run after a search: --lm_eval.tasks='[{self.name}]'"
+            )
+        return tuple(until if isinstance(until, list) else [until]), most
 
     @contextmanager
     def _making(self, document: Document) -> Iterator[None]:
@@ -258,8 +296,36 @@ class HarnessTask:
         return self._task.aggregation().get(metric) is mean and bool(self._task.higher_is_better().get(metric, True))
 
     @property
+    def text_figures(self) -> tuple[str, ...]:
+        """Names of the metrics of a text that are means over items, each with the filter that the text went through."""
+        names = [metric for metric in self.metrics if self.bounded(metric)]
+        filters = [one.name for one in self._task._filters]
+        return tuple(name if one == "none" else f"{name},{one}" for one in filters for name in names)
+
+    def text_values(self, document: Document, text: str) -> list[float]:
+        """Values of `text_figures` of a text, which is cut before what ends it."""
+        from lm_eval.api.instance import Instance
+
+        for end in filter(None, self.until):
+            text = text.split(end)[0]
+        found: dict[str, Any] = {}
+        with self._making(document):
+            request = Instance("generate_until", document.fields, ("", {}), 0, (self.name, document.index, 1), [text])
+            for one in self._task._filters:
+                one.apply([request])
+                results = self._task.process_results(document.fields, [request.filtered_resps[one.name]])
+                found |= {
+                    name if one.name == "none" else f"{name},{one.name}": value for name, value in results.items()
+                }
+            return [float(found[name]) for name in self.text_figures]
+
+    @property
     def needs_greedy(self) -> bool:
         """Whether metrics ask if a continuation is the likeliest token by token."""
+        return not self.generates and self._asks_for_greedy
+
+    @property
+    def _asks_for_greedy(self) -> bool:
         return self.own_results or self.output_type == "loglikelihood" or "exact_match" in self.metrics
 
     def results(self, document: Document, responses: Sequence[tuple[float, bool]]) -> dict[str, Any]:
@@ -293,7 +359,7 @@ def _single(name: str, loaded: Mapping[Any, Any]) -> Any:
         raise DataError(f"task {name} is a class of its own, {type(task).__name__}; only those of a YAML can be used")
     if task.OUTPUT_TYPE not in _SCORED:
         raise DataError(
-            f"task {name} has the output_type {task.OUTPUT_TYPE}; only {' and '.join(_SCORED)} can be scored in a "
+            f"task {name} has the output_type {task.OUTPUT_TYPE}; only {', '.join(_SCORED)} can be scored in a "
             f"search, others run after it: --lm_eval.tasks='[{name}]'"
         )
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

@@ -20,7 +20,8 @@ class Scorer(Metric):
 
     Works with several replicas: states are summed, and a row that two replicas scored counts once. Figures are made on
     the CPU in double precision, where adding up has one order. Where only some items are to be scored, `wanted` says
-    which, (num_items,) bool. `needs_greedy` says whether `update` must be told if rows were the likeliest tokens.
+    which, (num_items,) bool. `needs_greedy` says whether `update` must be told if rows were the likeliest tokens. Rows
+    that generate text have `width` figures each, `values`, (rows, width), made as soon as their text is there.
     """
 
     full_state_update = False
@@ -30,11 +31,12 @@ class Scorer(Metric):
     tokens: Tensor
     seen: Tensor
     greedy: Tensor
+    values: Tensor
     wanted: Tensor | None = None
     needs_greedy: bool = False
 
-    def __init__(self, items: Sequence[int], num_items: int) -> None:
-        """`items` holds the item of each row."""
+    def __init__(self, items: Sequence[int], num_items: int, width: int = 0) -> None:
+        """`items` holds the item of each row, `width` is the number of figures of a text that is generated."""
         super().__init__()
         rows = len(items)
         self.num_items = num_items
@@ -43,15 +45,35 @@ class Scorer(Metric):
         self.add_state("log_likelihood", torch.zeros(rows), dist_reduce_fx="sum")
         for name in ("tokens", "seen", "greedy"):
             self.add_state(name, torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
+        self.width = width
+        if width:
+            self.add_state("values", torch.zeros(rows, width), dist_reduce_fx="sum")
 
     def update(
-        self, batch: Mapping[str, Tensor], log_likelihood: Tensor, tokens: Tensor, greedy: Tensor | None = None
+        self,
+        batch: Mapping[str, Tensor],
+        log_likelihood: Tensor | None = None,
+        tokens: Tensor | None = None,
+        greedy: Tensor | None = None,
+        *,
+        texts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Take the summed log-likelihood and the number of labelled tokens of each row of a batch, both (B,).
 
         `greedy`, (B,) bool, tells whether each row's labelled tokens were the likeliest ones: adds "exact_match".
+        Of a batch of prompts, `texts` are the tokens that were generated for each, and nothing else is given.
         """
         row = batch["row"].to(self.seen.device)
+        if texts is not None:
+            values = torch.zeros(len(texts), self.width)
+            for place, (number, text) in enumerate(zip(row.tolist(), texts, strict=True)):
+                own = torch.tensor(self.text_values(number, text))
+                values[place, : len(own)] = own
+            self.values.index_add_(0, row, values.to(self.values))
+            self.seen.index_add_(0, row, torch.ones_like(row))
+            return
+        assert log_likelihood is not None
+        assert tokens is not None
         self.log_likelihood.index_add_(0, row, log_likelihood.detach().to(self.log_likelihood))
         self.tokens.index_add_(0, row, tokens.to(self.tokens))
         self.seen.index_add_(0, row, torch.ones_like(row))
@@ -59,13 +81,21 @@ class Scorer(Metric):
             self._has_greedy = True
             self.greedy.index_add_(0, row, greedy.to(self.greedy))
 
+    def stopped(self, row: int, tokens: Sequence[int]) -> bool:
+        """Whether the text of a row is over after these tokens."""
+        raise DataError(f"{type(self).__name__} has no rows that generate text")
+
+    def text_values(self, row: int, tokens: Sequence[int]) -> Sequence[float]:
+        """Figures of the text of a row."""
+        raise DataError(f"{type(self).__name__} has no rows that generate text")
+
     def compute(self) -> dict[str, Tensor]:
         """Named figures, among them "score" (larger is better), over the items whose every row was seen."""
         complete = self._complete()
         if not bool(complete.any()):
             raise DataError("no item was scored: run at least one scoring batch before asking for the score")
         figures = self._figures(complete)
-        if self._has_greedy:
+        if self._has_greedy and not self.needs_greedy:  # who needs it makes figures of it
             figures["exact_match"] = self._exact()[complete].double().mean()
         return {name: self._placed(value) for name, value in figures.items()}
 

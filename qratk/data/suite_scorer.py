@@ -37,7 +37,7 @@ class SuiteScorer(Scorer):
             items += (task.scorer.items + total).tolist()
             total += task.scorer.num_items
             self._ends.append((len(items), total))
-        super().__init__(items, total)
+        super().__init__(items, total, max((task.scorer.width for task in tasks), default=0))
         self._tasks = tuple(tasks)
         self.needs_greedy = any(task.scorer.needs_greedy for task in tasks)
         self.wanted = None if wanted is None else torch.tensor(wanted)
@@ -49,9 +49,30 @@ class SuiteScorer(Scorer):
         for task, (row, item) in zip(self._tasks, self._ends, strict=True):
             for name in ("log_likelihood", "tokens", "seen", "greedy"):
                 setattr(task.scorer, name, getattr(self, name)[first_row:row].cpu())
+            if task.scorer.width:
+                task.scorer.values = self.values[first_row:row, : task.scorer.width].cpu()
             parts.append((task, slice(first_item, item)))
             first_row, first_item = row, item
         return parts
+
+    def stopped(self, row: int, tokens: Sequence[int]) -> bool:
+        """Whether the text of a row is over, as its task says."""
+        scorer, own = self._of_row(row)
+        return scorer.stopped(own, tokens)
+
+    def text_values(self, row: int, tokens: Sequence[int]) -> Sequence[float]:
+        """Figures of the text of a row, those of its task."""
+        scorer, own = self._of_row(row)
+        return scorer.text_values(own, tokens)
+
+    def _of_row(self, row: int) -> tuple[Scorer, int]:
+        """The scorer of the task that a row is of, and the row's number there."""
+        first = 0
+        for task, (end, _) in zip(self._tasks, self._ends, strict=True):
+            if row < end:
+                return task.scorer, row - first
+            first = end
+        raise IndexError(row)
 
     def _figures(self, complete: Tensor) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {}

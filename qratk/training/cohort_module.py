@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qratk.backbone.logits import labelled_logits, replicate, training_losses
+from qratk.backbone.logits import training_losses
 from qratk.core.errors import ConfigurationError
 from qratk.training.accumulation import TokenWeighting
 from qratk.training.cohort import Cohort
@@ -162,8 +162,7 @@ class CohortModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch for every candidate."""
-        whole = replicate(batch, len(self.cohort))
-        self._scoring.update(batch, labelled_logits(self.model, whole), whole)
+        self._scoring.score(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the scores in `scores`."""

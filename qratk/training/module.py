@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from qratk.adapters.base import AfterStep, Way
@@ -22,7 +22,6 @@ from qratk.adapters.options import StoredType
 from qratk.backbone.backbone import Backbone
 from qratk.backbone.loading import dtype_name, resolve_dtype
 from qratk.backbone.logits import (
-    labelled_logits,
     model_inputs,
     shared_length,
     training_losses,
@@ -390,9 +389,10 @@ class FineTuneModule(ScoredModule):
                 _logger.warning("the model cannot score choices that share a prompt: each is scored with its own")
         return self._shared_length
 
-    def scoring_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits at a scoring batch's predictors, (P, V)."""
-        return labelled_logits(self.backbone.model, batch)
+    @property
+    def scored_model(self) -> nn.Module:
+        """The model that is scored."""
+        return self.backbone.model
 
     def on_validation_epoch_start(self) -> None:
         """Round the adapters to what is stored; in the midst of training, that is told anew."""

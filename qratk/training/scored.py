@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, cast
 
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from qratk.backbone.logits import target_log_likelihood
+from qratk.backbone.logits import labelled_logits, target_log_likelihood
 from qratk.core.errors import ConfigurationError
 from qratk.training.scoring import Scoring, outcomes_of
 
@@ -32,13 +32,14 @@ class ScoredModule(LightningModule, ABC):
         self._scoring = Scoring()
         self._stored = ExitStack()
 
+    @property
     @abstractmethod
-    def scoring_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits at a scoring batch's predictors, (P, V)."""
+    def scored_model(self) -> nn.Module:
+        """The model that is scored."""
 
     def log_likelihood(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed log-likelihoods of a scoring batch's rows, (R,) float32 in nats, and their labelled tokens, (R,)."""
-        return target_log_likelihood(self.scoring_logits(batch), batch)
+        return target_log_likelihood(labelled_logits(self.scored_model, batch), batch)
 
     @abstractmethod
     def stored_precision(self) -> AbstractContextManager[None]:
@@ -58,7 +59,7 @@ class ScoredModule(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch."""
-        self._scoring.update(batch, self.scoring_logits(batch))
+        self._scoring.score(self.scored_model, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics as validation/<name>; `validation/score` is larger-is-better."""
@@ -70,7 +71,7 @@ class ScoredModule(LightningModule, ABC):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a batch."""
-        self._scoring.update(batch, self.scoring_logits(batch))
+        self._scoring.score(self.scored_model, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics as test/<name>."""
@@ -85,7 +86,12 @@ class ScoredModule(LightningModule, ABC):
         self._stored.close()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Row indices (R,), summed log-likelihoods (R,) in nats and labelled tokens (R,) of a batch."""
+        """Row indices (R,), summed log-likelihoods (R,) in nats and labelled tokens (R,) of a batch.
+
+        Raises `ConfigurationError` for a task that generates text.
+        """
+        if "most" in batch:
+            raise ConfigurationError("predict tells likelihoods, and a task that generates text has none: use test")
         with self.stored_precision():
             log_likelihood, tokens = self.log_likelihood(batch)
         return {"row": batch["row"], "log_likelihood": log_likelihood, "tokens": tokens}

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qratk.backbone.logits import target_greedy, target_log_likelihood
+from qratk.backbone.logits import labelled_logits, replicate, target_greedy, target_log_likelihood
+from qratk.data.generation import end_ids, generate
 
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
@@ -37,13 +38,27 @@ class Scoring:
         self._scorers = tuple(data.scorer(split).to(device) for _ in range(count))
         self._stored.enter_context(stored_precision)
 
-    def update(self, batch: Mapping[str, Tensor], logits: Tensor, whole: Mapping[str, Tensor] | None = None) -> None:
-        """Take the logits of a batch's predictors; of several candidates those of `whole`, the batch so many times."""
-        whole, count = batch if whole is None else whole, len(self._scorers)
+    def score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Score a batch for every candidate in the model: by likelihoods, or by what is generated from prompts."""
+        if "most" in batch:
+            self._generate(model, batch)
+            return
+        count = len(self._scorers)
+        whole = replicate(batch, count) if count > 1 else batch
+        logits = labelled_logits(model, whole)
         likelihoods, tokens = (part.view(count, -1) for part in target_log_likelihood(logits, whole))
         greedy = target_greedy(logits, whole).view(count, -1) if self._scorers[0].needs_greedy else None
         for index, scorer in enumerate(self._scorers):
             scorer.update(batch, likelihoods[index], tokens[index], None if greedy is None else greedy[index])
+
+    def _generate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        rows, one = batch["row"].tolist(), self._scorers[0]
+        found = generate(
+            model, batch["input_ids"], batch["attention_mask"], most=batch["most"].tolist(), ends=end_ids(model),
+            stopped=lambda prompt, tokens: one.stopped(rows[prompt], tokens), candidates=len(self._scorers),
+        )  # fmt: skip
+        for index, scorer in enumerate(self._scorers):
+            scorer.update(batch, texts=found[index * len(rows) : (index + 1) * len(rows)])
 
     def end(self) -> tuple[Scorer, ...]:
         """The scorers, with all that they saw; the adapters are as before."""

@@ -18,6 +18,7 @@ from qratk.backbone.logits import (
     model_inputs,
     replicate,
     shared_length,
+    target_greedy,
     target_log_likelihood,
     targets_of,
     training_losses,
@@ -261,6 +262,19 @@ def test_target_log_likelihood_equals_a_loop(monkeypatch: pytest.MonkeyPatch, ch
     assert counts.tolist() == numbers
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_whose_targets_are_all_the_likeliest_are_told() -> None:
+    logits, batch = random_targets(torch.float32)
+    likeliest = logits.argmax(1)
+    assert target_greedy(logits, batch).tolist() == [False, False, True, False]  # row 2 has no target
+    batch["target"] = likeliest[batch["target_at"]]
+    assert target_greedy(logits, batch).tolist() == [True] * 4
+    batch["target"][3] = (batch["target"][3] + 1) % 17
+    assert target_greedy(logits, batch).tolist() == [True, False, True, True]
+    logits[batch["target_at"][3]] = 1.0  # of equals the first
+    batch["target"][3] = 0
+    assert target_greedy(logits, batch).tolist() == [True] * 4
 
 
 def test_a_batch_without_targets_scores_nothing() -> None:

@@ -38,17 +38,32 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "test_split": "test", "num_fewshot": 1, "doc_to_text": "{{context}}\n{{question}}", "doc_to_choice": "choices",
         "doc_to_target": "label", "metric_list": metrics,
     }  # fmt: skip
+    texts = {name: value for name, value in task.items() if name not in ("doc_to_choice", "num_fewshot")} | {
+        "task": "own_texts", "output_type": "generate_until", "doc_to_target": "{{choices[label][:1]}}",
+        "filter_list": [
+            {"name": "first", "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}]}
+        ],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": metrics[2:],
+    }  # fmt: skip
     Path("tasks").mkdir()
+    Path("tasks/own_texts.yaml").write_text(yaml.safe_dump(texts, sort_keys=False))
     Path("tasks/own_task.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
     search = {
         "bits": [4], "ranks": [2, 4], "like": [4, 4], "steps": [1], "generations": 1, "high_fidelity_candidates": 1,
         "bits_importance": "uniform", "rank_importance": "uniform", "refiner": "none", "test": True,
         "reporters": ["files"], "searcher": {"class_path": "random", "init_args": {"offspring": 1}},
     }  # fmt: skip
-    options = {"task": "own_task", "task_folders": ["tasks"], "train": "train", "batch_size": 4}
+
+    def data(name: str, **options: str) -> dict[str, Any]:
+        return {"class_path": "LmEvalData", "init_args": {"task": name, "task_folders": ["tasks"], **options}}
+
+    def tasks() -> dict[str, Any]:
+        return {"choice": {"data": data("own_task"), "metric": "exact_match"}, "text": {"data": data("own_texts")}}
+
+    suite = {"train": [{"data": data("own_task", train="train")}], "validation": tasks(), "test": tasks()}
     return {
         "model": {"model": "embedded", "learning_rate": 5e-3},
-        "data": {"class_path": "LmEvalData", "init_args": options},
+        "data": {"class_path": "SuiteData", "init_args": {**suite, "batch_size": 4}},
         "search": search,
     }
 
@@ -60,15 +75,27 @@ def test_what_a_search_reports_is_what_lm_eval_says_of_its_answer(
     assert main(["search", "--config", "own.yaml", "--run_dir", "run"]) == 0
     run = qratk.Run.open("run")
     best = run.result.best
-    assert best.score == best.figures["prob_per_token"]
-    assert all(len(record.evaluation.outcomes) == 12 for record in run.records)
+    assert best.figures["text/score"] == best.figures["text/exact_match,first"]
+    assert best.score == pytest.approx((best.figures["choice/exact_match"] + best.figures["text/score"]) / 2)
+    assert all(len(record.evaluation.outcomes) == 12 + 12 for record in run.records)
     capsys.readouterr()
     assert (
-        main(["test", "--config", "run/best.yaml", "--lm_eval.tasks=[own_task]", "--lm_eval.task_folders=[tasks]"]) == 0
+        main(
+            [
+                "test",
+                "--config",
+                "run/best.yaml",
+                "--lm_eval.tasks=[own_task, own_texts]",
+                "--lm_eval.task_folders=[tasks]",
+            ]
+        )
+        == 0
     )
     told = capsys.readouterr().out
-    theirs = yaml.safe_load(told[told.index("lm_eval:") :])["lm_eval"]["own_task"]
-    assert set(theirs) == {"acc", "acc_norm", "exact_match"}
-    for name, value in theirs.items():
-        (line,) = [line for line in told.splitlines() if f"test/{name} " in line]
-        assert float(line.strip("│ ").split()[-1]) == pytest.approx(value, abs=1e-6)
+    theirs = yaml.safe_load(told[told.index("lm_eval:") :])["lm_eval"]
+    assert set(theirs["own_task"]) == {"acc", "acc_norm", "exact_match"}
+    assert set(theirs["own_texts"]) == {"exact_match,first"}
+    for task, found in (("choice", theirs["own_task"]), ("text", theirs["own_texts"])):
+        for name, value in found.items():
+            (line,) = [line for line in told.splitlines() if f"test/{task}/{name} " in line]
+            assert float(line.strip("│ ").split()[-1]) == pytest.approx(value, abs=1e-6)

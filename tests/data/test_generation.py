@@ -93,7 +93,7 @@ def test_a_stop_sequence_may_lie_across_tokens(tokenizer: Any, packed: Any) -> N
     text = tokenizer.decode(whole[0])
     middle = text[len(text) // 2 - 1 : len(text) // 2 + 2]
     stop = StopSequences(tokenizer, ["never to come", middle])
-    ours = generate(packed, ids, mask, most=20, stopped=stop)
+    ours = generate(packed, ids, mask, most=20, stopped=lambda _, tokens: stop(tokens))
     cut = next(n for n in range(1, 21) if middle in tokenizer.decode(whole[0][:n]))
     assert ours[0] == whole[0][:cut]
 

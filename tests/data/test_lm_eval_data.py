@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from qratk.backbone.logits import labelled_logits, target_greedy, target_log_likelihood
 from qratk.core import DataError
 from qratk.data import LmEvalData, MultipleChoiceData, SuiteData
 from qratk.data.lm_eval import run_lm_eval
+from qratk.training.scoring import Scoring
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's dependencies
@@ -78,7 +79,33 @@ import math
 def results(doc, results):
     values = [math.exp(value) for value, _ in results]
     return {"share": values[doc["label"]] / sum(values)}
+
+def of_text(doc, results):
+    return {"share": (sum(map(ord, results[0])) + doc["label"]) % 11 / 11}
 """
+TEXTS: dict[str, dict[str, Any]] = {
+    "texts": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "tail",
+        "num_fewshot": 1,
+        "generation_kwargs": {"until": ["e", "fox"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0},
+        "metric_list": [metric("share")],
+        "process_results": "!of_text",
+    },
+    "filtered": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{['h', 'o', 'e', 's'][label]}}",
+        "generation_kwargs": {"until": [], "max_gen_toks": 12},
+        "metric_list": [{**metric("exact_match"), "ignore_case": True}],
+        "filter_list": [
+            {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+            for name, pattern in (("first", "([a-z])"), ("second", "[a-z][^a-z]*([a-z])"))
+        ],
+    },
+}
+TASKS |= TEXTS
 
 
 @pytest.fixture
@@ -104,7 +131,9 @@ def write_tasks(place: Path, name: str, **options: Any) -> str:
         **options,
     }
     text = yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False)
-    (place / f"{name}.yaml").write_text(text.replace("'!results'", "!function functions.results"), encoding="utf-8")
+    for function in ("results", "of_text"):
+        text = text.replace(f"'!{function}'", f"!function functions.{function}")
+    (place / f"{name}.yaml").write_text(text, encoding="utf-8")
     return name
 
 
@@ -115,11 +144,12 @@ def make(place: Path, name: str, tokenizer: Any, config: dict[str, Any] | None =
 
 
 def scored(data: Any, model: Any, split: str = "test", shared_length: int = 128) -> Any:
-    scorer = data.scorer(split)
+    scoring = Scoring()
+    scoring.begin(data, split, torch.device("cpu"), nullcontext())
     with torch.no_grad():
         for batch in data.scoring_batches(split, shared_length=shared_length):
-            logits = labelled_logits(model, batch)
-            scorer.update(batch, *target_log_likelihood(logits, batch), target_greedy(logits, batch))
+            scoring.score(model, batch)
+    (scorer,) = scoring.end()
     return scorer
 
 
@@ -128,7 +158,7 @@ def samples_of(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - TEXTS.keys()))
 def test_requests_likelihoods_and_metrics_are_those_of_lm_eval(
     name: str, folder: Path, tokenizer: Any, model: Any
 ) -> None:
@@ -152,6 +182,73 @@ def test_requests_likelihoods_and_metrics_are_those_of_lm_eval(
             own = [float(sample[figure]) for sample in samples]
             assert scorer.item_figure(figure).tolist() == pytest.approx(own, rel=1e-5)
     assert float(scorer.outcomes().mean()) == pytest.approx(figures["score"])
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_texts_and_their_metrics_are_those_of_lm_eval(
+    name: str, folder: Path, tokenizer: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(folder, name, tokenizer, eval_batch_size=5)
+    texts: dict[int, str] = {}
+    values = data.harness.text_values
+
+    def noted(document: Any, text: str) -> list[float]:
+        texts[document.index] = text
+        return values(document, text)
+
+    monkeypatch.setattr(data.harness, "text_values", noted)
+    scorer = scored(data, model)
+    monkeypatch.setattr("qratk.data.generation.plain_greedy", lambda model: False)  # their own generation
+    theirs = run_lm_eval(model, tokenizer, [name], task_folders=[folder], log_samples=True, max_length=256)
+    samples = samples_of(theirs, name)
+    assert len(texts) == 12
+    for sample in samples:
+        own = texts[sample["doc_id"]]
+        for end in data.harness.until:
+            own = own.split(end)[0]
+        assert own == sample["resps"][0][0]
+    assert len({sample["resps"][0][0] for sample in samples}) > 3
+    figures = {key: float(value) for key, value in scorer.compute().items()}
+    wanted = {key.removesuffix(",none"): value for key, value in theirs["results"][name].items() if "," in key}
+    wanted = {key: value for key, value in wanted.items() if "_stderr" not in key}
+    assert {key: figures[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+    assert len(wanted) == (2 if name == "filtered" else 1)
+    assert any(0 < value < 1 for value in wanted.values())
+    assert figures["score"] == figures[next(iter(wanted))] == pytest.approx(float(scorer.outcomes().mean()))
+
+
+def test_candidates_side_by_side_generate_as_each_alone(folder: Path, tokenizer: Any, model: Any) -> None:
+    suite = SuiteData(
+        validation={name: {"data": make(folder, name, tokenizer)} for name in ("texts", "plain", "filtered")},
+        eval_batch_size=3,
+    )
+    suite.attach(tokenizer, context_length=256)
+    alone = scored(suite, model, "validation")
+    scoring = Scoring()
+    scoring.begin(suite, "validation", torch.device("cpu"), nullcontext(), count=2)
+    with torch.no_grad():
+        for batch in suite.scoring_batches("validation", shared_length=128):
+            scoring.score(model, batch)
+    for scorer in scoring.end():
+        found = {key: float(value) for key, value in scorer.compute().items()}
+        assert found == pytest.approx({key: float(value) for key, value in alone.compute().items()}, rel=1e-4)
+        assert scorer.outcomes().tolist() == pytest.approx(alone.outcomes().tolist(), rel=1e-4)
+    assert {"texts/share", "filtered/exact_match,first", "plain/acc"} <= set(found)
+
+
+def test_replicas_share_texts_out(folder: Path, tokenizer: Any, model: Any) -> None:
+    data = make(folder, "texts", tokenizer, eval_batch_size=2)
+    whole, batches = scored(data, model), data.scoring_batches("test")
+    parts = []
+    for share in (batches[::2], [*batches[1::2], batches[0]]):  # one is scored by both
+        scoring = Scoring()
+        scoring.begin(data, "test", torch.device("cpu"), nullcontext())
+        for batch in share:
+            scoring.score(model, batch)
+        parts += scoring.end()
+    for name in ("seen", "values"):  # as a sum over replicas does
+        setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
+    assert parts[0].outcomes().tolist() == pytest.approx(whole.outcomes().tolist(), rel=1e-6)
 
 
 def test_items_with_the_same_examples_share_them(folder: Path, tokenizer: Any) -> None:
@@ -242,6 +339,7 @@ def test_the_right_answer_is_trained_on_without_examples(folder: Path, tokenizer
     for name, text, learnt in (
         ("shots", "<s>Say 0.\n\nQuestion: one 20 two\nAnswer: zwölf Bäume", " zwölf Bäume"),
         ("last_word", "<s>one 20 two the dog 20", " the dog 20"),
+        ("texts", "<s>one 20 two the dog 20", " the dog 20"),
     ):
         row = make(folder, name, tokenizer, train="train", batch_size=2).training_rows()[0]
         assert tokenizer.decode(row.tokens) == text
@@ -329,7 +427,14 @@ def test_what_the_task_does_not_have_is_refused_before_anything_is_scored(folder
     with pytest.raises(DataError, match=r"row 1: task plain cannot make its requests: ZeroDivisionError"):
         make(folder, "plain", tokenizer, {"doc_to_text": "{{1 / (label - 1)}}"}).scoring_rows("validation")
     rolling = {"output_type": "loglikelihood_rolling", "metric_list": None}
-    with pytest.raises(DataError, match="output_type loglikelihood_rolling; only multiple_choice and loglikelihood"):
+    sampled = {"generation_kwargs": {"do_sample": True, "temperature": 0.7}}
+    with pytest.raises(DataError, match="asks for more than the likeliest text"):
+        make(folder, "texts", tokenizer, sampled).items("test")
+    with pytest.raises(DataError, match=r"generates up to 300 tokens, which leaves no room for prompts within .* 256"):
+        make(folder, "texts", tokenizer, {"generation_kwargs": {"max_gen_toks": 300}}).scoring_rows("test")
+    with pytest.raises(
+        DataError, match="output_type loglikelihood_rolling; only multiple_choice, loglikelihood, generate_until"
+    ):
         make(folder, "last_word", tokenizer, rolling).items("test")
     with pytest.raises(DataError, match="says num_fewshot: 0, which lm-eval keeps"):
         make(folder, "plain", tokenizer, {"num_fewshot": 0}, num_fewshot=2).items("test")
