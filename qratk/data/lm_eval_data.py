@@ -179,6 +179,10 @@ class LmEvalData(TaskData):
         """Scorer of the task's metrics."""
         return self._scorer(split, self.scoring_rows(split))
 
+    def require_figure(self, name: str, split: Split) -> None:
+        """Raise DataError for a figure that the task does not have."""
+        self.scorer(split).require_figure(name)
+
     def _scorer(self, split: Split, rows: Sequence[Encoded]) -> LmEvalScorer:
         documents = [document_of(item) for item in self.items(split)]
         return LmEvalScorer(self.harness, documents, [row.item for row in rows], self.score, self.tokenizer)

@@ -62,6 +62,10 @@ class LmEvalScorer(Scorer):
         labels = [right[0] for right in self._right]
         self._liked = (ChoiceScorer(owners, labels, lengths, score="prob_per_token"), torch.tensor(rows))
 
+    def require_figure(self, name: str) -> None:
+        """Raise DataError for what is no figure of the task's items."""
+        self._known(name)
+
     def _known(self, name: str) -> str:
         """The figure of that name, the task's own first choice for `auto`."""
         task = self._task

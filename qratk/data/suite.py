@@ -151,6 +151,9 @@ class SuiteData(TaskData):
                 with told(place):
                     rows += [replace(row, item=row.item + first) for row in data.scoring_rows(split)]
                 first += len(data.items(split))
+            for name, task in self.tasks[split].items():
+                with told(f"{split}.{name}"):
+                    task.data.require_figure(task.figure, split)
             self._encoded[split, False] = tuple(rows)
         return self._encoded[split, False]
 

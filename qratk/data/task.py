@@ -77,6 +77,10 @@ class Task(ABC):
         """Items with examples shown before each. Raises DataError where the kind of rows has no such thing."""
         raise DataError(f"{type(self).__name__} shows no examples before its items: leave `shots` at 0")
 
+    def require_figure(self, name: str, split: Split) -> None:
+        """Raise DataError where it shows on the rows only that there is no figure of this name, one of `metrics`."""
+        return
+
     def right_row(self, item: Item) -> int | None:
         """Which of the rows to score of an item is that of the right choice; None where they are no choices."""
         return None

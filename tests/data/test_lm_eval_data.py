@@ -442,6 +442,23 @@ def test_what_the_task_does_not_have_is_refused_before_anything_is_scored(folder
         SuiteData(validation={"a": {"data": LmEvalData("plain"), "shots": 2}})
 
 
+def test_a_metric_that_the_task_does_not_have_is_refused_before_training(folder: Path, tokenizer: Any) -> None:
+    def suite(**options: Any) -> SuiteData:
+        made = SuiteData(validation={"a": {"data": make(folder, "filtered", tokenizer, **options)}})
+        made.attach(tokenizer, context_length=256)
+        return made
+
+    assert suite(score="exact_match,second").tasks["validation"]["a"].figure == "exact_match,second"
+    suite(score="exact_match,second").setup("validate")
+    suite(score="exact_match").setup("validate")
+    data = SuiteData(validation={"a": {"data": make(folder, "filtered", tokenizer), "metric": "acc"}})
+    data.attach(tokenizer, context_length=256)
+    with pytest.raises(
+        DataError, match=r"validation\.a: task filtered has no figure 'acc' .* exact_match,first, exact_"
+    ):
+        data.setup("validate")
+
+
 def test_a_group_of_tasks_is_refused_by_its_tasks(folder: Path, tokenizer: Any) -> None:
     for name in ("plain", "shots"):
         write_tasks(folder, name)
