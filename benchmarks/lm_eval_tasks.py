@@ -5,6 +5,7 @@
 Rows hold `question`, `choices` and `label`. The task is ARC's of lm-eval, without examples, with examples drawn for
 each item (lm-eval's default), and with the same examples for all items (as MMLU has them). Tokens are those of
 lm-eval's requests, whichever way they are computed. Making prompts is left out on both sides: a search does it once.
+With `--texts`, rows of `question` and `answer`, also GSM8K's prompts without examples, which the model goes on from.
 """
 
 from __future__ import annotations
@@ -39,6 +40,84 @@ def write_tasks(folder: Path, rows: list[dict[str, Any]], shots: int, number: in
         }  # fmt: skip
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
     return {case: name for case, (name, _) in cases.items()}
+
+
+def write_texts(folder: Path, rows: list[dict[str, Any]], most: int) -> str:
+    """Name of a task in which a model goes on from questions."""
+    import yaml
+
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "texts", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+        "output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer", "generation_kwargs": {"until": ["Question:", "\n\n"], "max_gen_toks": most},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "texts.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    return "texts"
+
+
+class Texts:
+    """Prompts that a model goes on from, both ways."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, folder: Path, size: int) -> None:
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+
+        from qratk.data.lm_eval_data import LmEvalData
+
+        self.model = model
+        self.data = LmEvalData(name, task_folders=[str(folder)], validation=None, eval_batch_size=size)
+        self.data.attach(tokenizer, context_length=model.config.max_position_embeddings)
+        self.batches = self.data.scoring_batches("test")
+        self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        until, most = list(self.data.harness.until), self.data.harness.most_tokens
+        options = {"until": until, "max_gen_toks": most, "do_sample": False}
+        self.requests = [
+            Instance("generate_until", {}, (self.data.harness.prompt(item.content), dict(options)), 0, (name, k, 1))
+            for k, item in enumerate(self.data.items("test"))
+        ]
+        self.texts: dict[str, list[str]] = {}
+        self.tokens = 0
+
+    def ours(self) -> None:
+        """As a search does."""
+        from qratk.data.generation import end_ids, generate
+
+        scorer, tokenizer, made = self.data.scorer("test"), self.data.tokenizer, {}
+        with torch.inference_mode():
+            for batch in self.batches:
+                rows = batch["row"].tolist()
+                found = generate(
+                    self.model, batch["input_ids"], batch["attention_mask"], most=batch["most"].tolist(),
+                    ends=end_ids(self.model), stopped=lambda _, tokens: scorer.stopped(0, tokens),
+                )  # fmt: skip
+                made |= dict(zip(rows, found, strict=True))
+        self.tokens = sum(map(len, made.values()))
+        texts = [tokenizer.decode(made[row], skip_special_tokens=True) for row in range(len(made))]
+        for end in self.data.harness.until:
+            texts = [text.split(end)[0] for text in texts]
+        self.texts["ours"] = texts
+
+    def theirs(self) -> None:
+        """By lm-eval."""
+        with silent():
+            self.texts["lm-eval"] = self.harness.generate_until(self.requests, disable_tqdm=True)
+
+
+def generation(model: Any, tokenizer: Any, folder: Path, given: Any) -> dict[str, Any]:
+    """Texts of both, in turn."""
+    rows = [json.loads(line) for line in given.texts.read_text().splitlines()[: given.number]]
+    one = Texts(model, tokenizer, write_texts(folder, rows, given.most), folder, given.batch_size)
+    found = interleaved({"ours": one.ours, "lm-eval": one.theirs}, repeats=given.repeats, clock=given.clock, warm_up=0)
+    ratios = paired_ratios(found["lm-eval"], found["ours"])
+    same = sum(a == b for a, b in zip(one.texts["ours"], one.texts["lm-eval"], strict=True))
+    speeds = [spread([one.tokens / value for value in values], digits=1) for values in found.values()]
+    print(f"\n{len(rows)} texts of up to {given.most} tokens, {one.tokens} in all; {same} are equal\n")
+    print(table(["", "ours, tokens a second", "lm-eval", "ratio"], [["texts", *speeds, spread(ratios)]]))
+    print(verdict("texts", ratios, at_least=1.0))
+    return {"seconds": found, "tokens": one.tokens, "equal": same, "texts": len(rows)}
 
 
 class Case:
@@ -96,6 +175,8 @@ def main() -> None:
     options.add_argument("--shots", type=int, default=5)
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--dtype", default="auto", help="of the model's weights, such as float32")
+    options.add_argument("--texts", type=Path, help="JSON lines of question, answer, which are gone on from")
+    options.add_argument("--most", type=int, default=64, help="tokens of such a text at most")
     given = prepared(options)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,6 +197,8 @@ def main() -> None:
             lines.append([case, str(one.tokens), *speeds, spread(ratios), f"{apart:.1g}", *accuracies])
             verdicts.append(verdict(case, ratios, at_least=1.5 if name == "plain" else 2.0))
             results[case] = {"seconds": found, "tokens": one.tokens, "apart": apart, "acc": one.acc}
+        if given.texts is not None:
+            results["texts"] = generation(model, tokenizer, folder, given)
     heads = ["", "tokens", "ours, tokens a second", "lm-eval", "ratio", "nats apart", "acc, ours", "acc, lm-eval"]
     print(table(heads, lines))
     print(*verdicts, sep="\n")
