@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -203,3 +204,10 @@ def test_guard_sees_a_wrong_import():
     assert own_parts(all_imported(tree)) == [("loop", 2)]
     assert top_level(tree) == []
     assert top_level(ast.parse("import torch.nn")) == [("torch.nn", 1)]
+
+
+def test_files_of_tests_have_different_names():
+    tests = Path(__file__).parent
+    places = [tests, *tests.parent.glob("plugins/*/tests")]
+    found = Counter(path.name for place in places for path in place.rglob("test_*.py"))
+    assert [name for name, count in found.items() if count > 1] == [], "pytest would collect only one of each"
