@@ -68,6 +68,7 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_what_a_search_reports_is_what_lm_eval_says_of_its_answer(
     document: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_figures_of_a_suite_go_where_figures_go(document: dict[str, Any], capsys
     assert result.best.score == best.score
 
 
+@pytest.mark.slow
 def test_other_commands_take_a_suite(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     document["model"] = {"model": "embedded", "configuration": "4:2"}
     Path("suite.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
