@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from qratk.cli.application import QratkCLI, run
 from qratk.core.errors import DataError
+from qratk.core.logs import only_errors
 from qratk.core.text import visible
 from qratk.data.base import TaskData
 from qratk.data.report import DataReport, PartReport, Piece, ShownItem, ShownRow, prompt_of
@@ -44,7 +43,7 @@ class DataCommand(QratkCLI):
         """Print figures of each split, and rows."""
         attached = model.load_tokenizer()
         datamodule.attach(attached.tokenizer, context_length=attached.context_length)
-        with _told_among_notes():
+        with only_errors("qratk.data"):  # the rest is told among the notes
             report = DataReport(datamodule)
             splits = _asked(self.settings.split, report.splits)
             document = report.as_dict()
@@ -181,18 +180,6 @@ def _table(figures: Mapping[str, PartReport]) -> Iterator[str]:
 def _listed(counts: Mapping[str, int]) -> str:
     """Names, with their counts where there are several."""
     return ", ".join(name if len(counts) == 1 else f"{name} ({count:,})" for name, count in counts.items())
-
-
-@contextmanager
-def _told_among_notes() -> Iterator[None]:
-    """Context in which data do not say at once what their notes say."""
-    logger = logging.getLogger("qratk.data")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _asked(split: str | None, there: Sequence[Split]) -> tuple[Split, ...]:

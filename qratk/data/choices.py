@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
 from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES, ChoiceScore
-from qratk.data.encoding import Encoded, PairEncoder, encoded
+from qratk.data.encoding import Encoded, PairEncoder
 from qratk.data.prompt import Prompt
 from qratk.data.scoring import ChoiceScorer
 from qratk.data.sources import Row, shown
@@ -195,15 +195,10 @@ class ChoiceData(TaskData):
     def _encode(
         self, pairs: Sequence[tuple[str, str]], owners: Sequence[int], items: Sequence[Item]
     ) -> Iterator[Encoded]:
-        limit = self.max_length
-        for (context, continuation), owner in zip(PairEncoder(self.tokenizer)(pairs), owners, strict=True):
-            if not continuation:
-                raise DataError(f"{items[owner].where}: a choice adds no token to its prompt; change the delimiter")
-            tokens = (context + continuation)[-limit:]  # cut from the left, as lm-eval does
-            # lm-eval stops at a choice that is longer than the model's context; here its end is scored.
-            scored = min(len(continuation), limit - 1)
-            labelled = [False] * (len(tokens) - scored) + [True] * scored
-            yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
+        def empty(owner: int) -> DataError:
+            return DataError(f"{items[owner].where}: a choice adds no token to its prompt; change the delimiter")
+
+        return PairEncoder(self.tokenizer).rows(pairs, owners, limit=self.max_length, empty=empty)
 
     def scorer(self, split: Split = "validation") -> ChoiceScorer:
         """Scorer of all figures of choices."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -77,14 +77,30 @@ class PairEncoder:
         tokens = self._encode(sorted(texts))
         bare = sorted({rest for context, rest in pairs if not context})
         bare_tokens = dict(zip(bare, bare_ids(self.tokenizer, bare), strict=True))
-        encoded = []
+        found = []
         for context, rest in pairs:
             if context:
                 head = tokens[context.rstrip()]
-                encoded.append((self._not_empty(head), tokens[context + rest][len(head) :]))
+                found.append((self._not_empty(head), tokens[context + rest][len(head) :]))
             else:
-                encoded.append(self._without_context(bare_tokens[rest]))
-        return encoded
+                found.append(self._without_context(bare_tokens[rest]))
+        return found
+
+    def rows(
+        self, pairs: Sequence[tuple[str, str]], owners: Sequence[int], *, limit: int, empty: Callable[[int], DataError]
+    ) -> Iterator[Encoded]:
+        """Rows of at most `limit` tokens whose continuations are labelled; `owners` are their items.
+
+        They are cut from the left, as lm-eval does. It stops at a continuation that is longer than the model's context;
+        here the end of it is scored. `empty` is the error for an item one of whose continuations has no token.
+        """
+        for (context, continuation), owner in zip(self(pairs), owners, strict=True):
+            if not continuation:
+                raise empty(owner)
+            tokens = (context + continuation)[-limit:]
+            scored = min(len(continuation), limit - 1)
+            labelled = [False] * (len(tokens) - scored) + [True] * scored
+            yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts that a model is to go on from. Raises DataError for one that has none."""

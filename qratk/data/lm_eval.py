@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qratk.core.errors import DataError
+from qratk.core.logs import only_errors
 from qratk.data.lm_eval_task import FEWSHOT_SEED, load_tasks
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run_lm_eval(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _placed(model, device), _quiet():
+    with _placed(model, device), only_errors("lm_eval"):  # it warns that a model in memory is one
         harness = _harness(HFLM, tokenizer, model)(
             pretrained=_view(model),
             tokenizer=copy.deepcopy(tokenizer),  # a padding token is set on it
@@ -142,18 +142,6 @@ def _view(model: nn.Module) -> Any:
             return self.viewed(*args, **kwargs)
 
     return View()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings that a model in memory is a model in memory."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager

@@ -133,14 +133,10 @@ class LmEvalData(TaskData):
     def _encode(
         self, pairs: Sequence[tuple[str, str]], owners: Sequence[int], items: Sequence[Item]
     ) -> Iterator[Encoded]:
-        limit = self.max_length
-        for (context, continuation), owner in zip(PairEncoder(self.tokenizer)(pairs), owners, strict=True):
-            if not continuation:
-                raise DataError(f"{items[owner].where}: an answer adds no token to its prompt, and cannot be scored")
-            tokens = (context + continuation)[-limit:]  # cut from the left, as lm-eval does
-            scored = min(len(continuation), limit - 1)
-            labelled = [False] * (len(tokens) - scored) + [True] * scored
-            yield encoded(tokens, labelled, truncated=len(context) + len(continuation) > limit, item=owner)
+        def empty(owner: int) -> DataError:
+            return DataError(f"{items[owner].where}: an answer adds no token to its prompt, and cannot be scored")
+
+        return PairEncoder(self.tokenizer).rows(pairs, owners, limit=self.max_length, empty=empty)
 
     def _encode_prompts(self, items: Sequence[Item]) -> Iterator[Encoded]:
         most = self.harness.most_tokens

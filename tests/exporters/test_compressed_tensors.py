@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from exported import MIXED, mixed_backbone
 
 from qratk.adapters.base import adapters
 from qratk.core.configuration import Configuration
@@ -17,22 +18,13 @@ from qratk.exporters.compressed_tensors import CompressedTensorsExporter, Scheme
 from qratk.exporters.selfcheck import self_check
 from qratk.quantizers.base import quantizers
 
-MIXED = Configuration.of([2, 3, 4, 8, 16], [2, 4, 0, 8, 3])
-
 
 def table(name="affine", **options):
     return {bits: quantizers.create(name, **{"group_size": 32, **options}) for bits in (2, 3, 4, 8)}
 
 
-def mixed(tiny_backbone, family="llama", *, configuration=MIXED, **options):
-    """Backbone at mixed bits and ranks with adapters that do something."""
-    options = {"quantizers": table(), "bits": (2, 3, 4, 8, 16), "layers": 5, **options}
-    backbone = tiny_backbone(family, **options)
-    backbone.activate(configuration, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    state = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in backbone.adapter_state().items()}
-    backbone.load_adapter_state(state)
-    return backbone
+def mixed(tiny_backbone, family="llama", **options):
+    return mixed_backbone(tiny_backbone, family, **{"quantizers": table(), **options})
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"metadata_dtype": "bfloat16"}], ids=str)

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from exported import mixed_backbone
 
 from qratk.adapters.base import adapters
 from qratk.core.configuration import Configuration
@@ -21,8 +22,6 @@ from qratk.exporters.gguf import GgufExporter
 from qratk.exporters.selfcheck import self_check
 from qratk.quantizers.base import quantizers
 
-MIXED = Configuration.of([2, 3, 4, 8, 16], [2, 4, 0, 8, 3])
-
 
 def table(**options):
     return {
@@ -31,15 +30,8 @@ def table(**options):
     }
 
 
-def mixed(tiny_backbone, family="llama", *, configuration=MIXED, **options):
-    """Backbone at mixed bits and ranks with adapters that do something."""
-    options = {"quantizers": table(), "bits": (2, 3, 4, 8, 16), "layers": 5, **options}
-    backbone = tiny_backbone(family, **options)
-    backbone.activate(configuration, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    state = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in backbone.adapter_state().items()}
-    backbone.load_adapter_state(state)
-    return backbone
+def mixed(tiny_backbone, family="llama", **options):
+    return mixed_backbone(tiny_backbone, family, **{"quantizers": table(), **options})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
