@@ -97,15 +97,11 @@ def resolve_component(kind: str, given: Any, convert: Convert = class_path) -> A
         return [resolve_component(kind, item, convert) for item in given]
     if not isinstance(given, Mapping):
         return given
-    inside = _members if kind == DATA else _plain
     if isinstance(given.get("class_path"), str):
-        inner = {key: inside(_relocated(value), convert) for key, value in given.items() if key != "class_path"}
+        inner = {key: _relocated(value) for key, value in given.items() if key != "class_path"}
+        inner = _members(inner, convert) if kind == DATA else inner
         return {"class_path": convert(kind, given["class_path"]), **inner}
-    return inside(given, convert)
-
-
-def _plain(value: Any, convert: Convert) -> Any:
-    return value
+    return _members(given, convert) if kind == DATA else given
 
 
 def _members(value: Any, convert: Convert) -> Any:
