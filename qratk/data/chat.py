@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,14 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+
+    def known(self, conversation: Conversation) -> Conversation:
+        """The conversation with the developer's messages as the system's where the template does not know that role,
+        as templates of its kind had the system's before there was a developer."""
+        if self._names("developer") or all(role != "developer" for role, _ in conversation.turns):
+            return conversation
+        told = [{**m, "role": "system"} if m["role"] == "developer" else m for m in conversation.messages]
+        return replace(conversation, messages=tuple(told))
 
     def text(self, conversation: Conversation, where: str) -> str:
         """What the template renders. Raises DataError when it rejects the conversation or leaves out what it says."""

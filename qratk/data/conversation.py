@@ -10,7 +10,11 @@ from typing import Any
 from qratk.data.sources import Row, shown
 
 Message = Mapping[str, Any]
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+INSTRUCTING = ("system", "developer")
+"""Roles of who says how to answer: OpenAI's newer name and the older one. A chat template that knows no developer is
+given the message as the system's (`ChatTemplate.known`)."""
 
 TOLD = frozenset(("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio"))
 """Fields of a message that are part of what it says, beside its content."""
@@ -78,7 +82,7 @@ def several_rounds(row: Row, given: Sequence[Any], *, seen: int = 0) -> Conversa
             raise row.error("gives a message of its prompt a weight; only those of the completion are learnt")
         learnt[index] = False
     for _, text in _system(row):
-        if messages[0]["role"] != "system":
+        if messages[0]["role"] not in INSTRUCTING:
             messages.insert(0, {"role": "system", "content": text})
             learnt.insert(0, False)
         elif messages[0]["content"] != text:
@@ -119,10 +123,15 @@ def _is_pair(value: Any) -> bool:
 
 
 def _message(message: Any, row: Row) -> dict[str, Any]:
-    """A message without its nulls, which stand for what is absent; but content may be null beside calls of tools."""
+    """A message without its nulls, which stand for what is absent; but content may be null beside calls of tools.
+
+    Content in parts, as OpenAI has it, is their texts one behind the other.
+    """
     if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
         raise row.error(f"has a message without a role of {', '.join(_ROLES)} and a text content: {shown(message)}")
     kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if isinstance(kept.get("content"), list | tuple):
+        kept["content"] = _joined(kept["content"], row)
     content = kept.get("content")
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
         raise row.error(f"has a message without a role of {', '.join(_ROLES)} and a text content: {shown(message)}")
@@ -130,6 +139,25 @@ def _message(message: Any, row: Row) -> dict[str, Any]:
         if name in kept:
             raise row.error(f"has a message with {name!r}; what is not to be learnt has the weight 0")
     return kept
+
+
+def _joined(parts: Sequence[Any], row: Row) -> str:
+    """The texts of parts {type: text, text: ...}. Raises DataError for parts of another kind, which are named."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise row.error(
+                f"has a message with a part of type {shown(kind)}; only parts of type 'text' can be learnt from"
+                if kind is not None
+                else f"has a message with a part that is no object with a `type`: {shown(part)}"
+            )
+        # Columns of files hold fields of other parts as nulls.
+        others = [name for name in part if name not in ("type", "text") and not empty(part[name])]
+        if not isinstance(part.get("text"), str) or others:
+            raise row.error(f"has a part of type 'text' that is no {{type, text}}: {shown(part)}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _learnt(message: Message, row: Row) -> bool:

@@ -133,9 +133,11 @@ class InstructionData(TaskData):
         """Tokens of the chat template's own text, and labels: of answers, and of the special token that ends each."""
         template, closing = ChatTemplate(self.tokenizer), special_ids(self.tokenizer)
         ignored: dict[str, None] = {}
-        open_ended = asked_otherwise = 0
+        open_ended = asked_otherwise = developed = 0
         for item in items:
-            content = as_turns(item)
+            given = as_turns(item)
+            content = template.known(given)
+            developed += content is not given
             ignored |= dict.fromkeys(template.ignored(content))
             text = template.text(content, item.where)
             spans = template.spans(content, text, item.where)
@@ -147,6 +149,10 @@ class InstructionData(TaskData):
             open_ended += not closed
             yield ids, labelled
         self._tell(ignored, open_ended)
+        if developed:
+            self._tell_once(
+                f"the chat template knows no role 'developer': messages of it in {developed} rows are the system's"
+            )
         if asked_otherwise:
             self._tell_once(
                 f"the chat template asks for an answer by {template.generation_prompt!r}, which does not stand before "

@@ -16,6 +16,7 @@ ROLES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
+    "developer": "developer",
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(CALLS, "assistant"),
 }
@@ -38,7 +39,8 @@ def _message(row: Row, turn: Any) -> dict[str, Any]:
     rest = {name: value for name, value in turn.items() if not any(name in pair for pair in pairs)}
     if str(turn[speaker]).lower() in CALLS:
         return {"role": role, "content": "", "tool_calls": _calls(row, said), **rest}
-    if not isinstance(said, str) and not (said is None and rest.get("tool_calls")):
+    in_parts = text == "content" and isinstance(said, list | tuple)
+    if not isinstance(said, str) and not in_parts and not (said is None and rest.get("tool_calls")):
         raise row.error(f"has a turn without a text {text!r}: {shown(turn)}")
     return {"role": role, "content": said, **rest}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qratk.core.errors import DataError
 from qratk.data.answers import Piece
-from qratk.data.conversation import Conversation
+from qratk.data.conversation import INSTRUCTING, Conversation
 from qratk.data.splits import Item
 from qratk.data.task import ShotStyle
 
@@ -24,7 +24,7 @@ class Shots:
         """Examples of rows. Raises DataError for one that cannot stand before another conversation."""
         for item in examples:
             content: Conversation = item.content
-            if content.tools or any(role == "system" for role, _ in content.turns):
+            if content.tools or any(role in INSTRUCTING for role, _ in content.turns):
                 raise DataError(
                     f"{item.where}: a row with tools or a message of the system cannot be shown before another one; "
                     f"give other `examples`"
@@ -40,7 +40,7 @@ def as_turns(item: Item) -> Conversation:
         return content
     before = [message for example in shots.examples for message in example.messages]
     first = list(content.messages)
-    system = [first.pop(0)] if first and first[0]["role"] == "system" else []
+    system = [first.pop(0)] if first and first[0]["role"] in INSTRUCTING else []
     if shots.style.description:
         if system:
             raise DataError(f"{item.where}: the row has a message of the system beside `description`; leave that out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
@@ -115,6 +116,43 @@ def test_sharegpt_says_what_the_same_messages_say(write: Write, chat_tokenizer: 
 def test_a_turn_of_weight_0_is_not_learnt(write: Write, chat_tokenizer: Any) -> None:
     turns = [*TURNS[:2], {**TURNS[2], "weight": 0}, {**TURNS[3], "weight": 0}, {**TURNS[4], "weight": 1}]
     assert learnt(write, chat_tokenizer, {"conversations": turns}) == ["barks<|end|>"]
+
+
+def in_parts(text: str) -> list[dict[str, Any]]:
+    """Content of a message in parts; a column of a file gives every part the fields of all."""
+    half = len(text) // 2
+    return [{"type": "text", "text": part, "image_url": None} for part in (text[:half], text[half:])]
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_content_in_parts_is_their_texts_together(write: Write, chat_tokenizer: Any, field: str) -> None:
+    parted = [{**message, "content": in_parts(message["content"])} for message in MESSAGES]
+    data, plain = (make(write, chat_tokenizer, [{field: rows}]) for rows in (parted, MESSAGES))
+    assert data.items("test")[0].content.messages == plain.items("test")[0].content.messages
+    assert data.items("test")[0].key == plain.items("test")[0].key
+    assert whole(write, chat_tokenizer, {field: parted}) == whole(write, chat_tokenizer, {"messages": MESSAGES})
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_the_developer_is_the_system_where_the_template_knows_none_and_that_is_said(
+    write: Write, chat_tokenizer: Any, field: str
+) -> None:
+    developed = {field: [{**MESSAGES[0], "role": "developer"}, *MESSAGES[1:]]}
+    system = whole(write, chat_tokenizer, {"messages": MESSAGES})
+    data = make(write, chat_tokenizer, [developed])
+    (row,) = data.scoring_rows("test")
+    assert chat_tokenizer.decode(row.tokens) == system
+    note = "the chat template knows no role 'developer': messages of it in 1 rows are the system's"
+    assert note in data.notes
+    knowing = copy.deepcopy(chat_tokenizer)
+    knowing.chat_template = "{# system, developer, user #}" + chat_tokenizer.chat_template
+    data = make(write, knowing, [developed])
+    (row,) = data.scoring_rows("test")
+    assert knowing.decode(row.tokens) == system.replace("<|turn|>system", "<|turn|>developer")
+    assert note not in data.notes
+    for template in ("plain", "alpaca"):
+        texts = [whole(write, chat_tokenizer, row, template=template) for row in (developed, {"messages": MESSAGES})]
+        assert texts[0] == texts[1]
 
 
 def test_calls_of_tools_in_sharegpt_are_those_of_messages(write: Write) -> None:
@@ -242,6 +280,18 @@ def test_renamed_fields_are_those_of_their_new_names_alone(write: Write, chat_to
         ({"conversations": [TURNS[1], {**TURNS[2], "weight": 0}]}, "gives every message of the assistant the weight 0"),
         ({"conversations": [TURNS[1], {"from": "function_call", "value": "weather()"}]}, "has a call of a tool that"),
         ({"conversations": TURNS, "history": [["a", "b"]]}, "has a `history` beside messages"),
+        *(
+            ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}, MESSAGES[2]]}, message)
+            for part, message in (
+                ({"type": "image_url", "image_url": {"url": "x"}}, "has a message with a part of type 'image_url'; o"),
+                ({"type": "refusal", "refusal": "no"}, "has a message with a part of type 'refusal'; only parts of ty"),
+                ("b", "has a message with a part that is no object with a `type`: 'b'"),
+                ({"type": "text", "text": None}, "has a part of type 'text' that is no {type, text}: "),
+                ({"type": "text", "text": "a", "cache": 1}, "has a part of type 'text' that is no {type, text}: "),
+            )
+        ),
+        ({"system": "Be long.", "messages": [{**MESSAGES[0], "role": "developer"}, *MESSAGES[1:]]},
+         "has a field 'system' beside another system message"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_learnt_from_is_refused_with_file_and_line(write: Write, row: Any, message: str) -> None:
