@@ -8,15 +8,16 @@ quantises it layer by layer (bitsandbytes at 4 and 8 bits, HQQ at 2 and 3), atta
 trains it by transformers' Trainer to the highest rung, and scores it. The objective is the score on the validation
 items, the constraint are the bytes of the budget, by Optuna's own `constraints_func`.
 
-Both have the same rows in the same order, batch size, learning rate, schedule, clipping, compute dtype, validation
-items, score, space and budget. Ours pays for loading, the bank, importance, decisions and all it writes. The script is
-treated kindly: one process, so that imports are not charged; rows are tokenised before its clock starts; a
+Ours is the shipped recipe: adapters trained wide and cut, LoftQ's start, seeds of data order and adapters searched, and
+trainings averaged at the end. Both have the same rows, batch size, learning rate, schedule, clipping, compute dtype,
+validation items, score, space and budget. Ours pays for loading, the bank, importance, decisions and all it writes. The
+script is treated kindly: one process, so that imports are not charged; rows are tokenised before its clock starts; a
 configuration over the budget costs it nothing but the asking; its first trial is the uniform configuration that the
 budget is named by; it is scored by the library's scorer, choice by choice. There is no clock on imports on either side.
 
 A line a measurement is written to DIR/{ours,script}-SEED.jsonl, with the full runs trained and the seconds so far. The
 same command goes on where it was stopped; `--max-seconds` and `--trials` stop a side of a seed. `table` may be asked
-for at any time. A score counts when it was measured at the highest rung, with the given seed, and fits the budget.
+for at any time. A score counts when it was measured at the highest rung and fits the budget.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,19 @@ class Task:
         return MultipleChoiceData(**{"seed": self.seed, **self.data})
 
     def make_loop(self) -> Any:
-        """Our search: the default recipe but for what was given."""
+        """A search by the classes' own defaults but for what was given."""
         from qratk.settings.recipe import autoqra
 
         return autoqra(**{"seed": self.seed, "test": False, **self.search})
+
+    def as_shipped(self) -> Task:
+        """This task with what `configs/autoqra.yaml` says of adapters, seeds and averaging, but for what was given."""
+        from qratk.cli import shipped
+
+        recipe = yaml.safe_load(Path(shipped.configuration("autoqra")).read_text())
+        module = {name: recipe["model"][name] for name in ("adapter", "init")}
+        search = {name: recipe["search"][name] for name in ("seeds", "merge")}
+        return replace(self, module={**module, **self.module}, search={**search, **self.search})
 
 
 class Timeline:
@@ -205,7 +215,21 @@ class Writer(Reporter):
         """Not written."""
 
     def finished(self, result: SearchResult) -> None:
-        """Not written."""
+        """Write the mean of several trainings where that is the answer: it took no step of training."""
+        best = result.best
+        if not best.merged or any(line["phase"] == "merge" for line in self._timeline.lines):
+            return
+        assert self._limit is not None
+        self._timeline.add(
+            configuration=f"{best.configuration}, mean of {len(best.merged)} trainings",
+            steps=best.steps,
+            score=best.score,
+            bytes=best.footprint.bytes(self._limit.scope),
+            fits=True,
+            counts=True,
+            runs=self._steps / self._top,
+            phase="merge",
+        )
 
     def close(self) -> None:
         """Nothing to close."""
@@ -576,7 +600,7 @@ def run(given: argparse.Namespace) -> None:
                 given.out / f"{side}-{task.seed}.jsonl", side, task, max_seconds=given.max_seconds, clock=given.clock
             )
             if prepared_script is None:
-                ours(task, timeline, folder)
+                ours(task.as_shipped(), timeline, folder)
             else:
                 script(task, timeline, folder, prepared_script, given.trials)
 
