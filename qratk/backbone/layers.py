@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from qratk.backbone.fused import fused_groups
 from qratk.bank.linear import BankLinear
 from qratk.core.errors import ConfigurationError, UnsupportedModelError
 from qratk.core.memory import LayerShape
 
-Granularity = Literal["block", "sublayer", "linear"]
+Granularity = Literal["block", "sublayer", "fused", "linear"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def find_layers(
     Args:
         model: a causal language model whose projections are still plain.
         granularity: "block" (all projections of a block), "sublayer" (attention and feed-forward apart; projections
-            that lie directly in a block form its feed-forward), or "linear" (each projection by itself).
+            that lie directly in a block form its feed-forward), "fused" (what servers multiply by at once: q, k and v;
+            gate and up; all experts of a mixture; others by themselves), or "linear" (each projection by itself).
         target_modules: "all", or names of projections relative to their block or a tail of them, such as "q_proj".
 
     Raises:
@@ -137,12 +139,12 @@ def find_layers(
     layers: list[LayerNames] = []
     for index, block in enumerate(blocks):
         block_name = f"{prefix}.{index}"
-        groups: dict[str, list[str]] = {}
-        for local, module in block.named_modules():
-            if is_projection(module) and _is_wanted(local, wanted):
-                _check_projection(f"{block_name}.{local}", module)
-                groups.setdefault(_group(block_name, local, granularity), []).append(f"{block_name}.{local}")
-        layers += [LayerNames(name, tuple(projections)) for name, projections in groups.items()]
+        projections = [
+            local for local, module in block.named_modules() if is_projection(module) and _is_wanted(local, wanted)
+        ]
+        for local in projections:
+            _check_projection(f"{block_name}.{local}", block.get_submodule(local))
+        layers += _layers(block_name, projections, granularity)
     return tuple(layers)
 
 
@@ -166,13 +168,27 @@ def _as_list(names: str | Sequence[str]) -> Sequence[str]:
     return [names] if isinstance(names, str) else names
 
 
-def _group(block_name: str, local: str, granularity: Granularity) -> str:
+def _layers(block_name: str, projections: Sequence[str], granularity: Granularity) -> Iterator[LayerNames]:
+    """Layers of a block whose projections have these names within it."""
+    groups: dict[str, tuple[str, ...]] = {}
+    if granularity == "fused":
+        groups = {f".{name}": members for name, members in fused_groups(projections).items()}
+    else:
+        for local in projections:
+            group = _group(local, granularity)
+            groups[group] = (*groups.get(group, ()), local)
+    for group, members in groups.items():
+        yield LayerNames(f"{block_name}{group}", tuple(f"{block_name}.{local}" for local in members))
+
+
+def _group(local: str, granularity: Granularity) -> str:
+    """What follows the name of the block in that of a projection's layer."""
     if granularity == "block":
-        return block_name
+        return ""
     if granularity == "linear":
-        return f"{block_name}.{local}"
+        return f".{local}"
     head, _, tail = local.partition(".")
-    return f"{block_name}.{head}" if tail else f"{block_name}.feed_forward"
+    return f".{head}" if tail else ".feed_forward"
 
 
 def _is_wanted(local: str, wanted: tuple[str, ...] | None) -> bool:

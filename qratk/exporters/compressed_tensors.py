@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Client = Literal["vllm", "vllm-cpu", "transformers"]
 ADAPTER: Final = "adapter"
-_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CURE: Final = (
     "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: affine}, or "
     "affine_gptq), or export 'dense'"
@@ -186,19 +185,16 @@ def _scale_dtype(backbone: Backbone, schemes: Mapping[str, Scheme | None]) -> to
 
 def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
     """Raise `QuantizationError` where projections that are multiplied at once are packed in different ways."""
-    for parts in _FUSED:
-        for name, scheme in schemes.items():
-            head, _, tail = name.rpartition(".")
-            if tail != parts[0]:
-                continue
-            for other in parts[1:]:
-                theirs = schemes.get(f"{head}.{other}", scheme)
-                if theirs != scheme:
-                    raise QuantizationError(
-                        f"{name} and {head}.{other} are packed in different ways ({_told(scheme)}, {_told(theirs)}), "
-                        "and vLLM multiplies by both at once; search with model.granularity: block or sublayer, or "
-                        "give --client transformers"
-                    )
+    from qratk.backbone.fused import fused_groups
+
+    for first, *others in fused_groups(schemes).values():
+        for other in others:
+            if schemes[other] != schemes[first]:
+                raise QuantizationError(
+                    f"{first} and {other} are packed in different ways ({_told(schemes[first])}, "
+                    f"{_told(schemes[other])}), and vLLM multiplies by both at once; search with model.granularity: "
+                    "fused, sublayer or block, or give --client transformers"
+                )
 
 
 def _told(scheme: Scheme | None) -> str:

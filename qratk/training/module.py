@@ -59,7 +59,8 @@ class FineTuneModule(ScoredModule):
         configuration: bits and ranks as text, `4:8` for all layers or `4:8*3 2:16` layer by layer; a search sets it.
             Options such as the learning rate may follow, as in `4:8 | learning_rate=0.001`, in the place of these here.
         quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
-        granularity: what shares one choice: a transformer block, attention and MLP apart, or each projection.
+        granularity: what shares one choice: a transformer block, attention and MLP apart ("sublayer"), what servers
+            multiply by at once ("fused": q, k and v; gate and up; all experts of a mixture), or each projection.
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
         adapter: method of adapters, by registered name or as {class_path, init_args}: "lora", or "adalora", which
             prunes singular directions in training until as many are left as the ranks sum to, wherever they matter
@@ -102,7 +103,7 @@ class FineTuneModule(ScoredModule):
         model: str,
         configuration: str | None = None,
         quantizers: dict[int, Any] | None = None,
-        granularity: Literal["block", "sublayer", "linear"] = "block",
+        granularity: Literal["block", "sublayer", "fused", "linear"] = "block",
         target_modules: str | list[str] = "all",
         adapter: str | dict[str, Any] = "lora",
         adalora: dict[str, Any] | None = None,

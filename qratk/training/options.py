@@ -29,7 +29,7 @@ class FineTuneOptions:
     model: str
     configuration: str | None
     quantizers: Mapping[int, Specified | Quantizer] | None
-    granularity: Literal["block", "sublayer", "linear"]
+    granularity: Literal["block", "sublayer", "fused", "linear"]
     target_modules: str | Sequence[str]
     adapter: Specified
     adalora: Mapping[str, Any] | None

@@ -29,7 +29,7 @@ def measured_storage(backbone):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
-@pytest.mark.parametrize("granularity", ["block", "sublayer", "linear"])
+@pytest.mark.parametrize("granularity", ["block", "sublayer", "fused", "linear"])
 def test_predicted_storage_is_measured_storage(family, granularity, tiny_backbone):
     import numpy as np
 

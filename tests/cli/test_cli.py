@@ -112,7 +112,7 @@ def test_config_of_a_fit_with_a_checkpoint_is_accepted_by_search(capsys, config,
     [
         (["--search.searcher=nsga"], 1, "unknown name 'nsga'; known are"),
         (["--search.scope=disk"], 2, "one of 'storage', 'training', 'serving'. Got value: disk"),
-        (["--model.granularity=row"], 2, "one of 'block', 'sublayer', 'linear'. Got value: row"),
+        (["--model.granularity=row"], 2, "one of 'block', 'sublayer', 'fused', 'linear'. Got value: row"),
         (["--search.generatons=3"], 2, "Did you mean 'search.generations'?"),
         (["--search.searcher.popluation=3"], 2, "Did you mean 'population'?"),
         (["--data=EmbedData"], 2, "known are InstructionData, MultipleChoiceData, TextData, SuiteData, LmEvalData"),
