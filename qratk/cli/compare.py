@@ -8,10 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qratk.cli.shipped import configuration, recipes
 from qratk.compare.grid import Grid
+from qratk.compare.paper import PaperTable, notes, paper_tables, shown, write_paper_tables
 from qratk.compare.read import UNFINISHED, read_cells
 from qratk.compare.run import run_grid
 from qratk.compare.table import (
@@ -28,6 +29,9 @@ from qratk.compare.table import (
     text_row,
     write_tables,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DESCRIPTION = """\
 Run a search for every recipe, budget and seed, and tell them apart in one table and the paper's figures.
@@ -84,9 +88,13 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True, 
     against = reference_name(cells, reference)
     made = rows(cells, against)
     print_table(made)
+    told = paper_tables(cells, made)
+    for table in told:
+        if table.suite and table.rows:
+            print_paper_table(table)
     for line in failure_lines(cells.failed):
         print(f"no result: {line}")
-    paths = write_tables(cells, made, folder)
+    paths = [*write_tables(cells, made, folder), *write_paper_tables(told, folder)]
     print(f"tables: {', '.join(str(path) for path in paths)}")
     if figures and cells.outcomes:
         from qratk.compare.figures import draw_all
@@ -97,12 +105,10 @@ def report(folder: Path, reference: str | None = None, *, figures: bool = True, 
 
 def print_table(made: Sequence[RecipeRow]) -> None:
     """Print the table; the best of each budget in green."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    plain: dict[str, bool] = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(**plain) if sys.stdout.isatty() else Console(width=_WIDTH, **plain)  # type: ignore[arg-type]
+    console = _console()
     for budget, group in by_budget(made).items():
         lines = [text_row(row) for row in group]
         columns = known_columns(lines, narrow=console.width < _NARROW)
@@ -114,6 +120,29 @@ def print_table(made: Sequence[RecipeRow]) -> None:
             table.add_row(*(Text(line.get(head, ""), style=style) for head in columns))
         console.print(table)
     print(legend(made))
+
+
+def print_paper_table(table: PaperTable) -> None:
+    """Print the paper's tables of a suite; best figures in green, the next underlined."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console, styles = _console(), ("", "bold green", "underline")
+    for title, heads, lines in shown(table):
+        drawn = Table(title=Text(f"{title}. {budget_title(table.budget)}"), title_justify="left")
+        for number, head in enumerate(heads):
+            drawn.add_column(head, overflow="fold", justify="right" if number else "left")
+        for line in lines:
+            drawn.add_row(*(Text(cell) if isinstance(cell, str) else Text(cell[0], styles[cell[1]]) for cell in line))
+        console.print(drawn)
+    print(notes(table))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    plain: dict[str, bool] = {"highlight": False, "markup": False, "emoji": False}
+    return Console(**plain) if sys.stdout.isatty() else Console(width=_WIDTH, **plain)  # type: ignore[arg-type]
 
 
 def _dry_run(grid: Grid) -> int:

@@ -23,8 +23,6 @@ from qratk.run.atomic import write_atomically
 
 ACCURACY: Final = ("acc", "accuracy")
 NAN: Final = float("nan")
-TASK_SCORE: Final = "/score"
-"""End of the name of what a task adds to the score of a suite."""
 TIE: Final = 1e-4
 """Scores nearer than this are tied: training side by side moves the score of the same configuration by some 1e-5."""
 
@@ -268,14 +266,13 @@ def to_csv(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def write_tables(cells: Cells, made: Sequence[RecipeRow], folder: Path) -> list[Path]:
-    """Write table.csv, cells.csv, table.md and tables.md; their paths."""
+    """Write table.csv, cells.csv and table.md; their paths."""
     columns = {**CSV_COLUMNS, **(TUNED_COLUMNS if any(row.settings for row in made) else {})}
     columns |= EFFORT_COLUMNS if any(map(_spends, made)) else {}
     texts = {
         "table.csv": to_csv(list(columns), [[get(row) for get in columns.values()] for row in made]),
         "cells.csv": cells_csv(cells),
         "table.md": table_markdown(cells, made),
-        "tables.md": paper_tables(cells, made),
     }
     for name, text in texts.items():
         write_atomically(folder / name, text)
@@ -443,72 +440,6 @@ def legend(made: Sequence[RecipeRow]) -> str:
     if any(row.over for row in made):
         lines.append("†: takes more than the reference's budget.")
     return "\n".join(lines) + "\n"
-
-
-def paper_tables(cells: Cells, made: Sequence[RecipeRow]) -> str:
-    """`tables.md`: the tables of the paper, best in bold, second best underlined."""
-    parts = []
-    for budget, group in by_budget(made).items():
-        done = [row for row in group if row.seeds]
-        metrics = paper_columns(cells.at(budget).outcomes)
-        parts.append(f"# {budget_title(budget)}\n\n## Table 1: scores and resources\n\n{_table_1(done)}")
-        if metrics:
-            parts.append(f"## Table 2: by test metric\n\n{_table_2(done, metrics)}")
-    return "\n".join(parts)
-
-
-def _table_1(group: Sequence[RecipeRow]) -> str:
-    shown = list(zip(*[_ranked(group, [row.score for row in group])], strict=True))
-    lines = [
-        [
-            _method(row), score, number(row.average_bits, 2), number(row.average_rank, 2),
-            format_bytes(row.storage_bytes), format_bytes(row.training_bytes),
-        ]
-        for row, (score,) in zip(group, shown, strict=True)
-    ]  # fmt: skip
-    return markdown(["Method", "Score↑", "AvgBit↓", "AvgRank", "Mem, stored↓", "Mem, training peak↓"], lines)
-
-
-def paper_columns(cells: Sequence[Outcome]) -> dict[str, str]:
-    """Test metrics of the paper's second table with the heads of their columns: of a suite each task's and their
-    average, else all."""
-    metrics = metric_names(cells)
-    tasks = [name.removesuffix(TASK_SCORE) for name in metrics if name.endswith(TASK_SCORE)]
-    if not tasks:
-        return dict(zip(metrics, metrics, strict=True))
-    used = {name: metric for cell in cells for name, metric in cell.task_metrics.items()}
-    heads = {f"{task}{TASK_SCORE}": task + (f" ({used[task]})" if task in used else "") for task in tasks}
-    return {**heads, "score": "average"}
-
-
-def _table_2(group: Sequence[RecipeRow], metrics: Mapping[str, str]) -> str:
-    columns = [_ranked(group, [row.metrics.get(name, NAN) for row in group]) for name in metrics]
-    lines = [
-        [
-            _method(row), number(row.average_bits, 2), number(row.average_rank, 2), format_bytes(row.storage_bytes),
-            *(column[i] for column in columns),
-        ]
-        for i, row in enumerate(group)
-    ]  # fmt: skip
-    return markdown(["Method", "Bit", "Rank", "Mem", *metrics.values()], lines)
-
-
-def _method(row: RecipeRow) -> str:
-    return row.recipe + (" †" if row.over else "")
-
-
-def _ranked(group: Sequence[RecipeRow], values: Sequence[float]) -> list[str]:
-    """Figures, the largest in bold and the next underlined, as in the paper."""
-    order = sorted({value for value in values if not math.isnan(value)}, reverse=True)
-    shown = []
-    for value in values:
-        text = number(value)
-        if order and value == order[0]:
-            text = f"**{text}**"
-        elif len(order) > 1 and value == order[1]:
-            text = f"<u>{text}</u>"
-        shown.append(text)
-    return shown
 
 
 def failure_lines(failed: Sequence[Failed]) -> list[str]:

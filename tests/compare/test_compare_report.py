@@ -20,7 +20,6 @@ from qratk.compare.table import (
     cells_csv,
     difference,
     known_columns,
-    paper_tables,
     reference_name,
     rows,
     table_markdown,
@@ -28,7 +27,6 @@ from qratk.compare.table import (
     write_tables,
 )
 from qratk.core.errors import ConfigurationError, RunDirectoryError
-from qratk.run.document import Settings
 
 
 def outcome(recipe, seed, score, *, test=None, items=(), weights=None, size=100, limit=100, budget=OWN) -> Outcome:
@@ -164,7 +162,8 @@ def test_reference_is_the_base_unless_another_is_given(comparison):
 
 def test_tables_are_written_for_machines_and_people(comparison, tmp_path):
     found = rows(comparison, "full")
-    write_tables(comparison, found, tmp_path)
+    written = write_tables(comparison, found, tmp_path)
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     with (tmp_path / "table.csv").open() as file:
         table = {row["recipe"]: row for row in csv.DictReader(file)}
     cells = list(csv.DictReader(io.StringIO(cells_csv(comparison))))
@@ -178,27 +177,6 @@ def test_tables_are_written_for_machines_and_people(comparison, tmp_path):
     assert float(table["random"]["difference"]) == pytest.approx(np.mean(gaps))
     assert table["full"]["difference"] == ""
     assert table["lora-16"]["over_budget"] == "1"
-
-
-def test_paper_tables_mark_best_and_second_by_metric():
-    cells = [
-        outcome("base", 0, 0.1, test={"score": 0.3, "acc": 0.9}), outcome("a", 0, 0.1, test={"score": 0.5, "acc": 0.7}),
-    ]  # fmt: skip
-    text = paper_tables(made_of(*cells), rows(made_of(*cells), "base"))
-    assert "| a | 4.00 | 8.00 | 100 B | **0.5000** | <u>0.7000</u> |" in text
-    assert "| base | 4.00 | 8.00 | 100 B | <u>0.3000</u> | **0.9000** |" in text
-
-
-def test_paper_table_of_a_suite_has_a_column_for_each_task_and_the_average():
-    test = {"score": 0.4, "arc/score": 0.3, "qa/score": 0.5, "arc/acc": 0.2, "arc/acc_norm": 0.3, "qa/token_prob": 0.5}
-    tasks = {"arc": {"metric": "acc_norm"}, "qa": {"data": {}, "metric": None}}
-    cell = replace(outcome("a", 0, 0.1, test=test), settings=Settings({"data": {"init_args": {"test": tasks}}}))
-    other = outcome("base", 0, 0.1, test={**test, "score": 0.3, "arc/score": 0.1})
-    text = paper_tables(made_of(cell, other), rows(made_of(cell, other), "base"))
-    assert "| Method | Bit | Rank | Mem | arc (acc_norm) | qa | average |" in text
-    assert "| a | 4.00 | 8.00 | 100 B | **0.3000** | **0.5000** | **0.4000** |" in text
-    columns = cells_csv(made_of(cell, other)).splitlines()[0].split(",")
-    assert {f"test_{name}" for name in test} <= set(columns)
 
 
 def test_validation_score_stands_in_where_nothing_was_tested():
