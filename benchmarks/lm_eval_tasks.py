@@ -5,7 +5,8 @@
 Rows hold `question`, `choices` and `label`. The task is ARC's of lm-eval, without examples, with examples drawn for
 each item (lm-eval's default), and with the same examples for all items (as MMLU has them). Tokens are those of
 lm-eval's requests, whichever way they are computed. Making prompts is left out on both sides: a search does it once.
-With `--texts`, rows of `question` and `answer`, also GSM8K's prompts without examples, which the model goes on from.
+With `--texts`, rows of `question` and `answer`, also GSM8K's prompts, which the model goes on from: without examples,
+and with the same for all items. `--only texts` leaves the choices out.
 """
 
 from __future__ import annotations
@@ -42,20 +43,26 @@ def write_tasks(folder: Path, rows: list[dict[str, Any]], shots: int, number: in
     return {case: name for case, (name, _) in cases.items()}
 
 
-def write_texts(folder: Path, rows: list[dict[str, Any]], most: int) -> str:
-    """Name of a task in which a model goes on from questions."""
+def write_texts(folder: Path, rows: list[dict[str, Any]], shots: int, number: int, most: int) -> dict[str, str]:
+    """Names of tasks in which a model goes on from questions, by what is shown before an item."""
     import yaml
 
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "texts", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
-        "output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "answer", "generation_kwargs": {"until": ["Question:", "\n\n"], "max_gen_toks": most},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (folder / "texts.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
-    return "texts"
+    for name, part in (("asked", rows[:number]), ("shown", rows[number:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    cases = {"no examples": ("texts", 0), f"{shots} examples, the same": ("same_texts", shots)}
+    for name, examples in cases.values():
+        task = {
+            "task": name, "dataset_path": "json", "training_split": "train", "test_split": "test",
+            "dataset_kwargs": {
+                "data_files": {"test": str(folder / "asked.jsonl"), "train": str(folder / "shown.jsonl")}
+            },
+            "output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "answer", "generation_kwargs": {"until": ["Question:", "\n\n"], "max_gen_toks": most},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "num_fewshot": examples, "fewshot_config": {"sampler": "first_n"},
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    return {case: name for case, (name, _) in cases.items()}
 
 
 class Texts:
@@ -65,12 +72,13 @@ class Texts:
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
 
+        from qratk.backbone.logits import shared_length
         from qratk.data.lm_eval_data import LmEvalData
 
         self.model = model
         self.data = LmEvalData(name, task_folders=[str(folder)], validation=None, eval_batch_size=size)
         self.data.attach(tokenizer, context_length=model.config.max_position_embeddings)
-        self.batches = self.data.scoring_batches("test")
+        self.batches = self.data.scoring_batches("test", shared_length=shared_length(model))
         self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         until, most = list(self.data.harness.until), self.data.harness.most_tokens
         options = {"until": until, "max_gen_toks": most, "do_sample": False}
@@ -83,8 +91,9 @@ class Texts:
 
     def ours(self) -> None:
         """As a search does."""
-        from qratk.data.generation import end_ids, generate
+        from qratk.data.generation import Prefix, end_ids, generate
 
+        kept = Prefix()
         scorer, tokenizer, made = self.data.scorer("test"), self.data.tokenizer, {}
         with torch.inference_mode():
             for batch in self.batches:
@@ -92,6 +101,7 @@ class Texts:
                 found = generate(
                     self.model, batch["input_ids"], batch["attention_mask"], most=batch["most"].tolist(),
                     ends=end_ids(self.model), stopped=lambda _, tokens: scorer.stopped(0, tokens),
+                    prefix=batch.get("prefix"), kept=kept,
                 )  # fmt: skip
                 made |= dict(zip(rows, found, strict=True))
         self.tokens = sum(map(len, made.values()))
@@ -108,16 +118,22 @@ class Texts:
 
 def generation(model: Any, tokenizer: Any, folder: Path, given: Any) -> dict[str, Any]:
     """Texts of both, in turn."""
-    rows = [json.loads(line) for line in given.texts.read_text().splitlines()[: given.number]]
-    one = Texts(model, tokenizer, write_texts(folder, rows, given.most), folder, given.batch_size)
-    found = interleaved({"ours": one.ours, "lm-eval": one.theirs}, repeats=given.repeats, clock=given.clock, warm_up=0)
-    ratios = paired_ratios(found["lm-eval"], found["ours"])
-    same = sum(a == b for a, b in zip(one.texts["ours"], one.texts["lm-eval"], strict=True))
-    speeds = [spread([one.tokens / value for value in values], digits=1) for values in found.values()]
-    print(f"\n{len(rows)} texts of up to {given.most} tokens, {one.tokens} in all; {same} are equal\n")
-    print(table(["", "ours, tokens a second", "lm-eval", "ratio"], [["texts", *speeds, spread(ratios)]]))
-    print(verdict("texts", ratios, at_least=1.0))
-    return {"seconds": found, "tokens": one.tokens, "equal": same, "texts": len(rows)}
+    rows = [json.loads(line) for line in given.texts.read_text().splitlines()[: given.number + 100]]
+    results: dict[str, Any] = {}
+    lines, verdicts = [], []
+    for case, name in write_texts(folder, rows, given.shots, given.number, given.most).items():
+        one = Texts(model, tokenizer, name, folder, given.batch_size)
+        runs = {"ours": one.ours, "lm-eval": one.theirs}
+        found = interleaved(runs, repeats=given.repeats, clock=given.clock, warm_up=0)
+        ratios = paired_ratios(found["lm-eval"], found["ours"])
+        same = sum(a == b for a, b in zip(one.texts["ours"], one.texts["lm-eval"], strict=True))
+        speeds = [spread([one.tokens / value for value in values], digits=1) for values in found.values()]
+        lines.append([case, str(one.tokens), f"{same} of {given.number}", *speeds, spread(ratios)])
+        verdicts.append(verdict(f"texts, {case}", ratios, at_least=1.0 if name == "texts" else 2.0))
+        results[case] = {"seconds": found, "tokens": one.tokens, "equal": same, "texts": given.number}
+    heads = ["texts", "tokens generated", "equal", "ours, tokens a second", "lm-eval", "ratio"]
+    print(f"\nof up to {given.most} tokens\n", table(heads, lines), *verdicts, sep="\n")
+    return results
 
 
 class Case:
@@ -176,6 +192,7 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--dtype", default="auto", help="of the model's weights, such as float32")
     options.add_argument("--texts", type=Path, help="JSON lines of question, answer, which are gone on from")
+    options.add_argument("--only", choices=["choices", "texts"], help="leave the other out")
     options.add_argument("--most", type=int, default=64, help="tokens of such a text at most")
     given = prepared(options)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -186,7 +203,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     lines, verdicts = [], []
     with scratch() as folder:
-        for case, name in write_tasks(folder, rows[: given.number + 1000], given.shots, given.number).items():
+        cases = write_tasks(folder, rows[: given.number + 1000], given.shots, given.number)
+        for case, name in cases.items() if given.only != "texts" else ():
             one = Case(model, tokenizer, name, folder, given.batch_size)
             runs = {"ours": one.ours, "lm-eval": one.theirs}
             found = interleaved(runs, repeats=given.repeats, clock=given.clock, warm_up=0)
@@ -197,11 +215,11 @@ def main() -> None:
             lines.append([case, str(one.tokens), *speeds, spread(ratios), f"{apart:.1g}", *accuracies])
             verdicts.append(verdict(case, ratios, at_least=1.5 if name == "plain" else 2.0))
             results[case] = {"seconds": found, "tokens": one.tokens, "apart": apart, "acc": one.acc}
-        if given.texts is not None:
+        if given.texts is not None and given.only != "choices":
             results["texts"] = generation(model, tokenizer, folder, given)
     heads = ["", "tokens", "ours, tokens a second", "lm-eval", "ratio", "nats apart", "acc, ours", "acc, lm-eval"]
-    print(table(heads, lines))
-    print(*verdicts, sep="\n")
+    if lines:
+        print(table(heads, lines), *verdicts, sep="\n")
     finish(given, "lm_eval_tasks", results)
 
 

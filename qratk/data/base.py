@@ -304,7 +304,9 @@ class TaskData(LightningDataModule, Task):
 
     def shares_prompts(self, split: Split) -> bool:
         """Whether prompts of a split are computed once for several rows, if the model allows it."""
-        return self._batches.share_prompts and len(self.scoring_rows(split)) != len(self.items(split))
+        rows = self.scoring_rows(split)
+        several = len(rows) != len(self.items(split)) or any(row.generates for row in rows)
+        return self._batches.share_prompts and several
 
     def calibration_batches(self, count: int, batch_size: int | None = None) -> list[Batch]:
         """Training batches on the CPU, the first `count` of an order of their own."""

@@ -11,7 +11,8 @@ share these in the trunk, and what each item's choices share lies between trunk 
 its own: `parents`, (B, T), is the number of the stem in its branches, and 0 elsewhere. All are int64.
 
 A batch of prompts to go on from holds `input_ids` and `attention_mask`, (B, T), padded at the left, `row`, (B,), and
-`most`, (B,), the tokens that are generated at most.
+`most`, (B,), the tokens that are generated at most. Where all of its prompts begin alike, that is `prefix`, (P,), and
+`input_ids` are what each has behind it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qratk.core.batching import cheapest_cuts
+from qratk.core.batching import BATCH_COST, cheapest_cuts
 from qratk.data.encoding import Encoded
 from qratk.data.scoring import IGNORE
 
@@ -34,6 +35,7 @@ Batch = dict[str, Tensor]
 
 # Attention of a shared row grows with the square of its length: it must save more than it can cost.
 _LARGEST_SHARE = 0.8
+_ALIKE: Final = 16  # tokens that prompts begin with in common at least, if what they have in common is computed once
 _TOGETHER = 1024  # tokens of a row of several items at most, beyond which its attention costs more than is shared
 
 
@@ -78,16 +80,13 @@ def scoring_batches(
     """Batches of all rows, longest first, padded at the right to their longest row.
 
     A batch has at most as many tokens, padding included, as `size` of the longest rows. Items share prompts in rows of
-    at most `shared_length` tokens; so do items of a group, as `pack_rows` has them. There are at least `replicas`
-    batches where there are that many rows.
+    at most `shared_length` tokens; so do items of a group, as `pack_rows` has them, and prompts to go on from that
+    begin alike, in texts of at most as many. There are at least `replicas` batches where there are that many rows.
     """
     prompts = [index for index, row in enumerate(rows) if row.generates]
-    if prompts:
-        batches = _prompt_batches(rows, prompts, size, pad_id, replicas)
-        if len(prompts) == len(rows):
-            return batches
-    else:
-        batches = []
+    batches = _prompt_batches(rows, prompts, size, pad_id, replicas, shared_length) if prompts else []
+    if len(prompts) == len(rows):
+        return batches
     budget = size * max(len(row.tokens) for row in rows if not row.generates)
     packs = list(pack_rows(rows, shared_length, groups=groups, together=min(_TOGETHER, budget)))
     most = max(1, len(packs) // replicas)
@@ -100,29 +99,66 @@ def scoring_batches(
 
 
 def _prompt_batches(
-    rows: Sequence[Encoded], prompts: Sequence[int], size: int, pad_id: int, replicas: int
+    rows: Sequence[Encoded], prompts: Sequence[int], size: int, pad_id: int, replicas: int, shared_length: int
 ) -> list[Batch]:
-    """Batches of prompts to go on from, those that may become longest first, padded at the left."""
+    """Batches of prompts to go on from, padded at the left, what may become longest first, but those with one prefix
+    one behind the other."""
 
     def length(index: int) -> int:
         return len(rows[index].tokens) + rows[index].generates
 
-    ordered = sorted(prompts, key=lambda index: -length(index))
-    lengths = [length(index) for index in ordered]
-    cuts = cheapest_cuts(lengths, budget=size * lengths[0], most=max(1, len(ordered) // replicas))
-    return [_prompt_batch(ordered[cut], rows, pad_id) for cut in cuts]
+    budget, most = size * max(map(length, prompts)), max(1, len(prompts) // replicas)
+    batches = []
+    sets = [(prefix, sorted(own, key=lambda i: -length(i))) for prefix, own in _prefixed(rows, prompts, shared_length)]
+    for prefix, ordered in sorted(sets, key=lambda one: -length(one[1][0])):
+        cuts = cheapest_cuts([length(index) for index in ordered], budget=budget, most=most)
+        batches += [_prompt_batch(ordered[cut], rows, pad_id, prefix) for cut in cuts]
+    return batches
 
 
-def _prompt_batch(indices: Sequence[int], rows: Sequence[Encoded], pad_id: int) -> Batch:
-    width = max(len(rows[index].tokens) for index in indices)
+def _prefixed(
+    rows: Sequence[Encoded], prompts: Sequence[int], shared_length: int
+) -> Iterator[tuple[int, Sequence[int]]]:
+    """Prompts that begin alike, and in how many tokens; last, with 0, those that have too little in common."""
+    alike: dict[bytes, list[int]] = {}
+    for index in prompts:
+        alike.setdefault(rows[index].tokens[:_ALIKE].tobytes(), []).append(index)
+    rest: list[int] = []
+    for own in alike.values():
+        prefix = common_prefix([rows[index].tokens for index in own])
+        longest = max(len(rows[index].tokens) + rows[index].generates for index in own)
+        if longest <= shared_length and worth_sharing(prefix, len(own)):
+            yield prefix, own
+        else:
+            rest += own
+    if rest:
+        yield 0, rest
+
+
+def common_prefix(prompts: Sequence[NDArray[np.int32]]) -> int:
+    """Tokens that prompts begin with in common, and behind which each has another one."""
+    least = min(map(len, prompts)) - 1
+    differing = (np.stack([prompt[:least] for prompt in prompts]) != prompts[0][:least]).any(0)
+    return int(differing.argmax()) if differing.any() else least
+
+
+def worth_sharing(prefix: int, prompts: int) -> bool:
+    """Whether computing a prefix of so many tokens once for so many prompts saves more than a pass for it costs."""
+    return prefix >= _ALIKE and prefix * (prompts - 1) > BATCH_COST
+
+
+def _prompt_batch(indices: Sequence[int], rows: Sequence[Encoded], pad_id: int, prefix: int) -> Batch:
+    behind = [rows[index].tokens[prefix:] for index in indices]
+    width = max(map(len, behind))
     ids = torch.full((len(indices), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for place, index in enumerate(indices):
-        tokens = rows[index].tokens
+    for place, tokens in enumerate(behind):
         ids[place, width - len(tokens) :] = torch.from_numpy(tokens.astype(np.int64))
         mask[place, width - len(tokens) :] = 1
     most = torch.tensor([rows[index].generates for index in indices])
-    return {"input_ids": ids, "attention_mask": mask, "row": torch.tensor(indices), "most": most}
+    batch = {"input_ids": ids, "attention_mask": mask, "row": torch.tensor(indices), "most": most}
+    shared = rows[indices[0]].tokens[:prefix]
+    return {**batch, "prefix": torch.from_numpy(shared.astype(np.int64))} if prefix else batch
 
 
 def pack_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
@@ -54,6 +55,28 @@ class StopSequences:
         return any(text in self._tokenizer.decode(tokens[-size:]) for text, size in self._texts)
 
 
+class Prefix:
+    """What prompts begin with, computed once: the key-value cache of the last one, which is kept for other batches.
+
+    Good for one state of a model's weights and one number of candidates.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._cache: Any = None
+
+    def cache(self, model: nn.Module, tokens: Tensor, candidates: int, prompts: int) -> Any:
+        """The model's cache after `tokens`, (P,), for as many rows as each candidate has prompts."""
+        if tokens.tolist() != self._tokens:
+            ids = tokens.repeat(candidates, 1)
+            positions = torch.arange(len(tokens), device=tokens.device).repeat(candidates, 1)
+            self._cache = _pass(model, ids, torch.ones_like(ids), positions, None)[1]
+            self._tokens = tokens.tolist()
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(prompts)
+        return cache
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -64,6 +87,8 @@ def generate(
     ends: Collection[int] = (),
     stopped: Callable[[int, Sequence[int]], bool] = lambda prompt, tokens: False,
     candidates: int = 1,
+    prefix: Tensor | None = None,
+    kept: Prefix | None = None,
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token; what ends it is part of it.
 
@@ -78,6 +103,9 @@ def generate(
         ends: tokens that end a continuation.
         stopped: whether the continuation of a prompt, by its index, is over with these tokens.
         candidates: how many of them are in the model.
+        prefix: tokens that all prompts begin with, (P,), where `input_ids` are what each has behind them. They are
+            computed once, which models must allow that `qratk.backbone.logits.shared_length` knows.
+        kept: where the cache of the prefix is kept for the next batch.
 
     Returns:
         Tokens of each continuation, of the first candidate's prompts, then the second's.
@@ -86,18 +114,16 @@ def generate(
     limits = [most] * prompts if isinstance(most, int) else list(most)
     ids, mask = input_ids.repeat(candidates, 1), attention_mask.repeat(candidates, 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    takes = inspect.signature(_inner(model).forward).parameters
-    held = "cache" if "cache" in takes else "past_key_values"  # its name in later and earlier transformers
     cache: Any = None
+    if prefix is not None:
+        cache = (kept or Prefix()).cache(model, prefix, candidates, prompts)
+        positions = positions + len(prefix)
+        mask = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], 1)
     found: list[list[int]] = [[] for _ in range(candidates * prompts)]
     done = [False] * len(found)
     left = list(range(prompts))
     while True:
-        options = {"position_ids": positions, "logits_to_keep": 1}
-        options = {name: value for name, value in options.items() if name in takes}
-        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{held: cache}, **options)
-        cache = next(out[name] for name in ("cache", "past_key_values") if name in out)
-        tokens = out.logits[:, -1].argmax(-1)
+        tokens, cache = _pass(model, ids, mask, positions, cache)
         rows = [candidate * prompts + prompt for candidate in range(candidates) for prompt in left]
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not done[row]:
@@ -114,6 +140,16 @@ def generate(
             left = [prompt for prompt, stays in zip(left, staying, strict=True) if stays]
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
+def _pass(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The likeliest token behind each row, (B,), and the cache with the row in it."""
+    takes = inspect.signature(_inner(model).forward).parameters
+    held = "cache" if "cache" in takes else "past_key_values"  # its name in later and earlier transformers
+    options = {"position_ids": positions, "logits_to_keep": 1}
+    options = {name: value for name, value in options.items() if name in takes}
+    out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{held: cache}, **options)
+    return out.logits[:, -1].argmax(-1), next(out[name] for name in ("cache", "past_key_values") if name in out)
 
 
 def _inner(model: nn.Module) -> Any:

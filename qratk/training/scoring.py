@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qratk.backbone.logits import labelled_logits, replicate, target_greedy, target_log_likelihood
-from qratk.data.generation import end_ids, generate
+from qratk.data.generation import Prefix, end_ids, generate
 
 if TYPE_CHECKING:
     from qratk.data.base import TaskData
@@ -24,6 +24,7 @@ class Scoring:
     def __init__(self) -> None:
         self._scorers: tuple[Scorer, ...] = ()
         self._stored = ExitStack()
+        self._prefix = Prefix()
 
     def begin(
         self,
@@ -37,6 +38,7 @@ class Scoring:
         """Take a scorer for each of `count` candidates, and round the adapters to what is stored."""
         self._scorers = tuple(data.scorer(split).to(device) for _ in range(count))
         self._stored.enter_context(stored_precision)
+        self._prefix = Prefix()
 
     def score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Score a batch for every candidate in the model: by likelihoods, or by what is generated from prompts."""
@@ -56,6 +58,7 @@ class Scoring:
         found = generate(
             model, batch["input_ids"], batch["attention_mask"], most=batch["most"].tolist(), ends=end_ids(model),
             stopped=lambda prompt, tokens: one.stopped(rows[prompt], tokens), candidates=len(self._scorers),
+            prefix=batch.get("prefix"), kept=self._prefix,
         )  # fmt: skip
         for index, scorer in enumerate(self._scorers):
             scorer.update(batch, texts=found[index * len(rows) : (index + 1) * len(rows)])
@@ -64,6 +67,7 @@ class Scoring:
         """The scorers, with all that they saw; the adapters are as before."""
         self._stored.close()
         scorers, self._scorers = self._scorers, ()
+        self._prefix = Prefix()
         return scorers
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from qratk.data.generation import StopSequences, end_ids, generate, plain_greedy
+from qratk.data.generation import Prefix, StopSequences, end_ids, generate, plain_greedy
 from qratk.data.lm_eval import run_lm_eval
 from qratk.embedded.data import model_directory
 
@@ -105,6 +105,35 @@ def test_candidates_side_by_side_go_on_while_one_does(packed: Any, tokenizer: An
     assert generate(packed, ids, mask, most=12, ends=ends, candidates=2) == 2 * generate(
         packed, ids, mask, most=12, ends=ends
     )
+
+
+@pytest.mark.parametrize("candidates", [1, 2])
+def test_what_prompts_begin_with_is_computed_once(packed: Any, tokenizer: Any, candidates: int) -> None:
+    begin = tokenizer("The people of the town said to the people: who is it?")["input_ids"]
+    ends = [tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
+    whole, rest = (
+        tokenizer.pad({"input_ids": rows}, return_tensors="pt") for rows in ([begin + end for end in ends], ends)
+    )
+    expected = generate(packed, whole["input_ids"], whole["attention_mask"], most=12, candidates=candidates)
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+    kept, prefix = Prefix(), torch.tensor(begin)
+    sizes: list[tuple[int, ...]] = []
+    handle = packed.register_forward_pre_hook(
+        lambda _, arguments, options: sizes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        for part in (slice(0, 2), slice(2, None)):
+            ids, mask = rest["input_ids"][part], rest["attention_mask"][part]
+            found = generate(packed, ids, mask, most=12, candidates=candidates, prefix=prefix, kept=kept)
+            numbers = range(len(PROMPTS))[part]
+            assert found == [expected[c * len(PROMPTS) + n] for c in range(candidates) for n in numbers]
+    finally:
+        handle.remove()
+    assert sizes[0] == (candidates, len(begin))
+    assert (candidates, len(begin)) not in sizes[1:]
+    with torch.no_grad():  # another prefix takes the place of the one that is kept
+        others = generate(packed, rest["input_ids"], rest["attention_mask"], most=12, prefix=prefix[:4], kept=kept)
+    assert others != expected[: len(PROMPTS)]
 
 
 def test_a_model_that_asks_for_more_than_the_likeliest_token_is_told(packed: Any) -> None:
