@@ -39,12 +39,16 @@ class LmEvalOptions:
         task_folders: folders with task files of your own.
         limit: only so many items of each task.
         batch_size: sequences in one pass.
+        apply_chat_template: put prompts through the tokenizer's chat template.
+        fewshot_as_multiturn: show examples as earlier turns of the chat; null means so with a chat template.
     """
 
     tasks: list[str] = field(default_factory=list)
     task_folders: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 8
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
 
 
 class CommandParser(LightningArgumentParser):

@@ -32,6 +32,8 @@ class TestCommand(QratkCLI):
                 batch_size=options.batch_size,
                 limit=options.limit,
                 device=str(self.trainer.strategy.root_device),
+                apply_chat_template=options.apply_chat_template,
+                fewshot_as_multiturn=options.fewshot_as_multiturn,
             )
         print(yaml.safe_dump({"lm_eval": scores}, sort_keys=False), end="")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qratk.core.errors import DataError
 from qratk.core.logs import only_errors
-from qratk.data.lm_eval_task import FEWSHOT_SEED, load_tasks
+from qratk.data.lm_eval_task import FEWSHOT_SEED, leaves, load_tasks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,16 +32,19 @@ def evaluate_lm_eval(
     limit: int | None = None,
     device: str | None = None,
     max_length: int | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures of each task, as in {"arc_easy": {"acc": 0.31, "acc_norm": 0.29}}, measured by lm-eval.
 
     `tasks` are names of lm-eval's own tasks or of tasks in `task_folders`; its own are only read (20 s) when a name is
-    in no folder. The model stays where it is (`device` moves it there and back), and in the mode it was in. Raises
+    in no folder. Prompts go through the tokenizer's chat template if asked for, examples then as earlier turns, unless
+    that is set false. The model stays where it is (`device` moves it there and back), and in the mode it was in. Raises
     DataError for an unknown task or a missing folder.
     """
     results = run_lm_eval(
         model, tokenizer, tasks, task_folders=task_folders, batch_size=batch_size, limit=limit, device=device,
-        max_length=max_length,
+        max_length=max_length, apply_chat_template=apply_chat_template, fewshot_as_multiturn=fewshot_as_multiturn,
     )  # fmt: skip
     return {name: _figures(values) for name, values in results["results"].items()}
 
@@ -57,14 +60,25 @@ def run_lm_eval(
     device: str | None = None,
     max_length: int | None = None,
     log_samples: bool = False,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool | None = None,
 ) -> dict[str, Any]:
     """What `lm_eval.evaluate` returns, with each item under "samples" if asked for; see `evaluate_lm_eval`.
 
     Examples are drawn by the seed of lm-eval's command line.
     """
+    if fewshot_as_multiturn and not apply_chat_template:
+        raise DataError("fewshot_as_multiturn is of chats: set apply_chat_template too, or leave it out")
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise DataError("apply_chat_template is set, but the tokenizer has no chat template: leave it out")
     task_dict = load_tasks(tasks, task_folders)
-    for task in _single_tasks(task_dict):
+    for _, task in leaves(task_dict):
         task.set_fewshot_seed(FEWSHOT_SEED)
+    # Where groups know the groups in them, lm-eval takes the tasks of all of these side by side.
+    task_dict = {
+        key: dict(leaves(value)) if isinstance(value, Mapping) and hasattr(key, "get_all_tasks") else value
+        for key, value in task_dict.items()
+    }
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -77,8 +91,10 @@ def run_lm_eval(
             softmax_dtype="float32",  # its default is the model's type: in bfloat16 choices would tie
         )
         results: dict[str, Any] | None = evaluate(
-            harness, task_dict, limit=limit, bootstrap_iters=0, log_samples=log_samples
-        )
+            harness, task_dict, limit=limit, bootstrap_iters=0, log_samples=log_samples,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn,
+        )  # fmt: skip
     if results is None:  # on other ranks than the first
         raise DataError("lm-eval returned no results: call it on the first process only")
     return results
@@ -157,12 +173,6 @@ def _placed(model: nn.Module, device: str | None) -> Iterator[None]:
             model.to(before)
         for name, module in model.named_modules():
             module.training = training[name]
-
-
-def _single_tasks(loaded: Mapping[Any, Any]) -> Iterator[Any]:
-    """The tasks that are no groups."""
-    for value in loaded.values():
-        yield from _single_tasks(value) if isinstance(value, Mapping) else [value]
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:

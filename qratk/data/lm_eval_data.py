@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Final, final
 
 from qratk.core.errors import DataError
 from qratk.data.base import TaskData
 from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES
 from qratk.data.encoding import Encoded, PairEncoder, encoded
-from qratk.data.lm_eval_scorer import AUTO, LmEvalScorer
-from qratk.data.lm_eval_task import FEWSHOT_SEED, HarnessTask, document_of
+from qratk.data.lm_eval_scorer import AUTO, GroupScorer, LmEvalScorer
+from qratk.data.lm_eval_task import (
+    FEWSHOT_SEED,
+    ChatPrompt,
+    HarnessGroup,
+    HarnessTask,
+    document_of,
+    load_harness,
+)
 from qratk.data.sources import Row, Source, content_key
 from qratk.data.splits import Item, Split, SplitOptions, Splits, permutation, require_at_least
 
@@ -22,15 +30,19 @@ _METRICS: Final = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_mat
 @final
 class LmEvalData(TaskData):
     """An lm-eval task: `output_type` multiple_choice and loglikelihood, by log-likelihoods, and generate_until, by the
-    text that the model goes on with, the likeliest token each time.
+    text that the model goes on with, the likeliest token each time. Or a group of such tasks (MMLU), whose figures are
+    made of those of its tasks as it says, and recorded beside them.
 
     Prompts, examples and metrics are made by lm-eval; figures are equal to those of its own run over the same items.
 
     Args:
-        task: name of the task: lm-eval's own, or one in `task_folders`.
+        task: name of the task or group: lm-eval's own, or one in `task_folders`.
         task_folders: folders of tasks in YAML.
         num_fewshot: examples before each item; null means what the task says.
         fewshot_seed: by which the task's own sampler draws them; the default is that of lm-eval's command line.
+        apply_chat_template: put prompts through the tokenizer's chat template, as lm-eval's option of that name does.
+        fewshot_as_multiturn: show examples as earlier turns of the chat; false puts all into one message. Null means
+            true with a chat template, as on lm-eval's command line.
         train: split of the task's data set whose right answers are trained on, without examples; null means none.
         validation: split of the task's data set; `auto` is the one that the task calls so. Where the task has no other
             for test, `auto` of both shares its documents out by the seed: `validation_items` (or
@@ -54,6 +66,8 @@ class LmEvalData(TaskData):
         task_folders: list[str] | None = None,
         num_fewshot: int | None = None,
         fewshot_seed: int = FEWSHOT_SEED,
+        apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool | None = None,
         train: str | None = None,
         validation: str | None = AUTO,
         test: str | None = AUTO,
@@ -63,6 +77,8 @@ class LmEvalData(TaskData):
         if not isinstance(task, str) or not task:
             raise DataError(f"task must be the name of one lm-eval task, got {task!r:.80}")
         require_at_least("num_fewshot", 0 if num_fewshot is None else num_fewshot, 0)
+        if fewshot_as_multiturn and not apply_chat_template:
+            raise DataError("fewshot_as_multiturn is of chats: set apply_chat_template too, or leave it out")
         if not isinstance(score, str) or not score:
             raise DataError(f"score must be the name of a figure, got {score!r:.80}")
         if score not in (*self.metrics, *CHOICE_FIGURES):  # one that only the task knows: checked when it is loaded
@@ -77,15 +93,22 @@ class LmEvalData(TaskData):
             raise DataError("rows of lm-eval tasks are read by the task's own templates: `rename` does not apply")
         self.task, self.task_folders = task, tuple(task_folders or ())
         self.num_fewshot, self.fewshot_seed, self.score = num_fewshot, fewshot_seed, score
+        self.apply_chat_template = apply_chat_template
+        self.fewshot_as_multiturn = apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn
         super().__init__(train, validation=validation, test=test, **kwargs)
 
     def _split(self, options: SplitOptions) -> LmEvalSplits:
         return LmEvalSplits(options, self)
 
     @cached_property
-    def harness(self) -> HarnessTask:
-        """The task, loaded when it is first asked for. Raises DataError."""
-        return HarnessTask(self.task, self.task_folders, num_fewshot=self.num_fewshot, seed=self.fewshot_seed)
+    def harness(self) -> HarnessTask | HarnessGroup:
+        """The task or group, loaded when it is first asked for. Raises DataError."""
+        return load_harness(self.task, self.task_folders, num_fewshot=self.num_fewshot, seed=self.fewshot_seed)
+
+    @property
+    def _chat(self) -> ChatPrompt | None:
+        """What prompts are put through, of the tokenizer that is attached."""
+        return ChatPrompt(self.tokenizer, multiturn=self.fewshot_as_multiturn) if self.apply_chat_template else None
 
     def parse(self, row: Row) -> Any:
         """Raises DataError: documents are the task's own."""
@@ -93,7 +116,7 @@ class LmEvalData(TaskData):
 
     def form_of(self, content: Any) -> str:
         """What the task asks of a model."""
-        return f"lm-eval {self.harness.output_type}"
+        return f"lm-eval {content.task.output_type}"
 
     def fields_used(self) -> frozenset[str]:
         """None by name: the task's templates read documents."""
@@ -101,32 +124,41 @@ class LmEvalData(TaskData):
 
     def right_row(self, item: Item) -> int | None:
         """The first right choice's."""
-        if self.harness.output_type != "multiple_choice" or self.harness.own_results:
+        document = document_of(item)
+        if document.task.output_type != "multiple_choice" or document.task.own_results:
             return None
-        return self.harness.right(document_of(item))[0]
+        return document.task.right(document)[0]
 
     def encode_training(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """The right choice, or the continuation, after its prompt without examples; only that is learnt."""
-        pairs = []
+        pairs, chat = [], self._chat
         for item in items:
             document = document_of(item)
-            if self.harness.generates:
-                pairs.append((self.harness.prompt(document, shots=False), self.harness.answer(document)))
+            task = document.task
+            if task.generates:
+                prompt = task.prompt(document, shots=False, chat=chat)
+                pairs.append((prompt, task.answer(document, chat=chat)))
                 continue
-            made = self.harness.pairs(document, shots=False)
-            chosen = self.harness.right(document)[0] if self.harness.output_type == "multiple_choice" else 0
+            made = task.pairs(document, shots=False, chat=chat)
+            chosen = task.right(document)[0] if task.output_type == "multiple_choice" else 0
             pairs.append(made[chosen])
         yield from self._encode(pairs, range(len(items)), items)
 
     def encode_scoring(self, items: Sequence[Item]) -> Iterator[Encoded]:
         """Every request that lm-eval would make."""
-        if self.harness.generates:
-            yield from self._encode_prompts(items)
-            return
+        first = 0
+        for task, group in groupby(items, key=lambda item: document_of(item).task):
+            own = list(group)
+            rows = self._encode_prompts(task, own) if task.generates else self._encode_pairs(task, own)
+            yield from (replace(row, item=row.item + first) for row in rows)
+            first += len(own)
+
+    def _encode_pairs(self, task: HarnessTask, items: Sequence[Item]) -> Iterator[Encoded]:
         pairs: list[tuple[str, str]] = []
         owners: list[int] = []
+        chat = self._chat
         for index, item in enumerate(items):
-            pairs += self.harness.pairs(document_of(item))
+            pairs += task.pairs(document_of(item), chat=chat)
             owners += [index] * (len(pairs) - len(owners))
         yield from self._encode(pairs, owners, items)
 
@@ -138,15 +170,15 @@ class LmEvalData(TaskData):
 
         return PairEncoder(self.tokenizer).rows(pairs, owners, limit=self.max_length, empty=empty)
 
-    def _encode_prompts(self, items: Sequence[Item]) -> Iterator[Encoded]:
-        most = self.harness.most_tokens
+    def _encode_prompts(self, task: HarnessTask, items: Sequence[Item]) -> Iterator[Encoded]:
+        most, chat = task.most_tokens, self._chat
         limit = self.max_length - most
         if limit < 1:
             raise DataError(
-                f"task {self.task} generates up to {most} tokens, which leaves no room for prompts within max_length "
+                f"task {task.name} generates up to {most} tokens, which leaves no room for prompts within max_length "
                 f"{self.max_length}: raise it"
             )
-        prompts = PairEncoder(self.tokenizer).prompts([self.harness.prompt(document_of(item)) for item in items])
+        prompts = PairEncoder(self.tokenizer).prompts([task.prompt(document_of(item), chat=chat) for item in items])
         for index, prompt in enumerate(prompts):
             row = encoded(prompt[-limit:], [False] * min(len(prompt), limit), truncated=len(prompt) > limit, item=index)
             yield replace(row, generates=most)
@@ -163,7 +195,8 @@ class LmEvalData(TaskData):
         """Of each item a number that those have in common that are shown the same examples; None where each has its
         own."""
         numbers: dict[tuple[int, ...], int] = {}
-        shown = [tuple(map(id, self.harness.examples(document_of(item)))) for item in self.items(split)]
+        documents = [document_of(item) for item in self.items(split)]
+        shown = [tuple(map(id, document.task.examples(document))) for document in documents]
         found = tuple(numbers.setdefault(examples, len(numbers)) if examples else -1 for examples in shown)
         return found if len(numbers) < sum(number >= 0 for number in found) else None
 
@@ -171,7 +204,7 @@ class LmEvalData(TaskData):
         """Whether prompts of a split are computed once for several rows, if the model allows it."""
         return super().shares_prompts(split) or (self._batches.share_prompts and self.groups(split) is not None)
 
-    def scorer(self, split: Split = "validation") -> LmEvalScorer:
+    def scorer(self, split: Split = "validation") -> LmEvalScorer | GroupScorer:
         """Scorer of the task's metrics."""
         return self._scorer(split, self.scoring_rows(split))
 
@@ -179,20 +212,38 @@ class LmEvalData(TaskData):
         """Raise DataError for a figure that the task does not have."""
         self.scorer(split).require_figure(name)
 
-    def _scorer(self, split: Split, rows: Sequence[Encoded]) -> LmEvalScorer:
+    def _scorer(self, split: Split, rows: Sequence[Encoded]) -> LmEvalScorer | GroupScorer:
         documents = [document_of(item) for item in self.items(split)]
-        return LmEvalScorer(self.harness, documents, [row.item for row in rows], self.score, self.tokenizer)
+        owners = [row.item for row in rows]
+        if isinstance(self.harness, HarnessTask):
+            return LmEvalScorer(self.harness, documents, owners, self.score, self.tokenizer)
+        scorers = []
+        for task, numbers in groupby(range(len(documents)), key=lambda number: documents[number].task):
+            own = list(numbers)
+            items = [owner - own[0] for owner in owners if own[0] <= owner <= own[-1]]
+            scorers.append(LmEvalScorer(task, [documents[n] for n in own], items, AUTO, self.tokenizer))
+        return GroupScorer(self.harness, scorers, self.score)
+
+    def item_weights(self, stage: Split = "validation") -> tuple[float, ...] | None:
+        """Weight of each item in the score: all alike, but in a group whose tasks count alike."""
+        return self.figure_weights(stage, self.score)
+
+    def figure_weights(self, split: Split, figure: str) -> tuple[float, ...] | None:
+        """Weight of each item in a figure; None where all are alike."""
+        scorer = self.scorer(split)
+        return scorer.weights(figure) if isinstance(scorer, GroupScorer) else None
 
     def options(self) -> Mapping[str, Any]:
         """Task, examples and score."""
         harness = self.harness
         pool = [content_key(document) for document in harness.example_pool()]
-        return {
+        found = {
             "task": self.task,
             "shots": (harness.shots, self.fewshot_seed, content_key(pool)),
             "score": self.score,
             "config": harness.identity(),
         }
+        return {**found, "multiturn": self.fewshot_as_multiturn} if self.apply_chat_template else found
 
 
 class LmEvalSplits(Splits):
@@ -260,8 +311,8 @@ class LmEvalSplits(Splits):
         found = []
         for document in harness.documents(place):
             key = content_key(document.fields)
-            found.append(Item(document, key, harness.where(document), key if self.options.row_keys else ""))
-        if harness.shots and harness.examples_split == place:
+            found.append(Item(document, key, document.task.where(document), key if self.options.row_keys else ""))
+        if harness.examples_from(place):
             self._note(
                 f"task {self._data.task} draws its examples from the documents of {place!r}, which are scored too"
             )

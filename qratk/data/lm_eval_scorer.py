@@ -13,8 +13,9 @@ from qratk.core.errors import DataError
 from qratk.core.text import nearest
 from qratk.data.choice_figures import CHOICE_FIGURES, UNIT_FIGURES
 from qratk.data.generation import StopSequences
-from qratk.data.lm_eval_task import Document, HarnessTask
+from qratk.data.lm_eval_task import Document, HarnessGroup, HarnessTask
 from qratk.data.scoring import ChoiceScorer, LikelihoodScorer, Scorer
+from qratk.data.suite_scorer import ScoredTask, SuiteScorer
 
 AUTO: Final = "auto"
 
@@ -68,24 +69,23 @@ class LmEvalScorer(Scorer):
 
     def _known(self, name: str) -> str:
         """The figure of that name, the task's own first choice for `auto`."""
-        task = self._task
-        bounded = [metric for metric in task.metrics if task.bounded(metric)]
-        if task.generates:
-            bounded = list(task.text_figures)
-            name = next((full for full in bounded if full.partition(",")[0] == name), name)
-        smooth = self._smooth
+        if self._task.generates:
+            name = next((full for full in self._task.text_figures if full.partition(",")[0] == name), name)
         if name == AUTO:
-            first = [*smooth[:1], *bounded]
+            first = [*self._smooth[:1], *self._bounded]
             if not first:
                 raise DataError(f"task {self._task.name} has no metric that is a mean over items; it cannot be a score")
             return first[0]
-        all_names = list(dict.fromkeys([*bounded, *smooth, *(CHOICE_FIGURES if self._of_choices else ())]))
-        if name not in all_names:
-            raise DataError(
-                f"task {self._task.name} has no figure {name!r} that is a mean over items; it has "
-                f"{', '.join(all_names)}{nearest(name, all_names)}"
-            )
-        return name
+        return required(name, self.figure_names(), f"task {self._task.name}")
+
+    @property
+    def _bounded(self) -> list[str]:
+        task = self._task
+        return list(task.text_figures) if task.generates else [name for name in task.metrics if task.bounded(name)]
+
+    def figure_names(self) -> list[str]:
+        """Figures that are a mean over items."""
+        return list(dict.fromkeys([*self._bounded, *self._smooth, *(CHOICE_FIGURES if self._of_choices else ())]))
 
     @property
     def _of_choices(self) -> bool:
@@ -172,3 +172,96 @@ class LmEvalScorer(Scorer):
         rights = self._right or [tuple(range(count)) for count in self._counts]
         found = [any(greedy[start + k] for k in right) for start, right in zip(self._starts, rights, strict=True)]
         return torch.tensor(found)
+
+
+def required(name: str, known: Sequence[str], of: str) -> str:
+    """The name of a figure. Raises DataError where it is none of those known."""
+    if name not in known:
+        raise DataError(
+            f"{of} has no figure {name!r} that is a mean over items; it has {', '.join(known)}{nearest(name, known)}"
+        )
+    return name
+
+
+class GroupScorer(SuiteScorer):
+    """Scores a group of lm-eval's tasks, whose figures are made of those of its tasks as the group says: by how many
+    documents each has, or of all alike.
+
+    A figure of which the group says nothing is the mean over items. Figures of tasks, and of groups in the group, are
+    `<name>/<figure>`.
+    """
+
+    def __init__(self, group: HarnessGroup, scorers: Sequence[LmEvalScorer], score: str) -> None:
+        """Raises DataError for a score that not all tasks have."""
+        self._group = group
+        super().__init__([ScoredTask(scorer._task.name, scorer, scorer.score, 1.0) for scorer in scorers])
+        self._own = group.weighings[0]
+        tasks = [scorer._task for scorer in scorers]
+        self._metrics = {task.name: task.text_figures if task.generates else task.metrics for task in tasks}
+        self.score = self._known(score)
+
+    def require_figure(self, name: str) -> None:
+        """Raise DataError for what is no figure of all tasks of the group."""
+        self._known(name)
+
+    def _known(self, name: str) -> str:
+        scorers = [task.scorer for task in self._tasks]
+        assert all(isinstance(scorer, LmEvalScorer) for scorer in scorers)
+        each = [scorer.figure_names() for scorer in scorers if isinstance(scorer, LmEvalScorer)]
+        common = [figure for figure in each[0] if all(figure in names for names in each)]
+        if name == AUTO:
+            smooth = [figure for figure in ("prob_per_token", "token_prob") if figure in common]
+            told = [figure for figure in common if self._own.by_size(figure) is not None]
+            if not smooth + told:
+                raise DataError(f"tasks of the group {self._group.name} have no figure in common: name a `score`")
+            return (smooth + told)[0]
+        full = [figure for figure in common if figure.partition(",")[0] == name]
+        return required(name if name in common or not full else full[0], common, f"the group {self._group.name}")
+
+    def _alike(self, figure: str) -> bool:
+        """Whether all tasks count alike in a figure."""
+        return self._own.by_size(figure) is False
+
+    def weights(self, figure: str) -> tuple[float, ...] | None:
+        """Weight of each item in a figure; None where all are alike."""
+        if not self._alike(self._known(figure)):
+            return None
+        return tuple(1 / task.scorer.num_items for task in self._tasks for _ in range(task.scorer.num_items))
+
+    def item_figure(self, name: str) -> Tensor:
+        """A figure between 0 and 1 of each item, that of its task; "auto" is the score."""
+        name = self.score if name == AUTO else self._known(name)
+        return torch.cat([task.scorer.item_figure(name) for task, _ in self._parts()])
+
+    def mean_figure(self, name: str, admitted: Tensor) -> Tensor:
+        """A figure over the items that are admitted, as the group weighs tasks."""
+        name = self.score if name == AUTO else self._known(name)
+        values = self.item_figure(name)
+        if not self._alike(name):
+            return values[admitted].mean()
+        parts = [(values[place], admitted[place]) for _, place in self._parts()]
+        return torch.stack([own[done].mean() for own, done in parts if bool(done.any())]).mean()
+
+    def _figures(self, complete: Tensor) -> dict[str, Tensor]:
+        own: dict[str, dict[str, Tensor]] = {}
+        sizes: dict[str, int] = {}
+        for task, place in self._parts():
+            done = complete[place]
+            if bool(done.any()):
+                own[task.name], sizes[task.name] = task.scorer._figures(done), int(done.sum())
+        figures = {"score": self.mean_figure(self.score, complete)}
+        for weighing in self._group.weighings:
+            prefix = "" if weighing is self._own else f"{weighing.name}/"
+            names = [name for name in weighing.tasks if name in own]
+            for figure in dict.fromkeys(figure for name in names for figure in own[name] if figure != "score"):
+                by_size = weighing.by_size(figure)
+                having = [name for name in names if figure in own[name] and figure in self._metrics[name]]
+                if by_size is not None and having:
+                    counts = torch.tensor([float(sizes[name]) if by_size else 1.0 for name in having]).double()
+                    values = torch.stack([own[name][figure].double() for name in having])
+                    figures[f"{prefix}{figure}"] = (values * counts).sum() / counts.sum()
+        others = {f"{name}/{figure}": value for name, found in own.items() for figure, value in found.items()}
+        return {**figures, **{name: value for name, value in others.items() if not name.endswith("/score")}}
+
+    def _outcomes(self) -> Tensor:
+        return self.item_figure(self.score)

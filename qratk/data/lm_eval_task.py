@@ -66,13 +66,45 @@ def _with_defaults(paths: tuple[str, ...], manager: Callable[..., Any]) -> Any:
     return manager(include_path=list(paths), include_defaults=True)
 
 
+class ChatPrompt:
+    """A tokenizer's chat template as lm-eval's `hf` backend puts prompts through it: with the generation prompt behind,
+    or the task's `gen_prefix` as the answer's beginning, and without the system's message where the template has none.
+
+    Args:
+        tokenizer: that has a chat template. Raises DataError where there is none.
+        multiturn: whether examples are earlier turns, or part of the one message of the user.
+    """
+
+    def __init__(self, tokenizer: Any, *, multiturn: bool) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError("apply_chat_template is set, but the tokenizer has no chat template: leave it out")
+        self._tokenizer, self.multiturn = tokenizer, multiturn
+
+    def __call__(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of messages."""
+        from jinja2 import TemplateError
+
+        def apply(given: list[dict[str, str]]) -> str:
+            text: str = self._tokenizer.apply_chat_template(
+                given, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )  # fmt: skip
+            return text
+
+        try:
+            return apply(messages)
+        except TemplateError:
+            return apply([message for message in messages if message["role"] != "system"])
+
+
 @dataclass(frozen=True, eq=False)
 class Document:
-    """A document of a task: where it stands in a split of the task's data set, and its fields."""
+    """A document of a task: where it stands in a split of the task's data set, its fields, and the task."""
 
     split: str
     index: int
     fields: dict[str, Any]
+    task: HarnessTask
 
 
 class HarnessTask:
@@ -83,11 +115,10 @@ class HarnessTask:
     and in one with a `limit`. Raises DataError for what is no such task, and where documents do not fit its templates.
     """
 
-    def __init__(
-        self, name: str, folders: Sequence[str | Path] = (), *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED
-    ) -> None:
+    def __init__(self, name: str, task: Any, *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED) -> None:
+        """`task` is lm-eval's object."""
         self.name, self.seed = name, seed
-        self._task = _single(name, load_tasks([name], folders))
+        self._task = _checked(name, task)
         self._dataset: Mapping[str, Any] = self._task.dataset
         self.shots = self._number_of_shots(num_fewshot)
         self._sampler = getattr(self._task, "sampler", None)
@@ -150,7 +181,7 @@ class HarnessTask:
                 raise DataError(f"the data of task {self.name} have no split {split!r}; they have {known}") from None
             process = self._task.config.process_docs
             fields = raw if process is None else process(raw)
-            self._documents[split] = [Document(split, index, doc) for index, doc in enumerate(fields)]
+            self._documents[split] = [Document(split, index, doc, self) for index, doc in enumerate(fields)]
         return self._documents[split]
 
     def where(self, document: Document) -> str:
@@ -159,18 +190,21 @@ class HarnessTask:
 
     # Requests
 
-    def pairs(self, document: Document, *, shots: bool = True) -> tuple[tuple[str, str], ...]:
-        """(context, continuation) of each request that lm-eval would make of a document.
+    def pairs(
+        self, document: Document, *, shots: bool = True, chat: ChatPrompt | None = None
+    ) -> tuple[tuple[str, str], ...]:
+        """(context, continuation) of each request that lm-eval would make of a document, through a chat template if
+        there is one.
 
         Of choices these are one each, and, where mutual information is a metric, one each again without a context.
         """
-        return tuple((str(one.args[0]), str(one.args[1])) for one in self._requests(document, shots=shots))
+        return tuple((str(one.args[0]), str(one.args[1])) for one in self._requests(document, shots, chat))
 
-    def prompt(self, document: Document, *, shots: bool = True) -> str:
+    def prompt(self, document: Document, *, shots: bool = True, chat: ChatPrompt | None = None) -> str:
         """What a model has to go on from."""
-        return str(self._requests(document, shots=shots)[0].args[0])
+        return str(self._requests(document, shots, chat)[0].args[0])
 
-    def _requests(self, document: Document, *, shots: bool) -> list[Any]:
+    def _requests(self, document: Document, shots: bool, chat: ChatPrompt | None) -> list[Any]:
         examples = self.examples(document) if shots else ()
         task, doc = self._task, document.fields
         with self._making(document):
@@ -179,17 +213,17 @@ class HarnessTask:
                 doc,
                 num_fewshot=len(examples),
                 system_instruction=None,
-                apply_chat_template=False,
-                fewshot_as_multiturn=False,
-                chat_template=None,
+                apply_chat_template=chat is not None,
+                fewshot_as_multiturn=chat is not None and chat.multiturn,
+                chat_template=chat,
                 gen_prefix=task.doc_to_prefix(doc),
             )
             made = task.construct_requests(
                 doc=doc,
                 ctx=context,
                 metadata=(self.name, document.index, 1),
-                apply_chat_template=False,
-                chat_template=None,
+                apply_chat_template=chat is not None,
+                chat_template=chat,
             )
         return list(made) if isinstance(made, list) else [made]
 
@@ -211,14 +245,15 @@ class HarnessTask:
             )
         return tuple(found)
 
-    def answer(self, document: Document) -> str:
-        """The right answer of a task that generates text, as it stands behind the prompt."""
+    def answer(self, document: Document, *, chat: ChatPrompt | None = None) -> str:
+        """The right answer of a task that generates text, as it stands behind the prompt; in a chat there is no
+        delimiter between them."""
         with self._making(document):
             target = self._task.doc_to_target(document.fields)
             if self._task.config.doc_to_choice is not None and isinstance(target, int):
                 target = self.choices(document)[target]
             first = target[0] if isinstance(target, list) else target
-            return f"{self._task.config.target_delimiter}{first}"
+            return f"{'' if chat is not None else self._task.config.target_delimiter}{first}"
 
     def _generation(self) -> tuple[tuple[str, ...], int]:
         """Texts that end a text, and its tokens at most. Raises DataError unless the likeliest tokens are asked for."""
@@ -277,6 +312,10 @@ class HarnessTask:
         if self._task.config.fewshot_config is not None and self._task.fewshot_cfg.samples is not None:
             return None
         return self.own_split("train") or self.own_split("validation") or self.own_split("test")
+
+    def examples_from(self, split: str) -> bool:
+        """Whether examples are drawn from a split."""
+        return bool(self.shots) and self.examples_split == split
 
     def example_pool(self) -> list[Any]:
         """Documents that examples are drawn from, without any where none are shown."""
@@ -346,15 +385,92 @@ class HarnessTask:
         return {name: config.get(name) for name in _DECIDING}
 
 
-def _single(name: str, loaded: Mapping[Any, Any]) -> Any:
-    """The one task. Raises DataError for a group, and for what is not scored by log-likelihoods."""
+def load_harness(
+    name: str, folders: Sequence[str | Path] = (), *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED
+) -> HarnessTask | HarnessGroup:
+    """The task of that name, or the group with all of its tasks. Raises DataError for what cannot be scored."""
+    loaded = load_tasks([name], folders)
+    if name in loaded and not isinstance(loaded[name], Mapping):
+        return HarnessTask(name, loaded[name], num_fewshot=num_fewshot, seed=seed)
+    found = [(key, value) for key, value in loaded.items() if isinstance(value, Mapping)]
+    weighings = tuple(_weighings(key, value) for key, value in _groups(loaded))
+    if len(found) != 1 or not weighings[0].figures:
+        inside = [one for one, _ in leaves(loaded)]
+        shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
+        raise DataError(
+            f"{name} is a group of lm-eval tasks; it does not say how their figures make one (aggregate_metric_list): "
+            f"give each its place in a suite: {shown}"
+        )
+    tasks = tuple(HarnessTask(one, task, num_fewshot=num_fewshot, seed=seed) for one, task in leaves(loaded))
+    return HarnessGroup(name, tasks, weighings)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a group makes figures of those of its tasks: for each metric, with a filter's name or for all filters,
+    whether a task counts by its documents or all tasks alike."""
+
+    name: str
+    tasks: tuple[str, ...]
+    figures: Mapping[tuple[str, str | None], bool]
+
+    def by_size(self, figure: str) -> bool | None:
+        """Whether tasks count by their documents in a figure, `acc` or `acc,filter`; None where the group has no such
+        figure."""
+        metric, _, filter_name = figure.partition(",")
+        return self.figures.get((metric, filter_name or "none"), self.figures.get((metric, None)))
+
+
+class HarnessGroup:
+    """Several tasks of lm-eval that make up one: `weighings` are the group's own, then those of the groups in it."""
+
+    def __init__(self, name: str, tasks: Sequence[HarnessTask], weighings: Sequence[Weighing]) -> None:
+        self.name, self.tasks, self.weighings = name, tuple(tasks), tuple(weighings)
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """Examples before each item, of every task."""
+        return tuple(task.shots for task in self.tasks)
+
+    def own_split(self, split: Split) -> str | None:
+        """Name that all tasks give to their training, validation or test split. Raises DataError where they differ."""
+        return self._agreed(f"{split} split", [task.own_split(split) for task in self.tasks])
+
+    @property
+    def evaluated_split(self) -> str:
+        """Name of the split that lm-eval evaluates."""
+        return self._agreed("evaluated split", [task.evaluated_split for task in self.tasks]) or ""
+
+    def _agreed(self, what: str, names: Sequence[str | None]) -> str | None:
+        if len(set(names)) > 1:
+            raise DataError(
+                f"tasks of the group {self.name} differ in their {what}: "
+                f"{', '.join(sorted(set(map(str, names))))}; name it by `train`, `validation` or `test`"
+            )
+        return names[0]
+
+    def documents(self, split: str) -> list[Document]:
+        """Documents of a split of every task, task by task."""
+        return [document for task in self.tasks for document in task.documents(split)]
+
+    def examples_from(self, split: str) -> bool:
+        """Whether a task draws its examples from a split."""
+        return any(task.examples_from(split) for task in self.tasks)
+
+    def example_pool(self) -> list[Any]:
+        """Documents that examples are drawn from, of every task."""
+        return [task.example_pool() for task in self.tasks]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides prompts and figures, in plain data."""
+        weighings = [(one.name, list(one.tasks), sorted(map(str, one.figures.items()))) for one in self.weighings]
+        return {"group": weighings, "tasks": {task.name: task.identity() for task in self.tasks}}
+
+
+def _checked(name: str, task: Any) -> Any:
+    """lm-eval's task. Raises DataError for what is not scored here."""
     from lm_eval.api.task import ConfigurableTask
 
-    task = loaded.get(name)
-    if task is None or isinstance(task, Mapping):
-        inside = list(_names(loaded))
-        shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
-        raise DataError(f"{name} is a group of lm-eval tasks; give each its place in a suite: {shown}")
     if not isinstance(task, ConfigurableTask):
         raise DataError(f"task {name} is a class of its own, {type(task).__name__}; only those of a YAML can be used")
     if task.OUTPUT_TYPE not in _SCORED:
@@ -367,13 +483,38 @@ def _single(name: str, loaded: Mapping[Any, Any]) -> Any:
     return task
 
 
-def _names(loaded: Mapping[Any, Any]) -> Iterator[str]:
-    """Names of the tasks of nested groups."""
+def _groups(loaded: Mapping[Any, Any]) -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+    """Groups with what is in them, those that hold others first."""
     for key, value in loaded.items():
         if isinstance(value, Mapping):
-            yield from _names(value)
+            yield key, value
+            yield from _groups(value)
+
+
+def leaves(loaded: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """lm-eval's tasks of nested groups by name."""
+    for key, value in loaded.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value)
         else:
-            yield str(key)
+            yield str(key), value
+
+
+def _weighings(group: Any, inside: Mapping[Any, Any]) -> Weighing:
+    """How a group of lm-eval weighs its tasks."""
+    name = str(getattr(group, "group_name", None) or getattr(group, "group", None) or group)
+    config = getattr(group, "config", None) or {}
+    figures: dict[tuple[str, str | None], bool] = {}
+    for one in config.get("aggregate_metric_list") or ():
+        given = one if isinstance(one, Mapping) else vars(one)
+        if given.get("aggregation", "mean") != "mean":
+            raise DataError(
+                f"group {name} of lm-eval makes {given.get('metric')} by a function; only means can be used"
+            )
+        filters = given.get("filter_list")
+        for filter_name in [filters] if filters is None or isinstance(filters, str) else filters:
+            figures[str(given["metric"]), filter_name] = bool(given.get("weight_by_size", True))
+    return Weighing(name, tuple(one for one, _ in leaves(inside)), figures)
 
 
 def _remembered(render: Callable[..., Any]) -> Callable[..., Any]:

@@ -123,6 +123,10 @@ class Scorer(Metric):
         """
         raise DataError(f"{type(self).__name__} has no figure {name!r} of items between 0 and 1")
 
+    def mean_figure(self, name: str, admitted: Tensor) -> Tensor:
+        """A figure between 0 and 1 over the items that `admitted`, (num_items,) bool, admits."""
+        return self.item_figure(name)[admitted].mean()
+
     @abstractmethod
     def _exact(self) -> Tensor:
         """Whether each item's right answer was the likeliest token by token, (num_items,) bool."""

@@ -243,9 +243,13 @@ class SuiteData(TaskData):
         return tuple((name, len(task.data.items(split))) for name, task in self.tasks[split].items())
 
     def item_weights(self, stage: Split = "validation") -> tuple[float, ...]:
-        """The weight of an item's task, shared out evenly among the task's items."""
-        sizes = dict(self.strata(stage))
-        return tuple(task.weight / sizes[name] for name, task in self.tasks[stage].items() for _ in range(sizes[name]))
+        """The weight of an item's task, shared out among the task's items as its figure weighs them: evenly, but for
+        groups of tasks that count alike."""
+        found: list[float] = []
+        for (_, size), task in zip(self.strata(stage), self.tasks[stage].values(), strict=True):
+            weights = task.data.figure_weights(stage, task.figure) or (1.0,) * size
+            found += [task.weight * weight / sum(weights) for weight in weights]
+        return tuple(found)
 
     def options(self) -> Mapping[str, Any]:
         """What sources and tasks are and how they count, in plain data."""

@@ -82,7 +82,7 @@ class SuiteScorer(Scorer):
             done = complete[place]
             if not bool(done.any()):
                 continue
-            own[f"{task.name}/score"] = task.scorer.item_figure(task.figure)[done].mean()
+            own[f"{task.name}/score"] = task.scorer.mean_figure(task.figure, done)
             weights.append(task.weight)
             figures = task.scorer._figures(done)
             others |= {f"{task.name}/{name}": value for name, value in figures.items() if name != "score"}

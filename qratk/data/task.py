@@ -90,6 +90,10 @@ class Task(ABC):
         """Whether rows to train on are made of several items."""
         return False
 
+    def figure_weights(self, split: Split, figure: str) -> tuple[float, ...] | None:
+        """Weight of each item in a figure that is one of `metrics`; None when all are equal."""
+        return None
+
     def item_weights(self, stage: Split = "validation") -> tuple[float, ...] | None:
         """Weight of each item in the score; None when all are equal."""
         return None

@@ -22,8 +22,10 @@ UNDECIDING: Final = frozenset({
 LATER: Final[Mapping[str, Any]] = {
     "search.full_runs": None, "search.merge": 0, "search.seeds": 1, "model.replicate": None,
     "data.init_args.form": "auto", "data.init_args.answers": "human",
+    "data.init_args.apply_chat_template": False, "data.init_args.fewshot_as_multiturn": None,
 }  # fmt: skip
-"""Settings that run directories from before they were thought of lack, with the value that says the same."""
+"""Settings that run directories from before they were thought of lack, with the value that says the same; those of data
+also of the parts of a suite."""
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +43,25 @@ def comparable(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         if not any(key == other or key.startswith(f"{other}.") for other in UNDECIDING):
             compared.update(flatten(named_document(without_secrets(_nested(key, value)))))
-    return {key: value for key, value in compared.items() if value != {} and not (key in LATER and value == LATER[key])}
+    return {key: _before(value) for key, value in compared.items() if value != {} and not _is_later(key, value)}
+
+
+def _is_later(key: str, value: Any) -> bool:
+    """Whether a setting says what was so before it was thought of."""
+    own = key[max(0, key.rfind("data.init_args.")) :]
+    return own in LATER and value == LATER[own]
+
+
+def _before(value: Any) -> Any:
+    """Sources of a suite, which are a list, without such settings."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: one for key, one in flatten(part).items() if not _is_later(key, one)}
+        if isinstance(part, Mapping) and isinstance(part.get("data"), Mapping)
+        else part
+        for part in value
+    ]
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from qratk.core import DataError
 from qratk.data import LmEvalData, MultipleChoiceData, SuiteData
 from qratk.data.lm_eval import run_lm_eval
+from qratk.data.lm_eval_task import ChatPrompt
 from qratk.training.scoring import Scoring
 
 pytestmark = [
@@ -90,6 +92,16 @@ TEXTS: dict[str, dict[str, Any]] = {
         "doc_to_target": "tail",
         "num_fewshot": 1,
         "generation_kwargs": {"until": ["e", "fox"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0},
+        "metric_list": [metric("share")],
+        "process_results": "!of_text",
+    },
+    "texts_first": {  # 12 prompts behind the same examples
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "tail",
+        "num_fewshot": 4,
+        "fewshot_config": {"sampler": "first_n"},
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 9},
         "metric_list": [metric("share")],
         "process_results": "!of_text",
     },
@@ -197,7 +209,13 @@ def test_texts_and_their_metrics_are_those_of_lm_eval(
         return values(document, text)
 
     monkeypatch.setattr(data.harness, "text_values", noted)
-    scorer = scored(data, model)
+    batches = data.scoring_batches("test", shared_length=256)
+    assert {"prefix" in batch for batch in batches} == {name == "texts_first"}
+    if name == "texts_first":
+        assert len(batches) > 1
+        assert len({tuple(batch["prefix"].tolist()) for batch in batches}) == 1
+        assert max(batch["input_ids"].shape[1] for batch in batches) < 16 < len(batches[0]["prefix"])
+    scorer = scored(data, model, shared_length=256)
     monkeypatch.setattr("qratk.data.generation.plain_greedy", lambda model: False)  # their own generation
     theirs = run_lm_eval(model, tokenizer, [name], task_folders=[folder], log_samples=True, max_length=256)
     samples = samples_of(theirs, name)
@@ -215,6 +233,131 @@ def test_texts_and_their_metrics_are_those_of_lm_eval(
     assert len(wanted) == (2 if name == "filtered" else 1)
     assert any(0 < value < 1 for value in wanted.values())
     assert figures["score"] == figures[next(iter(wanted))] == pytest.approx(float(scorer.outcomes().mean()))
+
+
+@pytest.mark.parametrize(
+    ("name", "multiturn"),
+    [("shots", None), ("shots", False), ("bytes", True), ("inputs", True), ("last_word", True), ("texts_first", False)],
+)
+def test_prompts_through_a_chat_template_are_those_of_lm_eval(
+    name: str, multiturn: bool | None, folder: Path, chat_tokenizer: Any, model: Any
+) -> None:
+    data = make(folder, name, chat_tokenizer, apply_chat_template=True, fewshot_as_multiturn=multiturn)
+    assert data.fingerprint() != make(folder, name, chat_tokenizer).fingerprint()
+    scorer = scored(data, model, shared_length=256)
+    theirs = run_lm_eval(
+        model, chat_tokenizer, [name], task_folders=[folder], log_samples=True, max_length=256,
+        apply_chat_template=True, fewshot_as_multiturn=multiturn,
+    )  # fmt: skip
+    samples = samples_of(theirs, name)
+    items = [item.content for item in data.items("test")]
+    if name == "texts_first":
+        asked = [sample["arguments"][0][0] for sample in samples]
+        assert [data.harness.prompt(document, chat=data._chat) for document in items] == asked
+    else:
+        asked = [tuple(pair) for sample in samples for pair in sample["arguments"]]
+        assert [pair for document in items for pair in data.harness.pairs(document, chat=data._chat)] == asked
+        expected = [value for sample in samples for value, _ in sample["filtered_resps"]]
+        np.testing.assert_allclose(scorer.log_likelihood.numpy(), expected, rtol=2e-5, atol=2e-5)
+    turns = {None: 3, True: {"inputs": 2}.get(name, 1), False: 1}[multiturn]
+    first = asked[0] if name == "texts_first" else asked[0][0]
+    assert first.count("<|turn|>user") == turns
+    figures = {key: float(value) for key, value in scorer.compute().items()}
+    wanted = {key.removesuffix(",none"): value for key, value in theirs["results"][name].items() if "," in key}
+    wanted = {key: value for key, value in wanted.items() if "_stderr" not in key}
+    assert wanted
+    assert {key: figures[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_chat_template_that_knows_no_system_is_given_none(chat_tokenizer: Any, tokenizer: Any) -> None:
+    strict = copy.deepcopy(chat_tokenizer)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + strict.chat_template
+    )
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    chat = ChatPrompt(strict, multiturn=True)
+    assert chat(messages) == "<|turn|>user\nb<|end|>\n<|turn|>assistant\n"
+    begun = [*messages, {"role": "assistant", "content": "So"}]
+    assert chat(begun, add_generation_prompt=False) == "<|turn|>user\nb<|end|>\n<|turn|>assistant\nSo"
+    with pytest.raises(DataError, match="apply_chat_template is set, but the tokenizer has no chat template"):
+        ChatPrompt(tokenizer, multiturn=True)
+
+
+@pytest.fixture
+def group(folder: Path) -> Path:
+    """A group of a task and of a group of two others, of different numbers of documents."""
+    for name, numbers in (("plain", range(12)), ("shots", range(40, 45)), ("own_shots", range(50, 57))):
+        write_tasks(folder, name)
+        files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
+        files["test"] = str(folder / f"{name}.test.jsonl")
+        Path(files["test"]).write_text("".join(json.dumps(row) + "\n" for row in documents(*numbers)), encoding="utf-8")
+        write_tasks(folder, name, dataset_kwargs={"data_files": files})
+    part = {"group": "part", "task": ["shots", "own_shots"]}
+    aggregates = {
+        "all": [{"metric": "acc", "weight_by_size": True}, {"metric": "acc_norm", "weight_by_size": False}],
+        "part": [{"metric": "acc", "weight_by_size": False}],
+    }
+    whole = {"group": "all", "task": ["plain", "part"], "aggregate_metric_list": aggregates["all"]}
+    (folder / "part.yaml").write_text(yaml.safe_dump({**part, "aggregate_metric_list": aggregates["part"]}))
+    (folder / "all.yaml").write_text(yaml.safe_dump(whole))
+    return folder
+
+
+def test_a_group_of_tasks_is_weighed_as_lm_eval_does(group: Path, tokenizer: Any, model: Any) -> None:
+    data = LmEvalData("all", task_folders=[str(group)], score="acc_norm", validation="validation")
+    data.attach(tokenizer, context_length=256)
+    assert len(data.items("test")) == 12 + 5 + 7
+    assert len(data.items("validation")) == 3 * 8
+    theirs = run_lm_eval(model, tokenizer, ["all"], task_folders=[group], max_length=255)["results"]
+    figures = {key: float(value) for key, value in scored(data, model).compute().items()}
+    compared = 0
+    for name, values in theirs.items():
+        for key, value in values.items():
+            if isinstance(value, float) and "," in key and "_stderr" not in key:
+                own = key.removesuffix(",none")
+                assert figures[own if name == "all" else f"{name}/{own}"] == pytest.approx(value, rel=1e-6), (name, key)
+                compared += 1
+    assert compared == 2 + 1 + 3 * 2
+    sizes = np.array([12, 5, 7])
+    accs, norms = (
+        np.array([figures[f"{name}/{figure}"] for name in ("plain", "shots", "own_shots")])
+        for figure in ("acc", "acc_norm")
+    )
+    assert figures["acc"] == pytest.approx((accs * sizes).sum() / sizes.sum())
+    assert figures["score"] == figures["acc_norm"] == pytest.approx(norms.mean())
+    assert norms.mean() != pytest.approx((norms * sizes).sum() / sizes.sum())
+    weights = np.array(data.item_weights("test"))
+    outcomes = scored(data, model).outcomes().numpy()
+    assert (weights * outcomes).sum() / weights.sum() == pytest.approx(figures["score"])
+
+
+def test_a_group_is_a_task_of_a_suite(group: Path, tokenizer: Any, model: Any) -> None:
+    def suite(metric: str | None) -> SuiteData:
+        made = SuiteData(
+            validation={
+                "all": {"data": LmEvalData("all", task_folders=[str(group)]), "metric": metric, "items": [10, 20]},
+                "alone": {"data": make(group, "texts", tokenizer), "weight": 2},
+            }
+        )
+        made.attach(tokenizer, context_length=256)
+        return made
+
+    for metric in ("acc", "acc_norm", None):
+        data = suite(metric)
+        scorer = scored(data, model, "validation")
+        figures = {key: float(value) for key, value in scorer.compute().items()}
+        assert figures["all/score"] == pytest.approx(figures["all/" + (metric or "score")])
+        assert figures["score"] == pytest.approx((figures["all/score"] + 2 * figures["alone/score"]) / 3)
+        weights, outcomes = np.array(data.item_weights("validation")), scorer.outcomes().numpy()
+        assert len(outcomes) == 20 + 8
+        assert (weights * outcomes).sum() / weights.sum() == pytest.approx(figures["score"])
+        assert {"all/acc", "all/part/acc", "all/plain/acc"} <= figures.keys()
+    data.rung = 0
+    assert len(scored(data, model, "validation").outcomes()) == 10 + 8
+    named = LmEvalData("all", task_folders=[str(group)], score="f1")
+    named.attach(tokenizer, context_length=256)
+    with pytest.raises(DataError, match="the group all has no figure 'f1' that is a mean over items; it has acc"):
+        named.scoring_rows("test")
 
 
 def test_candidates_side_by_side_generate_as_each_alone(folder: Path, tokenizer: Any, model: Any) -> None:
@@ -405,6 +548,7 @@ def test_data_are_told_apart_by_what_decides_prompts(folder: Path, tokenizer: An
         ({"task": "a", "validation": "test", "test": "test"}, "must be different splits"),
         ({"task": "a", "rename": {"a": "b"}}, "`rename` does not apply"),
         ({"task": "a", "train": None, "validation": None, "test": None}, "no data"),
+        ({"task": "a", "fewshot_as_multiturn": True}, "fewshot_as_multiturn is of chats"),
         ({"task": "a", "score": ""}, "score must be the name of a figure"),
     ],
 )

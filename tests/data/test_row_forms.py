@@ -337,6 +337,23 @@ def test_a_search_of_before_forms_had_names_goes_on() -> None:
     assert comparable({**before, "data.init_args.form": "alpaca"}) != comparable(before)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_parts_of_a_suite_are_compared_as_data_alone(chat: bool) -> None:
+    def part(**options: Any) -> dict[str, Any]:
+        return {"data": {"class_path": "LmEvalData", "init_args": {"task": "a", **options}}, "weight": 2}
+
+    def suite(**options: Any) -> dict[str, Any]:
+        task = part(**options)["data"]
+        return {
+            "data.init_args.train": [part(**options)],
+            "data.init_args.validation.a.data.class_path": task["class_path"],
+            **{f"data.init_args.validation.a.data.init_args.{key}": one for key, one in task["init_args"].items()},
+        }
+
+    now = suite(apply_chat_template=chat, fewshot_as_multiturn=None)
+    assert (comparable(now) == comparable(suite())) is not chat
+
+
 @pytest.mark.parametrize(
     ("name", "form"), [("alpaca_long", "alpaca"), ("self_instruct_seed", "alpaca"), ("gsm8k", "qa")]
 )
