@@ -63,27 +63,39 @@ def _no_process_group_is_left() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def tiny_config(family: str, *, layers: int = 3, hidden: int = 64, intermediate: int = 128) -> Any:
+def tiny_config(
+    family: str,
+    *,
+    layers: int = 3,
+    hidden: int = 64,
+    intermediate: int = 128,
+    vocabulary: int = VOCABULARY,
+    positions: int = 64,
+) -> Any:
     """Configuration of a tiny model of a family."""
     from transformers import (
+        Gemma2Config,
         GemmaConfig,
         GPT2Config,
         GPTNeoXConfig,
         LlamaConfig,
         MistralConfig,
+        MixtralConfig,
         OPTConfig,
+        Phi3Config,
         PhiConfig,
         Qwen2Config,
+        Qwen2MoeConfig,
         Qwen3Config,
     )
 
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     common = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": positions,
         **ends,
     }
     grouped = {**common, "intermediate_size": intermediate, "num_key_value_heads": 2}
@@ -93,11 +105,18 @@ def tiny_config(family: str, *, layers: int = 3, hidden: int = 64, intermediate:
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=hidden // 4),
         "mistral": lambda: MistralConfig(**grouped, sliding_window=None),
         "gemma": lambda: GemmaConfig(**grouped, head_dim=hidden // 4),
+        "gemma2": lambda: Gemma2Config(**grouped, head_dim=hidden // 4, query_pre_attn_scalar=hidden // 4),
+        "phi3": lambda: Phi3Config(**grouped),
+        "mixtral": lambda: MixtralConfig(**grouped, num_local_experts=4, sliding_window=None),
+        "qwen2_moe": lambda: Qwen2MoeConfig(
+            **grouped, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=intermediate // 2,
+            shared_expert_intermediate_size=intermediate,
+        ),
         "phi": lambda: PhiConfig(**{**common, "intermediate_size": intermediate}),
         "gpt_neox": lambda: GPTNeoXConfig(**{**common, "intermediate_size": intermediate}),
         "opt": lambda: OPTConfig(**common, ffn_dim=intermediate, word_embed_proj_dim=hidden, dropout=0.0),
         "gpt2": lambda: GPT2Config(
-            vocab_size=VOCABULARY, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64, n_inner=intermediate,
+            vocab_size=vocabulary, n_embd=hidden, n_layer=layers, n_head=4, n_positions=positions, n_inner=intermediate,
             attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **ends,
         ),
     }  # fmt: skip
@@ -132,7 +151,8 @@ def make_tiny_backbone(family: str = "llama", *, bits: tuple[int, ...] = (), **o
     """Backbone of a tiny model, with the bank built at `bits`."""
     from qratk.backbone.backbone import Backbone
 
-    sizes = {key: options.pop(key) for key in ("layers", "hidden", "intermediate", "seed") if key in options}
+    names = ("layers", "hidden", "intermediate", "seed", "vocabulary", "positions")
+    sizes = {key: options.pop(key) for key in names if key in options}
     options.setdefault("quantizers", make_quantizers())
     backbone = Backbone.from_model(make_tiny_model(family, **sizes), **options)
     backbone.build_bank(bits)
