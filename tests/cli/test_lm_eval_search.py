@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,44 @@ def test_what_a_search_reports_is_what_lm_eval_says_of_its_answer(
         for name, value in found.items():
             (line,) = [line for line in told.splitlines() if f"test/{task}/{name} " in line]
             assert float(line.strip("│ ").split()[-1]) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated.*")
+def test_lm_evals_own_command_says_the_same_of_the_exported_model(
+    document: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    document["model"] |= {"configuration": "4:4", "compute_dtype": "float32"}
+    Path("fit.yaml").write_text(yaml.safe_dump({name: document[name] for name in ("model", "data")}))
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", "fit.yaml", "--trainer.max_steps=3", "--trainer.default_root_dir=.", *quiet]) == 0
+    (checkpoint,) = Path().rglob("*.ckpt")
+    capsys.readouterr()
+    assert main(["test", "--config", "fit.yaml", "--ckpt_path", str(checkpoint), *quiet]) == 0
+    lines = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if "test/" in line]
+    ours = {name.removeprefix("test/"): float(value) for name, *_, value in lines}
+    assert main(["export", str(checkpoint), "--form", "dense", "--dtype", "float32", "merged"]) == 0
+    done = subprocess.run(
+        [
+            sys.executable, "-W", "ignore", "-m", "lm_eval", "--model", "hf", "--model_args",
+            "pretrained=merged,dtype=float32", "--tasks", "own_task,own_texts", "--include_path", "tasks",
+            "--device", "cpu", "--batch_size", "4", "--output_path", "told",
+        ],
+        env={
+            **os.environ, "HF_DATASETS_CACHE": str(Path("cache").resolve()), "HF_DATASETS_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (told,) = Path("told").rglob("results_*.json")
+    theirs = json.loads(told.read_text())["results"]
+    compared = 0
+    for task, found in (("choice", theirs["own_task"]), ("text", theirs["own_texts"])):
+        for name, value in found.items():
+            if "," in name and "_stderr" not in name:
+                assert ours[f"{task}/{name.removesuffix(',none')}"] == pytest.approx(value, abs=1e-6), name
+                compared += 1
+    assert compared == 3 + 1
+    assert 0 < ours["choice/acc"] < 1
+    assert ours["score"] == pytest.approx((ours["choice/exact_match"] + ours["text/exact_match,first"]) / 2, abs=1e-6)
