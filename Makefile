@@ -10,11 +10,12 @@ RUN := runs/quickstart
 ONE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 JOBS ?= 2
 
-.PHONY: help install quickstart test test-slow test-gpu benchmarks check lint format clean
+.PHONY: help install quickstart test test-slow test-gpu test-clients benchmarks check lint format clean
 
 help:
 	@echo "make quickstart   search, fit and compare on the embedded model: minutes, nothing downloaded"
 	@echo "make test         the tests; make test-slow: those that take minutes too; make test-gpu: those for CUDA"
+	@echo "make test-clients installs vLLM, llama.cpp, MLX, transformers (~/.cache/qratk-clients) and tests what they serve"
 	@echo "make benchmarks   speed and memory against public libraries; DATA=DIR for real models"
 	@echo "make check        format, lint, types and tests, as in .ci/run"
 	@echo "make format       reformat the code"
@@ -32,13 +33,17 @@ quickstart: $(STAMP)
 	@$(BIN)/qratk gain $(RUN)
 
 test: $(STAMP)
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" -q $(TESTS)
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not clients" -q $(TESTS)
 
 test-slow: $(STAMP)
-	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" -q $(TESTS)
+	$(ONE) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not clients" -q $(TESTS)
 
 test-gpu: $(STAMP)
 	$(ONE) $(BIN)/python -m pytest -m gpu -q $(TESTS)
+
+test-clients: $(STAMP)
+	$(BIN)/python tests/helpers/clients/environments.py
+	$(ONE) $(BIN)/python -m pytest -m clients -rs -q tests/clients
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))

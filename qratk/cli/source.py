@@ -17,6 +17,7 @@ from qratk.cli.checkpoint import require_checkpoint
 from qratk.core.configuration import Configuration
 from qratk.core.errors import CommandLineError, ConfigurationError, RunDirectoryError
 from qratk.core.intact import require_intact
+from qratk.data.base import TaskData
 from qratk.run import files
 from qratk.run.document import read_settings
 from qratk.run.run import Run
@@ -46,7 +47,11 @@ class Source:
     digest: str | None = None
 
     def backbone(self) -> Backbone:
-        """The model on this configuration, with these adapters.
+        """The model on this configuration, with these adapters; see `opened`."""
+        return self.opened()[0]
+
+    def opened(self) -> tuple[Backbone, TaskData]:
+        """The model on this configuration, with these adapters, and the data with its tokenizer.
 
         Weights are packed as they were for the training: from the store, or anew with the same calibration sequences.
         Raises `ConfigurationError` where the model is another one by now.
@@ -59,8 +64,9 @@ class Source:
             self._require_digest(backbone)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+        data.attach(backbone.tokenizer, context_length=module.context_length)
+
         def ready() -> Any:
-            data.attach(backbone.tokenizer, context_length=module.context_length)
             data.setup("fit")
             return data
 
@@ -77,7 +83,7 @@ class Source:
             backbone.load_adapter_state(self.masters)
             if count := backbone.adapters.method.observed_batches:
                 observe(backbone.adapters, backbone.model, ready(), count, device=device)
-        return backbone
+        return backbone, data
 
     def _document(self) -> dict[str, Any]:
         """Settings of the very training, but that adapters begin without effect: they get their values after."""
