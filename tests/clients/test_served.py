@@ -68,7 +68,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     state = backbone.adapter_state()
     backbone.load_adapter_state({n: 0.05 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
     rows = write_dataset(tmp_path_factory.mktemp("rows"))["test"].read_text().splitlines()
-    text = " ".join(" ".join(v for v in json.loads(row).values() if isinstance(v, str)) for row in rows[:60])
+    text = " ".join(" ".join(v for v in json.loads(row).values() if isinstance(v, str)) for row in rows[:12])
     tokens = torch.tensor(backbone.tokenizer(text)["input_ids"][: 4 * 24]).view(4, 24)
     with torch.no_grad(), backbone.stored_precision():
         tuned = backbone.model(input_ids=tokens).logits.float()
@@ -157,5 +157,14 @@ def test_dense_folder_is_the_merged_model(subject, tmp_path, name):
 def test_peft_adapter_over_its_dequantised_base_is_what_was_trained(subject, tmp_path):
     folder = subject.export("peft", tmp_path / "out", base="dequantised", dtype="float32")
     for found in compared(subject, "transformers", folder / "base", [folder / "adapter"]):
+        assert found.largest < 5e-3
+        assert found.agreement == found.positions
+
+
+def test_mlx_serves_mixed_bits_with_the_adapter_padded_to_one_rank(subject, tmp_path):
+    if "mlx" not in exporters.names():
+        pytest.skip("there is no form for MLX")
+    folder = subject.export("mlx", tmp_path / "out", dtype="float32")
+    for found in compared(subject, "mlx", folder, [folder / "adapter"]):
         assert found.largest < 5e-3
         assert found.agreement == found.positions
