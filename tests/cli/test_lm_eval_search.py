@@ -107,6 +107,7 @@ def test_what_a_search_reports_is_what_lm_eval_says_of_its_answer(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated.*")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_lm_evals_own_command_says_the_same_of_the_exported_model(
     document: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
