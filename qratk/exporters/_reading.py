@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,13 @@ def bank_tensors(backbone: Backbone) -> Lazy:
         if bank.bias is not None:
             found[f"{name}.bias"] = partial(_same, bank.bias)
     return found
+
+
+def as_in_files(backbone: Backbone, tensors: Lazy, packed: Iterable[str]) -> Lazy:
+    """Tensors with those of packed projections, (d_out, d_in) in every form, turned where dense files have them so."""
+    turned = is_turned(backbone)
+    back = {f"{n}.weight": partial(_turned, tensors[f"{n}.weight"]) for n in packed if turned(n)}
+    return {**tensors, **back}
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.core.work import counted
-from qratk.exporters.base import EXACT, Exporter, Holding, exporters, grid_of, has_adapter
-from qratk.exporters.dense import ROUNDED
+from qratk.exporters._grids import refuse_dora, require_named_files, rounding, scale_dtype, written_tensors
+from qratk.exporters.base import Exporter, Holding, exporters, grid_of, has_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -65,39 +64,26 @@ class CompressedTensorsExporter(Exporter):
 
     def tolerance(self, backbone: Backbone) -> float:
         """That of exact weights, or of the type of scales where what has 16 bits is rounded to it."""
-        import torch
-
         schemes = self._schemes(backbone)
-        dtype = _scale_dtype(backbone, schemes)
-        dense = (bank.dequantized(bank.active) for name, bank in backbone.banks.items() if schemes[name] is None)
-        for tensor in (*backbone.fixed_tensors().values(), *dense):
-            if not bool((tensor.to(dtype).float() == tensor.float()).all()):
-                return ROUNDED["float16" if dtype == torch.float16 else "bfloat16"]
-        return EXACT
+        return rounding(backbone, _dtype(backbone, schemes), {name: s is None for name, s in schemes.items()})
 
     def _schemes(self, backbone: Backbone) -> dict[str, Scheme | None]:
         return {name: self._scheme(name, bank) for name, bank in backbone.banks.items()}
 
     def check(self, backbone: Backbone) -> None:
         """Raise `QuantizationError` for codes that the form cannot hold, or that the client cannot multiply by."""
-        from qratk.exporters._folder import is_converted
-
-        if is_converted(backbone):
-            raise QuantizationError(
-                f"files of {type(backbone.base).__name__} are not named as its projections; export 'dense' or 'packed'"
-            )
-        if has_adapter(backbone) and backbone.adapters.peft_config().use_dora:
-            raise ConfigurationError("vLLM takes no DoRA beside packed weights; export 'dense', which merges it")
+        require_named_files(backbone)
+        refuse_dora(backbone, "vLLM")
         schemes = self._schemes(backbone)
         if not any(schemes.values()):
             raise QuantizationError("every layer would be written in 16 bits; export 'dense'")
-        _scale_dtype(backbone, schemes)
+        _dtype(backbone, schemes)
         if self.client != "transformers":
             _check_fused(schemes)
 
     def notes(self, backbone: Backbone) -> Sequence[str]:
         """What it takes to be read."""
-        dtype = _scale_dtype(backbone, self._schemes(backbone))
+        dtype = _dtype(backbone, self._schemes(backbone))
         name = str(dtype).removeprefix("torch.")
         notes = [f"scales are {name}: serve with --dtype {name}, another one rounds them"]
         if has_adapter(backbone):
@@ -114,9 +100,14 @@ class CompressedTensorsExporter(Exporter):
         from qratk.exporters.peft import write_adapter
 
         schemes = self._schemes(backbone)
-        dtype = _scale_dtype(backbone, schemes)
+        dtype = _dtype(backbone, schemes)
+
+        def packing(name: str, bank: BankLinear) -> Iterator[tuple[str, torch.Tensor]] | None:
+            scheme = schemes[name]
+            return None if scheme is None else _packed(name, bank, scheme)
+
         with torch.no_grad():
-            write_shards(_tensors(backbone, schemes, dtype), directory)
+            write_shards(written_tensors(backbone, dtype, packing), directory)
         write_description(backbone, directory, dtype=dtype, more={"quantization_config": _settings(schemes)})
         if has_adapter(backbone):
             write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
@@ -168,19 +159,8 @@ class Scheme(NamedTuple):
     symmetric: bool
 
 
-def _scale_dtype(backbone: Backbone, schemes: Mapping[str, Scheme | None]) -> torch.dtype:
-    """The type of all scales, which is that of the whole model; raises `QuantizationError` where there are two."""
-    found: dict[torch.dtype, str] = {}
-    for name, scheme in schemes.items():
-        grid = grid_of(backbone.banks[name]) if scheme is not None else None
-        if grid is not None:
-            found.setdefault(grid.scale.dtype, name)
-    if len(found) > 1:
-        kinds = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in found.items())
-        raise QuantizationError(
-            f"scales are of two types, {kinds}, and a served model has one; give all quantisers the same metadata_dtype"
-        )
-    return next(iter(found))
+def _dtype(backbone: Backbone, schemes: Mapping[str, Scheme | None]) -> torch.dtype:
+    return scale_dtype(backbone, (name for name, scheme in schemes.items() if scheme is not None))
 
 
 def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
@@ -199,26 +179,6 @@ def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
 
 def _told(scheme: Scheme | None) -> str:
     return "16 bits" if scheme is None else f"{scheme.bits} bits in groups of {scheme.group_size}"
-
-
-def _tensors(
-    backbone: Backbone, schemes: Mapping[str, Scheme | None], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of all tensors of the folder, one projection after another."""
-    from qratk.exporters._skeleton import is_turned
-
-    turned = is_turned(backbone)
-    for name, tensor in backbone.fixed_tensors().items():
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name, bank in counted("writing weights", backbone.banks.items(), len(backbone.banks)):
-        scheme = schemes[name]
-        if scheme is None:
-            dense = bank.dequantized(bank.active, rank=bank.active_rank)
-            yield f"{name}.weight", (dense.t() if turned(name) else dense).to(dtype).contiguous()
-        else:
-            yield from _packed(name, bank, scheme)
-        if bank.bias is not None:
-            yield f"{name}.bias", bank.bias.to(dtype)
 
 
 def _packed(name: str, bank: BankLinear, scheme: Scheme) -> Iterator[tuple[str, torch.Tensor]]:

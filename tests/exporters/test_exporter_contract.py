@@ -82,6 +82,32 @@ class TestCompressedTensors(ExporterContract):
         return quantizers.create("affine", group_size=32)
 
 
+class TestBitsandbytes(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("bitsandbytes")
+
+
+class TestGptq(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("gptq")
+
+    @pytest.fixture
+    def four_bits(self):
+        return quantizers.create("affine", group_size=32)
+
+
+class TestMlx(ExporterContract):
+    @pytest.fixture
+    def make(self):
+        return lambda: exporters.create("mlx")
+
+    @pytest.fixture
+    def four_bits(self):
+        return quantizers.create("affine", group_size=32)
+
+
 class TestRecipe(ExporterContract):
     @pytest.fixture
     def make(self):
@@ -99,4 +125,6 @@ class TestGguf(ExporterContract):
 
 
 def test_every_exporter_is_under_contract():
-    assert set(exporters.names()) == {"compressed-tensors", "dense", "gguf", "packed", "peft", "recipe"}
+    assert set(exporters.names()) == {
+        "bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq", "mlx", "packed", "peft", "recipe",
+    }  # fmt: skip
