@@ -90,6 +90,8 @@ if TYPE_CHECKING:
     from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
     from qratk.exporters.base import Holding as Holding
+    from qratk.exporters.base import Serving as Serving
+    from qratk.exporters.base import Wanted as Wanted
     from qratk.exporters.native import native_model as native_model
     from qratk.exporters.packed import load_quantized as load_quantized
     from qratk.loop import SearchLoop as SearchLoop
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from qratk.mutations.base import MutationOperator as MutationOperator
     from qratk.mutations.proposer import Proposer as Proposer
     from qratk.quantizers.base import AffineGrid as AffineGrid
+    from qratk.quantizers.base import GridForm as GridForm
     from qratk.quantizers.base import Moments as Moments
     from qratk.quantizers.base import PackedBytes as PackedBytes
     from qratk.quantizers.base import PackedLayer as PackedLayer
@@ -223,6 +226,8 @@ _HOMES = {
     "qratk.exporters.base": (
         "Exporter",
         "Holding",
+        "Serving",
+        "Wanted",
     ),
     "qratk.exporters.native": ("native_model",),
     "qratk.exporters.packed": ("load_quantized",),
@@ -234,6 +239,7 @@ _HOMES = {
     "qratk.mutations.proposer": ("Proposer",),
     "qratk.quantizers.base": (
         "AffineGrid",
+        "GridForm",
         "Moments",
         "PackedBytes",
         "PackedLayer",

@@ -81,7 +81,8 @@ class Plan:
     the arithmetic of the projections and the head alone. Training peaks are those of `batch`, sequences and tokens in
     each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate". `resolutions` say of
     the rungs, highest first, how fine scores are, those of equal items once; none where the score has no bounds.
-    `other_data` says that what was measured before was of other data.
+    `other_data` says that what was measured before was of other data, `served` what the client that the answer is for
+    makes of it.
     """
 
     num_layers: int
@@ -105,6 +106,7 @@ class Plan:
     full_runs: float | None = None
     resolutions: tuple[Resolution, ...] = ()
     other_data: str = ""
+    served: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -125,13 +127,15 @@ def make_plan(
     accumulate: int = 1,
     run_dir: Path | None = None,
 ) -> Plan:
-    """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure.
+    """Plan of a search; loads no weights. Raises `InfeasibleBudgetError` with the smallest feasible figure, and
+    `ConfigurationError` for what the client of the search could not serve.
 
     `accumulate` is the number of batches in an optimiser step. What a search on the same data in `run_dir`, if there is
     one, has measured tells how fine scores are.
     """
     from qratk.peaks.foretold import memory_model
 
+    served = loop.require_served(module)
     backbone = module.load_backbone(weights=False)
     checkpointing = bool(module.options.gradient_checkpointing)
     length = _attached_length(datamodule, backbone)
@@ -185,6 +189,7 @@ def make_plan(
         full_runs=loop.full_runs,
         resolutions=tuple(_resolutions(datamodule, loop.ladder, scored)),
         other_data=other_data,
+        served=served,
     )
 
 

@@ -33,6 +33,14 @@ def test_recipe_is_parsed_over_its_base(base, path, monkeypatch):
     assert loop.name == path.stem
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("targets/*.yaml")), ids=lambda path: path.name)
+def test_target_is_laid_over_a_base_by_its_name_and_changes_the_model_alone(path, monkeypatch):
+    base = build([ROOT / "quickstart.yaml"], monkeypatch)
+    loop = build([ROOT / "quickstart.yaml", path.stem], monkeypatch)
+    assert loop.name == base.name
+    assert (loop.bits, loop.ranks, loop.steps, loop.like) == (base.bits, base.ranks, base.steps, base.like)
+
+
 @pytest.mark.parametrize("path", OF_PLUGINS, ids=lambda path: path.name)
 def test_recipe_of_a_plugin_is_parsed_and_built(path, monkeypatch):
     package = path.parent.name

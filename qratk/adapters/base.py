@@ -74,6 +74,11 @@ class AdapterMethod(ABC):
         return False
 
     @property
+    def is_lora(self) -> bool:
+        """Whether what is stored is LoRA: pairs of matrices whose product is added, with nothing besides."""
+        return True
+
+    @property
     @abstractmethod
     def learning_rate_factor(self) -> float:
         """Times the learning rate that is given for LoRA."""

@@ -52,6 +52,11 @@ class Dora(AdapterMethod):
         return _REFUSALS[way]
 
     @property
+    def is_lora(self) -> bool:
+        """No: there are magnitudes besides."""
+        return False
+
+    @property
     def learning_rate_factor(self) -> float:
         """1."""
         return 1.0

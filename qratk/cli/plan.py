@@ -66,7 +66,9 @@ def as_text(plan: Plan) -> str:
         "             multiplications alone, without dequantising, attention and overhead",
         *(line for resolution in plan.resolutions for line in _resolution(resolution)),
     ]
-    return "\n".join([*lines, *(f"note         {text}" for text in (plan.coverage, *plan.fallbacks) if text)])
+    return "\n".join(
+        [*lines, *(f"note         {text}" for text in (plan.coverage, *plan.fallbacks, *plan.served) if text)]
+    )
 
 
 def _settings(plan: Plan) -> list[str]:

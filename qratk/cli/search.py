@@ -40,6 +40,7 @@ class SearchCommand(SearchingCLI):
     def search(self, model: FineTuneModule, datamodule: TaskData) -> None:
         """Run the search, or continue it."""
         loop = self.loop
+        loop.require_served(model)  # before there is a folder of the run
         run_dir = choose_run_dir(self.settings.run_dir, name=loop.name)
         config = self.resolved()
         save_config(config, run_dir)

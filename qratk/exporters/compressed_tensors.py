@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.exporters._grids import refuse_dora, require_named_files, rounding, scale_dtype, written_tensors
-from qratk.exporters.base import Exporter, Holding, exporters, grid_of, has_adapter
+from qratk.exporters.base import Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
+    from qratk.exporters.base import Packing, Wanted
 
 Client = Literal["vllm", "vllm-cpu", "transformers"]
 ADAPTER: Final = "adapter"
-_CURE: Final = (
-    "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: affine}, or "
-    "affine_gptq), or export 'dense'"
-)
+_GROUPS: Final = (32, 64, 128)  # that vLLM's kernels multiply by
+_CURE: Final = "search with quantisers that servers read (model.quantizers: portable), or export 'dense'"
 
 
 @exporters.register("compressed-tensors")
@@ -40,6 +39,8 @@ class CompressedTensorsExporter(Exporter):
         dense_bits: write layers of this many bits or more in 16 bits; 0 for none but those of 16.
         pad: one rank for all projections of the adapter, with the scale in B.
     """
+
+    clients: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"client": name} for name in get_args(Client)}
 
     def __init__(self, client: Client = "vllm", dense_bits: int = 0, pad: bool = False) -> None:
         if client not in get_args(Client):
@@ -80,6 +81,50 @@ class CompressedTensorsExporter(Exporter):
         _dtype(backbone, schemes)
         if self.client != "transformers":
             _check_fused(schemes)
+
+    def serving(self, wanted: Wanted) -> Serving:
+        """Granularity, grids, groups and adapters, and the names of the model's files."""
+        from qratk.exporters._folder import is_converted
+
+        refused = list(plain_lora(wanted, self.client))
+        if self.client != "transformers" and wanted.granularity == "linear":
+            refused.append(
+                f"{self.client} multiplies by q, k and v, and by gate and up, at once, and model.granularity: linear "
+                "gives them bits of their own: give fused, sublayer or block"
+            )
+        refused += [text for packing in wanted.packings if (text := self._unserved(packing))]
+        scales = {packing.form.scale_dtype for packing in wanted.packings if packing.form is not None}
+        if len(scales) > 1:
+            refused.append(
+                f"scales are of several types ({', '.join(sorted(scales))}), and a served model has one: give all "
+                "quantisers the same metadata_dtype"
+            )
+        if wanted.backbone is not None and is_converted(wanted.backbone):
+            refused.append(f"files of {type(wanted.backbone.base).__name__} are not named as its projections")
+        small, cpu = [b for b in wanted.quantizers if b < 4], self.client == "vllm-cpu"
+        noted = [f"{b}-bit codes take 4 bits" for b in small if cpu or b == 3]
+        noted += [f"{b}-bit layers are written in 16 bits" for b in wanted.quantizers if cpu and 4 < b < 16]
+        return Serving(tuple(refused), tuple(noted))
+
+    def _unserved(self, packing: Packing) -> str:
+        """Why projections that are packed in a way are not served; empty when they are."""
+        if packing.bits >= 16 or (self.client == "vllm-cpu" and packing.bits > 4):
+            return ""
+        form, size = packing.form, packing.group_size
+        if form is None or not form.whole or form.scale_dtype == "float32":
+            return (
+                f"{packing} has no 16-bit scales with whole zero points in groups of a row: give model.quantizers: "
+                "portable"
+            )
+        if self.client != "transformers" and size is not None and size not in _GROUPS:
+            return (
+                f"{packing} has groups of {size} weights, and {self.client} takes {', '.join(map(str, _GROUPS))}: give "
+                "the quantiser group_size: 64, or 32 where rows do not divide by 64"
+            )
+        if self.client == "vllm-cpu" and packing.shape is not None and any(side % 32 for side in packing.shape):
+            d_out, d_in = packing.shape
+            return f"{packing} is {d_out} x {d_in}, and vLLM's 4-bit kernel for CPUs takes sides that divide by 32"
+        return ""
 
     def notes(self, backbone: Backbone) -> Sequence[str]:
         """What it takes to be read."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.exporters.base import EXACT, Exporter, Holding, exporters, grid_of, has_adapter
+from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
+from qratk.exporters.base import EXACT, Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from qratk.exporters._gguf_architecture import Architecture
     from qratk.exporters._gguf_blocks import Kind
     from qratk.exporters._gguf_file import Entry, Value
+    from qratk.exporters.base import Packing as Way
+    from qratk.exporters.base import Wanted
     from qratk.quantizers.base import AffineGrid
 
 MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 _ROUNDED: Final = 0.02  # a whole model of weights in float16
-_CURE: Final = (
-    "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: {class_path: "
-    "affine, init_args: {symmetric: true}}})"
-)
+_CURE: Final = "search with quantisers that servers read (model.quantizers: portable)"
 
 
 @exporters.register("gguf")
@@ -47,6 +46,8 @@ class GgufExporter(Exporter):
         pre_tokenizer: llama.cpp's name for what cuts texts before byte pairs are joined; "auto" goes by the patterns of
             the tokenizer.
     """
+
+    clients: ClassVar[Mapping[str, Mapping[str, Any]]] = {"llama.cpp": {}, "ollama": {}}
 
     def __init__(self, exact: bool = False, dense_bits: int = 0, pre_tokenizer: str = "auto") -> None:
         if dense_bits < 0:
@@ -89,6 +90,38 @@ class GgufExporter(Exporter):
         tokenizer_metadata(backbone.tokenizer, int(backbone.config.vocab_size), pre_tokenizer=self.pre_tokenizer)
         if has_adapter(backbone) and backbone.adapters.peft_config().use_dora:
             raise ConfigurationError("llama.cpp takes no DoRA; export 'dense', which merges it, and convert that")
+
+    def serving(self, wanted: Wanted) -> Serving:
+        """Grids, groups and adapters, and the model's family."""
+        from qratk.exporters._gguf_architecture import architecture_of
+
+        refused = [*plain_lora(wanted, "llama.cpp")]
+        refused += [text for packing in wanted.packings if (text := self._unserved(packing))]
+        if wanted.backbone is not None:
+            try:
+                architecture = architecture_of(wanted.backbone.config)
+                for name in wanted.backbone.banks:
+                    architecture.tensor_name(f"{name}.weight")
+            except UnsupportedModelError as error:
+                refused.append(str(error))
+        small = [bits for bits in wanted.quantizers if bits < 4]
+        return Serving(tuple(refused), tuple(f"{bits}-bit codes take 4 bits and a half" for bits in small))
+
+    def _unserved(self, packing: Way) -> str:
+        """Why no type of llama.cpp's holds projections that are packed in a way; empty when one does."""
+        from qratk.exporters._gguf_blocks import BLOCK
+
+        if packing.bits >= 16 or (self.dense_bits and packing.bits >= self.dense_bits):
+            return ""
+        form, size = packing.form, packing.group_size
+        cure = "give model.quantizers: portable"
+        if form is None:
+            return f"{packing} has no scales and zero points by groups of a row: {cure}"
+        if size is not None and size % BLOCK:
+            return f"{packing} has groups of {size} weights, no whole number of llama.cpp's blocks of {BLOCK}: {cure}"
+        if packing.bits > 4 and not (form.whole and form.symmetric):
+            return f"{packing} has codes further than 128 from their zero points, which Q8_0 does not hold: {cure}"
+        return ""
 
     def notes(self, backbone: Backbone) -> Sequence[str]:
         """Types by count, and what the tokenizer lacks."""

@@ -69,9 +69,13 @@ class SearchLoop(SearchSettings):
             module, datamodule, trainer: handed on to the evaluator.
             blueprint: rebuilds evaluator, module, data and trainer in other processes, for executors that have some.
 
-        Raises `RunDirectoryError`, `InfeasibleBudgetError`, or `SearchError` when nothing could be measured.
+        Raises `ConfigurationError` for what `client` could not serve, `RunDirectoryError`, `InfeasibleBudgetError`, or
+        `SearchError` when nothing could be measured.
         """
+        served = self.require_served(module)
         with Journal(run_dir) as journal, listening(reporter.working):
+            for line in served:
+                reporter.message(line)
             journal.bind("config", config, comparable=comparable)
             context = EvaluationContext(
                 run_dir,

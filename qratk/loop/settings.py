@@ -22,6 +22,7 @@ from qratk.core.space import SearchSpace
 from qratk.estimators.base import ImportanceEstimator
 from qratk.evaluators.base import Evaluator
 from qratk.executors.base import Blueprint, Executor, executors
+from qratk.loop.serving import require_client, require_served
 from qratk.mutations.base import MutationOperator, mutations
 from qratk.refiners.base import LocalRefiner
 from qratk.repairs.base import RepairPolicy
@@ -122,6 +123,9 @@ class SearchSettings(ABC):
             seeds too; references and scoring are apart. Phases I and II end where the next step would exceed it. What
             they leave goes to further settings of the best layers, and to fresh seeds of the best few, by whose mean
             the answer is then chosen.
+        client: what is to serve the answer, `for` in files and on the command line: "vllm", "vllm-cpu", "llama.cpp" or
+            another that an exporter has. What it cannot serve (granularity, bits, groups, quantisers, adapters) is
+            refused before anything is loaded.
         merge: how many of the best trainings may be averaged into the answer's adapter, which takes no training: from
             the best on, each is kept in where the validation score rises (0: none).
         generations: cap on the generations of phase I.
@@ -164,6 +168,7 @@ class SearchSettings(ABC):
     max_evaluations: int | None = None
     confirm: Confirmation | None = None
     full_runs: float | None = None
+    client: str | None = None
     merge: int = 0
     generations: int = 12
     hypervolume_tolerance: float = 1e-3
@@ -218,6 +223,11 @@ class SearchSettings(ABC):
                 )
         if REPLICATE in (self.shared or {}):
             checks.note(f"shared.{REPLICATE}", "is what search.seeds makes a ladder of: give seeds, as in seeds: 8")
+        if self.client is not None:
+            try:
+                require_client(self.client)
+            except ConfigurationError as error:
+                checks.note("for", str(error))
         named = bool(self.name) and self.name not in (".", "..") and not set("/\\\0") & set(self.name)
         checks.require(named, "name", self.name, "must be the name of a folder, without a path")
         checks.finish()
@@ -237,6 +247,15 @@ class SearchSettings(ABC):
         blueprint: Blueprint | None = None,
     ) -> SearchResult:
         """What the search found."""
+
+    def require_served(self, module: FineTuneModule | None) -> tuple[str, ...]:
+        """What a person should know of the answer in the hands of `client`; nothing without one.
+
+        Loads no weights. Raises `ConfigurationError` for what could be found and not be served.
+        """
+        if self.client is None or module is None:
+            return ()
+        return require_served(self.client, module, self.bits)
 
     @cached_property
     def shared_ladders(self) -> tuple[SharedLadder, ...]:

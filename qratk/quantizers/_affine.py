@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._checks import require_finite
 from qratk.quantizers._grouped import GroupedQuantizer
-from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer
+from qratk.quantizers.base import AffineGrid, GridForm, PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ class AffineQuantizer(GroupedQuantizer):
 
     metadata_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
+    whole_zeros: ClassVar[bool] = False
+    """Whether zero points are whole numbers."""
     smaller_groups: ClassVar[tuple[int, ...]] = (32, 16, 8)
 
     def __post_init__(self) -> None:
@@ -81,6 +83,10 @@ class AffineQuantizer(GroupedQuantizer):
         codes = library().unpack[PACKING[bits]](packed[self.CODES])[:groups].reshape(shape)
         scale, zero = (packed[name].reshape(shape[0], -1) for name in ("scale", "zero"))
         return AffineGrid(codes.byte(), scale, zero.float(), bits)
+
+    def grid_form(self, bits: int) -> GridForm | None:
+        """Grids in groups, which divide rows where the weight has the shape for it."""
+        return GridForm(self.group_size, self.whole_zeros, False, self.metadata_dtype)
 
     def library_meta(
         self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, dtype: torch.dtype
@@ -137,6 +143,7 @@ class CalibratedAffineQuantizer(AffineQuantizer):
     """
 
     calibrated: ClassVar[bool] = True
+    whole_zeros: ClassVar[bool] = True
 
     def check(self, shape: tuple[int, int], bits: int) -> None:
         """As for every affine quantizer; and rows (d_in) must divide into groups."""

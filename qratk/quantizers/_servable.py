@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.quantizers._grouped import GroupedQuantizer
-from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer
+from qratk.quantizers.base import AffineGrid, GridForm, PackedBytes, PackedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,10 @@ class ServableQuantizer(GroupedQuantizer):
         """The codes on their grid."""
         codes, zero = self._codes(packed, shape, bits), self._zeros(packed, shape, bits).float()
         return AffineGrid(codes, packed["scale"], zero, bits, self.symmetric)
+
+    def grid_form(self, bits: int) -> GridForm:
+        """Whole zero points in groups of a row."""
+        return GridForm(self.group_size, True, self.symmetric, self.metadata_dtype)
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """Codes and zero points in words of four bytes, and two bytes of scale a group."""

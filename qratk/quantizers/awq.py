@@ -75,6 +75,9 @@ class AWQQuantizer(CalibratedAffineQuantizer):
     def affine_grid(self, packed: dict[str, torch.Tensor], shape: tuple[int, int], bits: int) -> None:
         """None: every input channel has a scale of its own besides."""
 
+    def grid_form(self, bits: int) -> None:
+        """None, as there is no grid."""
+
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """As for every affine quantizer, and two bytes an input channel."""
         affine = super().packed_bytes(shape, bits)

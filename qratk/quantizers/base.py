@@ -73,6 +73,23 @@ class AffineGrid:
         return bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.bits)).all())
 
 
+@dataclass(frozen=True)
+class GridForm:
+    """How a quantizer lays out its grids at a bit-width: what is known of an `AffineGrid` before there is a weight.
+
+    Attributes:
+        group_size: weights of a row that share a scale and a zero point; None for the whole row.
+        whole: whether zero points are whole numbers that a code can be.
+        symmetric: whether every zero point is 2^(bits - 1) by construction.
+        scale_dtype: type of scales as stored: "float16", "bfloat16" or "float32".
+    """
+
+    group_size: int | None
+    whole: bool
+    symmetric: bool
+    scale_dtype: str
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
     """A packed projection that is to become a layer of the library whose storage layout it has.
@@ -113,7 +130,7 @@ class Quantizer(ABC):
     has the same tensors, shapes and bytes.
 
     What else there is to say of a quantizer is said here, with what holds for most: `adds_bias_afterwards`,
-    `alternatives`, `shared_bytes`, `affine_grid` and `native_layer`.
+    `alternatives`, `shared_bytes`, `affine_grid`, `grid_form` and `native_layer`.
     """
 
     CODES = "codes"
@@ -137,6 +154,13 @@ class Quantizer(ABC):
         """The codes on their grid, for forms of other tools; None where there is none, or groups span rows.
 
         In float32 it stands for what `dequantize` makes.
+        """
+        return None
+
+    def grid_form(self, bits: int) -> GridForm | None:
+        """How the grids of `affine_grid` are laid out at a bit-width; None where there are none.
+
+        A search that is to be served is refused by it before weights are loaded.
         """
         return None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qratk.core.errors import QuantizationError
 from qratk.quantizers._checks import require_finite
-from qratk.quantizers.base import AffineGrid, PackedBytes, PackedLayer, Quantizer, quantizers
+from qratk.quantizers.base import AffineGrid, GridForm, PackedBytes, PackedLayer, Quantizer, quantizers
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,10 @@ class Int8Quantizer(Quantizer):
         codes = (packed[self.CODES].to(torch.int16) + 128).to(torch.uint8)
         scale = packed["absmax"].unsqueeze(1).mul(1.0 / 127.0)
         return AffineGrid(codes, scale, torch.full_like(scale, 128.0), 8, symmetric=True)
+
+    def grid_form(self, bits: int) -> GridForm:
+        """One scale a row."""
+        return GridForm(None, True, True, "float32")
 
     def packed_bytes(self, shape: tuple[int, int], bits: int) -> PackedBytes:
         """One byte a weight and four a row."""

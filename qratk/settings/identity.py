@@ -11,7 +11,8 @@ from qratk.settings.names import named_document
 
 UNDECIDING: Final = frozenset({
     "model.bank_dir", "model.dense_cache",
-    "search.confirm", "search.executor", "search.name", "search.reporters", "search.test",
+    "search.client", "search.confirm", "search.executor", "search.for", "search.name",
+    "search.reporters", "search.test",
     "trainer.default_root_dir", "trainer.enable_model_summary", "trainer.enable_progress_bar",
     "trainer.log_every_n_steps", "trainer.logger", "trainer.profiler",
     "lm_eval",

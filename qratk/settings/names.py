@@ -21,12 +21,14 @@ import yaml
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError
 from qratk.core.text import nearest
+from qratk.quantizers.sets import QUANTIZER_SETS, quantizer_set
 from qratk.settings.reading import load
 
 SECTION: Final = "search"
 DATA: Final = "data"
 QUANTIZERS: Final = "quantizers"
 ADAPTER: Final = "adapter"
+FOR, CLIENT = "for", "client"  # a setting of a search whose name is a word of Python's
 
 SLOTS: Final[Mapping[str, str]] = {
     "searcher": "searchers",
@@ -54,7 +56,7 @@ DATA_CLASSES: Final[Mapping[str, str]] = {
 
 _ARGUMENT = re.compile(
     r"--(?:(?P<data>data)(?:\.class_path|\.help)?|search(?:\.(?P<slot>\w+)(?:\.class_path|\.help|\+)?)?|"
-    r"model\.(?P<adapter>adapter))"
+    r"model\.(?P<model>adapter|quantizers))"
     r"(?:=(?P<value>.*))?",
     re.S,
 )
@@ -117,11 +119,16 @@ def _members(value: Any, convert: Convert) -> Any:
 
 
 def resolve_section(section: Any, convert: Convert = class_path) -> Any:
-    """The search section with every component resolved."""
+    """The search section with every component resolved, and `for` under the name that Python can give it.
+
+    In files (`convert` to registered names) it is `for` again.
+    """
     if not isinstance(section, Mapping):
         return section
+    renamed = {CLIENT: FOR} if convert is registered_name else {FOR: CLIENT}
     return {
-        key: resolve_component(SLOTS[key], value, convert) if key in SLOTS else value for key, value in section.items()
+        renamed.get(key, key): resolve_component(SLOTS[key], value, convert) if key in SLOTS else value
+        for key, value in section.items()
     }
 
 
@@ -162,6 +169,8 @@ def _of_model(key: str, value: Any, convert: Convert) -> Any:
     The parser would take {class_path, init_args} for a class to build, and fails where two say another: an adapter is
     {name: options} for it.
     """
+    if key == QUANTIZERS and isinstance(value, str) and value in QUANTIZER_SETS:
+        return quantizer_set(value)  # what it stands for is saved, so that a run keeps it
     if key == QUANTIZERS and isinstance(value, Mapping):
         return {bits: resolve_component(QUANTIZERS, one, registered_name) for bits, one in value.items()}
     if key == ADAPTER and isinstance(value, Mapping):
@@ -199,14 +208,14 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the names in `--search.<component>` and `--data` resolved, inline or in a file."""
     resolved: list[str] = []
     waiting: str | None = None  # the slot whose value is the next argument
-    for argument in arguments:
+    for argument in map(_client_argument, arguments):
         if waiting is not None:
             resolved.append(argument if argument.startswith("--") else _resolve_text(waiting, argument))
             waiting = None
             continue
         match = _ARGUMENT.fullmatch(argument)
-        slot = None if match is None else (match["data"] or match["slot"] or match["adapter"] or SECTION)
-        if match is None or slot not in {*SLOTS, SECTION, DATA, ADAPTER}:
+        slot = None if match is None else (match["data"] or match["slot"] or match["model"] or SECTION)
+        if match is None or slot not in {*SLOTS, SECTION, DATA, ADAPTER, QUANTIZERS}:
             resolved.append(argument)
         elif match["value"] is None:
             waiting = slot
@@ -214,6 +223,12 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
         else:
             resolved.append(argument[: match.start("value")] + _resolve_text(slot, match["value"]))
     return resolved
+
+
+def _client_argument(argument: str) -> str:
+    """The argument, with `--search.for` under the name that Python can give it."""
+    name, equals, value = argument.partition("=")
+    return f"--{SECTION}.{CLIENT}{equals}{value}" if name == f"--{SECTION}.{FOR}" else argument
 
 
 def option_hint(class_path: str, given: str) -> str:
@@ -236,8 +251,8 @@ def _resolve_text(slot: str, text: str) -> str:
         return text  # jsonargparse says what is wrong with it
     if slot == SECTION:
         resolved = resolve_section(value)
-    elif slot == ADAPTER:
-        resolved = _of_model(ADAPTER, value, class_path)
+    elif slot in (ADAPTER, QUANTIZERS):
+        resolved = _of_model(slot, value, class_path)
     else:
         resolved = resolve_component(SLOTS.get(slot, slot), value)
     if resolved == value and not is_file:

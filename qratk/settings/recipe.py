@@ -8,7 +8,7 @@ from typing import Any, Final
 from qratk.components import REGISTRIES
 from qratk.core.errors import ConfigurationError
 from qratk.loop import SearchLoop
-from qratk.settings.names import SLOTS, registered_name
+from qratk.settings.names import CLIENT, FOR, SLOTS, registered_name
 
 RECIPE: Final[Mapping[str, str | tuple[str, ...]]] = {
     "searcher": "nsga2",
@@ -29,10 +29,13 @@ def autoqra(**settings: Any) -> SearchLoop:
     """Search loop with the published recipe, except for what is given.
 
     A component is given as a name, as a mapping {name: options}, or as an object; `mutations` and `reporters` as lists
-    of these. All other settings are those of `SearchLoop`. Raises `UnknownComponentError` or `ConfigurationError`.
+    of these. `client` may also be called `for`, as in files. All other settings are those of `SearchLoop`. Raises
+    `UnknownComponentError` or `ConfigurationError`.
 
         autoqra(like=[4, 8], searcher={"nsga2": {"population": 20}}, refiner="none")
     """
+    if FOR in settings:
+        settings[CLIENT] = settings.pop(FOR)
     built: dict[str, Any] = {}
     for slot, kind in SLOTS.items():
         given = settings.pop(slot, RECIPE[slot])

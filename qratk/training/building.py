@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from qratk.adapters.base import AdapterMethod, adapters
 from qratk.backbone.backbone import Backbone
@@ -13,9 +13,8 @@ from qratk.core.configuration import Configuration
 from qratk.core.errors import ConfigurationError
 from qratk.data.attached import Attached
 from qratk.quantizers.base import Quantizer, quantizers
+from qratk.quantizers.sets import quantizer_set
 from qratk.training.options import FineTuneOptions, Specified
-
-DEFAULT_QUANTIZERS: Final[Mapping[int, Specified]] = {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"}
 
 
 def built_backbone(options: FineTuneOptions, *, weights: bool = True) -> Backbone:
@@ -44,10 +43,14 @@ def built_tokenizer(options: FineTuneOptions) -> Attached:
     return Attached(load_tokenizer(name, trust_remote_code=trusted, required=True), context_length(config))
 
 
-def built_quantizers(specified: Mapping[int, Specified | Quantizer] | None) -> dict[int, Quantizer]:
-    """Quantiser of each bit-width, from names or {class_path, init_args}; what is not given is the default."""
+def built_quantizers(specified: Mapping[int, Specified | Quantizer] | str | None) -> dict[int, Quantizer]:
+    """Quantiser of each bit-width, from the name of a set, or from names or {class_path, init_args} by bits.
+
+    What is not given is the default.
+    """
+    own: Mapping[int, Any] = quantizer_set(specified) if isinstance(specified, str) else specified or {}
     built: dict[int, Quantizer] = {}
-    for bits, chosen in {**DEFAULT_QUANTIZERS, **{int(b): q for b, q in (specified or {}).items()}}.items():
+    for bits, chosen in {**quantizer_set("default"), **{int(b): q for b, q in own.items()}}.items():
         if isinstance(chosen, Quantizer):
             built[bits] = chosen
             continue

@@ -58,7 +58,8 @@ class FineTuneModule(ScoredModule):
         model: Hugging Face name or local directory of a causal language model; "embedded" is the one shipped here.
         configuration: bits and ranks as text, `4:8` for all layers or `4:8*3 2:16` layer by layer; a search sets it.
             Options such as the learning rate may follow, as in `4:8 | learning_rate=0.001`, in the place of these here.
-        quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}.
+        quantizers: quantiser of each bit-width, by registered name or as {class_path, init_args}; or the name of a set:
+            "default", "portable" (codes that servers take as they are), "portable_gptq" (these, calibrated).
         granularity: what shares one choice: a transformer block, attention and MLP apart ("sublayer"), what servers
             multiply by at once ("fused": q, k and v; gate and up; all experts of a mixture), or each projection.
         target_modules: "all" linear projections of the blocks, or the last parts of their names.
@@ -102,7 +103,7 @@ class FineTuneModule(ScoredModule):
         self,
         model: str,
         configuration: str | None = None,
-        quantizers: dict[int, Any] | None = None,
+        quantizers: dict[int, Any] | str | None = None,
         granularity: Literal["block", "sublayer", "fused", "linear"] = "block",
         target_modules: str | list[str] = "all",
         adapter: str | dict[str, Any] = "lora",

@@ -13,6 +13,7 @@ from qratk.core.evaluation import replicate_seed
 from qratk.core.shared import Setting, Shared, SharedLadder
 from qratk.core.text import nearest
 from qratk.quantizers.base import Quantizer
+from qratk.quantizers.sets import quantizer_set
 
 Schedule = Literal["constant", "linear", "cosine"]
 Specified = str | Mapping[str, Any]
@@ -28,7 +29,7 @@ class FineTuneOptions:
 
     model: str
     configuration: str | None
-    quantizers: Mapping[int, Specified | Quantizer] | None
+    quantizers: Mapping[int, Specified | Quantizer] | str | None
     granularity: Literal["block", "sublayer", "fused", "linear"]
     target_modules: str | Sequence[str]
     adapter: Specified
@@ -71,7 +72,12 @@ class FineTuneOptions:
         checks.require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "must be two in [0, 1)")
         _check_adapters(checks, self.lora_dropout, self.alpha_over_rank)
         checks.require(self.bank_dir != "", "bank_dir", self.bank_dir, "must be a folder, 'auto' or null")
-        for bits, chosen in (self.quantizers or {}).items():
+        if isinstance(self.quantizers, str):
+            try:
+                quantizer_set(self.quantizers)
+            except ConfigurationError as error:
+                checks.note("quantizers", str(error))
+        for bits, chosen in ({} if isinstance(self.quantizers, str) else self.quantizers or {}).items():
             named = isinstance(chosen, str | Quantizer) or (isinstance(chosen, Mapping) and "class_path" in chosen)
             checks.require(named, "quantizers", {bits: chosen}, "must be names, or {class_path, init_args}, by bits")
         checks.finish()

@@ -177,3 +177,26 @@ def test_callback_that_averages_weights_is_refused_with_a_cure(name):
     options = {"swa_lrs": 0.1} if name.startswith("Stochastic") else {}
     with pytest.raises(ConfigurationError, match=f"{name} averages a copy .* leave it out"):
         SearchTrainer(callbacks=[getattr(callbacks, name)(**options)], accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("command", ["plan", "search"])
+def test_what_a_client_cannot_serve_is_refused_before_there_is_a_folder(command, capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({**GOOD, "search": {**GOOD["search"], "for": "vllm"}}))
+    status, lines = refused(capsys, command, "--config", "my.yaml", "--run_dir=run")
+    assert status == 1
+    assert lines[0] == "qratk: error: search.for: vllm could not serve what this search may find:"
+    assert "2 bits by hqq" in lines[1]
+    assert "give model.quantizers: portable" in lines[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_clients_and_sets_of_quantisers_are_listed_for_names_that_are_none(capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(GOOD))
+    status, lines = refused(capsys, "plan", "--config", "my.yaml", "--search.for=vlm", "--model.quantizers=portabel")
+    assert (status, len(lines)) == (1, 3)
+    assert (
+        lines[1]
+        .lstrip()
+        .startswith("--model.quantizers: 'portabel' is no set of quantisers; give one of default, portable")
+    )
+    assert "--search.for: must be one of" in lines[2]

@@ -101,7 +101,7 @@ def test_other_quantisers_are_refused_with_the_cure(name, tiny_backbone, tmp_pat
         backbone.calibrate([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
         backbone.build_bank([bits])
     backbone.activate(Configuration.uniform(bits, 0, 3), seed=0)
-    with pytest.raises(QuantizationError, match=f"{name} at {bits} bits has no 16-bit scales.*affine.*dense"):
+    with pytest.raises(QuantizationError, match=f"{name} at {bits} bits has no 16-bit scales.*portable.*dense"):
         CompressedTensorsExporter().export(backbone, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

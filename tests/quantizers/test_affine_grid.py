@@ -27,6 +27,9 @@ def test_grid_is_the_weight(name, options, bits):
     assert int(grid.codes.max()) < 2**bits
     assert grid.whole == (name != "hqq")
     assert grid.symmetric == (name == "int8" or options.get("symmetric", False))
+    form = quantizer.grid_form(bits)
+    assert (form.group_size or 64, form.whole, form.symmetric) == (grid.group_size, grid.whole, grid.symmetric)
+    assert form.scale_dtype == str(grid.scale.dtype).removeprefix("torch.")
     codes = grid.codes.float().reshape(40, -1, grid.group_size)
     dense = ((codes - grid.zero[:, :, None]) * grid.scale.float()[:, :, None]).flatten(1)
     assert torch.equal(dense, quantizer.dequantize(packed, (40, 64), bits, torch.float32))
@@ -39,3 +42,4 @@ def test_there_is_none_where_groups_span_rows_or_channels_are_scaled():
     for name, bits in (("awq", 4), ("nf4", 4), ("none", 16)):
         quantizer = quantizers.create(name, **({"group_size": 16} if name == "awq" else {}))
         assert quantizer.affine_grid(quantizer.quantize(weight, bits), (32, 48), bits) is None
+        assert quantizer.grid_form(bits) is None

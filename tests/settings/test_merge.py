@@ -32,3 +32,9 @@ def test_what_is_laid_over_changes_neither_of_the_two():
 def test_options_are_laid_over_a_component_that_was_given_by_its_name_alone():
     merged = laid_over({"searcher": "random", "repair": "greedy"}, {"searcher": {"offspring": 3}, "repair": "reject"})
     assert merged == {"searcher": {"class_path": "random", "offspring": 3}, "repair": "reject"}
+
+
+def test_quantisers_by_bits_take_the_place_of_a_set_by_its_name():
+    merged = laid_over({"quantizers": "portable"}, {"quantizers": {4: "nf4"}})
+    assert merged == {"quantizers": {4: "nf4"}}
+    assert laid_over(merged, {"quantizers": "portable"}) == {"quantizers": "portable"}

@@ -10,6 +10,7 @@ import pytest
 
 from qratk.components import REGISTRIES
 from qratk.core.errors import PluginError, UnknownComponentError
+from qratk.quantizers.sets import quantizer_set
 from qratk.registry import Registry
 from qratk.settings import names
 from qratk.settings.recipe import defaults
@@ -172,3 +173,26 @@ def test_an_adapter_with_options_on_the_command_line():
         json.dumps({"cut": {"width": 8}}),
     ]
     assert names.resolve_arguments(["--model.adapter=lora"]) == ["--model.adapter=lora"]
+
+
+def test_a_set_of_quantisers_is_kept_as_what_it_stands_for():
+    document = names.resolve_document({"model": {"quantizers": "portable"}, "search": {}})
+    assert document["model"]["quantizers"] == quantizer_set("portable")
+    assert names.named_document(document) == document
+    other = {"model": {"quantizers": "portabel"}, "search": {}}
+    assert names.resolve_document(other) == other  # the module says what is wrong with it
+    (argument,) = names.resolve_arguments(["--model.quantizers=portable"])
+    assert json.loads(argument.partition("=")[2])["4"] == "affine"
+    assert names.resolve_arguments(["--model.quantizers={4: affine}"]) == ["--model.quantizers={4: affine}"]
+
+
+def test_a_setting_that_python_cannot_name_is_renamed_for_the_parser_and_back():
+    document = names.resolve_document({"search": {"for": "vllm"}})
+    assert document == {"search": {"client": "vllm"}}
+    assert names.named_document(document) == {"search": {"for": "vllm"}}
+    assert names.resolve_arguments(["--search.for=vllm", "--search.for", "vllm", "--search.former=1"]) == [
+        "--search.client=vllm",
+        "--search.client",
+        "vllm",
+        "--search.former=1",
+    ]
