@@ -47,9 +47,9 @@ def module(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_forms_name_their_clients() -> None:
     known = clients()
-    assert {"vllm", "vllm-cpu", "transformers", "llama.cpp", "ollama"} <= known.keys()
+    assert {"vllm", "vllm-cpu", "transformers", "llama.cpp", "ollama", "mlx"} <= known.keys()
     assert known["llama.cpp"] == known["ollama"] == ("gguf",)
-    assert "compressed-tensors" in known["vllm"]
+    assert known["transformers"] == ("bitsandbytes", "compressed-tensors")
 
 
 def test_every_form_with_clients_is_made_for_them_and_answers_for_itself() -> None:
@@ -60,7 +60,7 @@ def test_every_form_with_clients_is_made_for_them_and_answers_for_itself() -> No
             exporters.create(form, **options)
 
 
-@pytest.mark.parametrize("client", ["vllm", "vllm-cpu", "transformers", "llama.cpp"])
+@pytest.mark.parametrize("client", ["vllm", "vllm-cpu", "transformers", "llama.cpp", "mlx"])
 @pytest.mark.parametrize("quantizers", ["portable", "portable_gptq"])
 def test_portable_sets_are_served_by_all_at_every_bit_width(client: str, quantizers: str, module: Any) -> None:
     require_served(client, module(quantizers=quantizers), (*BITS, 16))
@@ -107,6 +107,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"quantizers": {**AFFINE, 4: GROUPS_OF_16, 8: SYMMETRIC}},
         "4 bits by affine has groups of 16 weights, no whole number",
     ),
+    "mlx: nf4": ("mlx", {"quantizers": {**AFFINE, 4: "nf4"}}, "4 bits by nf4 has no scales and zero points"),
+    "mlx: groups": ("mlx", {"quantizers": {**AFFINE, 4: GROUPS_OF_16}}, "groups of 16 weights, and mlx takes 32, 64"),
+    "transformers: no form": (
+        "transformers",
+        {"quantizers": {**AFFINE, 4: "nf4"}},
+        r"as bitsandbytes: 2 bits by affine is no code(?s:.*)as compressed-tensors: 4 bits by nf4",
+    ),
     "dora": ("llama.cpp", {"adapter": "dora"}, "takes LoRA beside packed weights, and model.adapter is dora"),
 }
 
@@ -127,6 +134,18 @@ def test_only_bits_on_the_ladder_are_asked_of(module: Any) -> None:
 
 def test_transformers_takes_projections_one_by_one(module: Any) -> None:
     require_served("transformers", module(granularity="linear"), BITS)
+
+
+def test_one_form_of_several_is_enough(module: Any) -> None:
+    default = module(granularity="linear", quantizers="default")
+    require_served("transformers", default, (4, 16))
+    with pytest.raises(ConfigurationError, match=r"all packed layers of one kind.*search\.bits: \[4, 16\]"):
+        require_served("transformers", default, (4, 8))
+
+
+def test_mlx_names_weights_of_some_families(module: Any) -> None:
+    with pytest.raises(ConfigurationError, match="mlx-lm names weights of the family 'gpt2' is not known"):
+        require_served("mlx", module("gpt2"), (4,))
 
 
 def test_a_family_without_a_layout_and_shapes_without_groups_are_refused_by_the_model(module: Any) -> None:

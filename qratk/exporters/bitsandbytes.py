@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.exporters._grids import narrowest, require_named_files, rounding, written_tensors
-from qratk.exporters.base import Exporter, Holding, exporters, has_adapter
+from qratk.exporters.base import Exporter, Holding, Serving, exporters, has_adapter
 from qratk.exporters.dense import Dense
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
+    from qratk.exporters.base import Wanted
 
 ADAPTER: Final = "adapter"
 STATE: Final = "quant_state.bitsandbytes__nf4"
@@ -41,6 +42,8 @@ class BitsandbytesExporter(Exporter):
         dense_bits: write layers of this many bits or more in `dtype`; 0 for none but those of 16.
         pad: one rank for all projections of the adapter, with the scale in B.
     """
+
+    clients: ClassVar[Mapping[str, Mapping[str, Any]]] = {"transformers": {}}
 
     def __init__(self, dtype: Literal["auto"] | Dense = "auto", dense_bits: int = 0, pad: bool = False) -> None:
         if dtype != "auto" and dtype not in get_args(Dense):
@@ -80,6 +83,24 @@ class BitsandbytesExporter(Exporter):
                 f"{found['nf4']} has 4 bits and {found['int8']} 8, and transformers makes all packed layers of one "
                 "kind; give --dense-bits 8 to write those of 8 bits in 16, or export 'packed', which holds both"
             )
+
+    def serving(self, wanted: Wanted) -> Serving:
+        """Quantisers of one kind, and the names of the model's files."""
+        from qratk.exporters._folder import is_converted
+
+        packed = [p for p in wanted.packings if p.bits < 16 and not (self.dense_bits and p.bits >= self.dense_bits)]
+        refused = [
+            f"{packing} is no code of bitsandbytes, which has nf4 and int8: give model.quantizers: {{4: nf4}}"
+            for packing in packed
+            if packing.quantizer.component_name not in ("nf4", "int8")
+        ]
+        if len({packing.quantizer.component_name for packing in packed}) > 1 and not refused:
+            refused.append(
+                "transformers makes all packed layers of one kind, nf4 or int8: give search.bits: [4, 16] or [8, 16]"
+            )
+        if wanted.backbone is not None and is_converted(wanted.backbone):
+            refused.append(f"files of {type(wanted.backbone.base).__name__} are not named as its projections")
+        return Serving(tuple(refused))
 
     def notes(self, backbone: Backbone) -> Sequence[str]:
         """What bitsandbytes' own layers do."""

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.exporters._grids import holds, refuse_dora, rounded_to, scale_dtype, written_tensors
-from qratk.exporters.base import EXACT, Exporter, Holding, exporters, grid_of, has_adapter
+from qratk.exporters.base import EXACT, Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
+    from qratk.exporters.base import Packing, Wanted
     from qratk.quantizers.base import AffineGrid
 
 MlxType = Literal["auto", "float16", "bfloat16", "float32"]
@@ -44,6 +45,8 @@ class MlxExporter(Exporter):
             16 bits, and float16 otherwise. In float32 nothing is rounded, and mlx computes in float32.
         dense_bits: write layers of this many bits or more in `dtype`; 0 for none but those of 16.
     """
+
+    clients: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mlx": {}}
 
     def __init__(self, dtype: MlxType = "auto", dense_bits: int = 0) -> None:
         if dtype not in get_args(MlxType):
@@ -97,6 +100,28 @@ class MlxExporter(Exporter):
         if all(self._grid(name, bank) is None for name, bank in backbone.banks.items()):
             raise QuantizationError("every layer would be written in 16 bits; export 'dense', which mlx-lm reads")
         self._dtype(backbone)
+
+    def serving(self, wanted: Wanted) -> Serving:
+        """Grids, groups and adapters, and the model's family."""
+        refused = [*plain_lora(wanted, "mlx-lm")]
+        refused += [text for packing in wanted.packings if (text := self._unserved(packing))]
+        family = None if wanted.backbone is None else wanted.backbone.config.model_type
+        if family is not None and family not in _FAMILIES:
+            refused.append(f"how mlx-lm names weights of the family {family!r} is not known here, but of {_FAMILIES}")
+        return Serving(tuple(refused), ("adapters are padded to the largest rank",))
+
+    def _unserved(self, packing: Packing) -> str:
+        """Why projections that are packed in a way are not served; empty when they are."""
+        if packing.bits >= 16 or (self.dense_bits and packing.bits >= self.dense_bits):
+            return ""
+        if packing.form is None:
+            return f"{packing} has no scales and zero points by groups of a row: give model.quantizers: portable"
+        size = packing.group_size
+        if size is not None and all(size % group for group in _GROUPS):
+            return (
+                f"{packing} has groups of {size} weights, and mlx takes 32, 64 and 128: give the quantiser another size"
+            )
+        return ""
 
     def notes(self, backbone: Backbone) -> Sequence[str]:
         """What the adapter takes."""
