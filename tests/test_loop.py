@@ -295,6 +295,13 @@ def test_test_data_is_scored_only_after_the_last_decision(tmp_path: Path) -> Non
     assert str(result.best.configuration) in result.test_scores
 
 
+def test_the_answer_alone_is_tested_where_that_was_asked_for(tmp_path: Path) -> None:
+    result, _ = search(tmp_path, loop(ToyEvaluator(num_layers=4), test="answer", references=[[16, 16]]))
+    assert list(result.test_scores) == [str(result.best.configuration)]
+    with pytest.raises(ConfigurationError, match="test must be true, false or 'answer'"):
+        loop(ToyEvaluator(num_layers=4), test="all")
+
+
 def test_references_are_measured_but_enter_no_history(tmp_path: Path) -> None:
     plain, _ = search(tmp_path / "a", loop(ToyEvaluator(num_layers=4)))
     result, _ = search(tmp_path / "b", loop(ToyEvaluator(num_layers=4), references=[[16, 16]]))

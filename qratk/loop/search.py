@@ -115,7 +115,7 @@ def _search(
     with clock.timed("setup"):
         settings.executor.open(evaluator, context, blueprint)
         journal.bind("content", evaluator.fingerprint())
-        tests = settings.test and evaluator.prepare_test()
+        tests = bool(settings.test) and evaluator.prepare_test()
     if settings.test and not tests:
         reporter.message("There are no test data: the answer will be without test scores.")
     if lost := journal.withdraw(of_the_machine):

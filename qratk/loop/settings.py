@@ -134,7 +134,8 @@ class SearchSettings(ABC):
         alpha: weight of the score against bytes in the utility of phase II and of the answer (Eq. 4). The budget is
             a hard limit already, so by default (1) the answer is what scores best within it.
         references: uniform [bits, rank] pairs measured for comparison only, on or off the ladders, as in [[16, 16]].
-        test: whether the best, the baselines and the references are scored on test data after the search.
+        test: whether the best, the baselines and the references are scored on test data after the search; `answer` is
+            the best alone.
         seed: seed of every random choice of the search.
         name: name of the run.
         executor: where evaluations happen; it decides nothing of what they come to.
@@ -175,7 +176,7 @@ class SearchSettings(ABC):
     hypervolume_patience: int = 3
     alpha: float = 1.0
     references: Sequence[Sequence[int]] = ()
-    test: bool = True
+    test: bool | Literal["answer"] = True
     seed: int = 0
     name: str = "search"
     executor: Executor = field(default_factory=lambda: executors.create("serial"))
@@ -190,6 +191,7 @@ class SearchSettings(ABC):
         for option, known in (("promotion", ("each", "last")), ("promote_by", ("score", "front"))):
             given = getattr(self, option)
             checks.require(given in known, option, given, f"must be one of {', '.join(map(repr, known))}")
+        checks.require(self.test in (True, False, "answer"), "test", self.test, "must be true, false or 'answer'")
         checks.require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "must lie in [0, 1]")
         mean = self.max_average_bits
         checks.require(mean is None or 0 < mean < math.inf, "max_average_bits", mean, "must be positive")
