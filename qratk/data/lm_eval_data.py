@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final, final
 
 from qratk.core.errors import DataError
@@ -38,6 +39,9 @@ class LmEvalData(TaskData):
     Args:
         task: name of the task or group: lm-eval's own, or one in `task_folders`.
         task_folders: folders of tasks in YAML.
+        data_files: files of rows in JSON by the names of their splits, as in {train: a.jsonl, test: b.jsonl}, in the
+            place of the data set that the task names; with the fields that the task's templates ask for.
+        max_gen_toks: tokens of a generated text at most; null means what the task says, or else lm-eval's default.
         num_fewshot: examples before each item; null means what the task says.
         fewshot_seed: by which the task's own sampler draws them; the default is that of lm-eval's command line.
         apply_chat_template: put prompts through the tokenizer's chat template, as lm-eval's option of that name does.
@@ -64,6 +68,8 @@ class LmEvalData(TaskData):
         task: str,
         *,
         task_folders: list[str] | None = None,
+        data_files: dict[str, str | list[str]] | None = None,
+        max_gen_toks: int | None = None,
         num_fewshot: int | None = None,
         fewshot_seed: int = FEWSHOT_SEED,
         apply_chat_template: bool = False,
@@ -91,7 +97,10 @@ class LmEvalData(TaskData):
             )
         if kwargs.get("rename"):
             raise DataError("rows of lm-eval tasks are read by the task's own templates: `rename` does not apply")
+        if max_gen_toks is not None:
+            require_at_least("max_gen_toks", max_gen_toks, 1)
         self.task, self.task_folders = task, tuple(task_folders or ())
+        self.data_files, self.max_gen_toks = dict(data_files or {}), max_gen_toks
         self.num_fewshot, self.fewshot_seed, self.score = num_fewshot, fewshot_seed, score
         self.apply_chat_template = apply_chat_template
         self.fewshot_as_multiturn = apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn
@@ -103,12 +112,30 @@ class LmEvalData(TaskData):
     @cached_property
     def harness(self) -> HarnessTask | HarnessGroup:
         """The task or group, loaded when it is first asked for. Raises DataError."""
-        return load_harness(self.task, self.task_folders, num_fewshot=self.num_fewshot, seed=self.fewshot_seed)
+        return load_harness(
+            self.task,
+            self.task_folders,
+            num_fewshot=self.num_fewshot,
+            seed=self.fewshot_seed,
+            data_files=self._present_files(),
+            max_gen_toks=self.max_gen_toks,
+        )
 
     @property
     def _chat(self) -> ChatPrompt | None:
         """What prompts are put through, of the tokenizer that is attached."""
         return ChatPrompt(self.tokenizer, multiturn=self.fewshot_as_multiturn) if self.apply_chat_template else None
+
+    def _present_files(self) -> dict[str, str | list[str]]:
+        """The files of rows, which must be there: `datasets` says less clearly what is missing."""
+        for path in (
+            one for given in self.data_files.values() for one in ([given] if isinstance(given, str) else given)
+        ):
+            if not Path(path).expanduser().is_file():
+                raise DataError(
+                    f"data_files of task {self.task}: there is no file {path}; relative paths start at {Path.cwd()}"
+                )
+        return self.data_files
 
     def parse(self, row: Row) -> Any:
         """Raises DataError: documents are the task's own."""
@@ -242,6 +269,7 @@ class LmEvalData(TaskData):
             "shots": (harness.shots, self.fewshot_seed, content_key(pool)),
             "score": self.score,
             "config": harness.identity(),
+            **({} if self.max_gen_toks is None else {"max_gen_toks": self.max_gen_toks}),
         }
         return {**found, "multiturn": self.fewshot_as_multiturn} if self.apply_chat_template else found
 

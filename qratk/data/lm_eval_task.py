@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
+
+import yaml
 
 from qratk.core.errors import DataError
 from qratk.data.generation import asks_for_greedy
@@ -29,11 +33,17 @@ _DECIDING: Final = (
 )  # fmt: skip
 
 
-def load_tasks(names: Sequence[str], folders: Sequence[str | Path] = ()) -> dict[Any, Any]:
+def load_tasks(
+    names: Sequence[str],
+    folders: Sequence[str | Path] = (),
+    *,
+    data_files: Mapping[str, str | Sequence[str]] | None = None,
+) -> dict[Any, Any]:
     """Tasks of lm-eval by name, its own or those in folders; a group's value holds its tasks.
 
-    Its own are only read (20 s, once) when a name is in no folder. Raises DataError for an unknown task, a missing
-    folder, or data that cannot be loaded.
+    `data_files` are files of rows by split, in place of the data set that the tasks name. Its own tasks are only looked
+    for when a name is in no folder: by the files that name them, or else among all of them (20 s, once). Raises
+    DataError for an unknown task, a missing folder, or data that cannot be loaded.
     """
     if isinstance(names, str) or not names:
         raise DataError(f"tasks must be a list of task names, got {names!r}")
@@ -45,7 +55,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[str | Path] = ()) -> dict
     paths = tuple(str(folder) for folder in folders)
     manager = TaskManager(include_path=list(paths), include_defaults=False)
     if any(name not in manager.all_tasks for name in names):
-        manager = _with_defaults(paths, TaskManager)
+        manager = _with_own(tuple(names), paths, TaskManager)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -54,11 +64,62 @@ def load_tasks(names: Sequence[str], folders: Sequence[str | Path] = ()) -> dict
                 f"{list(paths) or 'a task folder'}" + (f"; near are {', '.join(near)}" if near else "")
             )
     try:
-        tasks: dict[Any, Any] = get_task_dict(list(names), manager)
+        tasks: dict[Any, Any] = _loaded(names, manager, data_files, get_task_dict)
+    except DataError:
+        raise
     except Exception as error:  # of data sets, templates, and functions of a task, which are tried on a document
         named = f"task{'s' * (len(names) > 1)} {', '.join(names)}"
         raise DataError(f"{named} of lm-eval cannot be loaded: {type(error).__name__}: {error}") from error
     return tasks
+
+
+def _loaded(
+    names: Sequence[str], manager: Any, data_files: Mapping[str, str | Sequence[str]] | None, load: Callable[..., Any]
+) -> dict[Any, Any]:
+    """Tasks of a manager, with rows of files in place of their own where there are any."""
+    if not data_files:
+        return dict(load(list(names), manager))
+    files = {
+        split: given if isinstance(given, str) else [str(path) for path in given] for split, given in data_files.items()
+    }
+    with TemporaryDirectory() as folder:
+        for name in names:
+            if name not in manager.all_subtasks:
+                raise DataError(
+                    f"data_files are rows of one task, and {name} is a group: give each of its tasks its own"
+                )
+            over = {
+                "include": str(manager.task_index[name].yaml_path),
+                "task": name,
+                "dataset_path": "json",
+                "dataset_name": None,
+                "dataset_kwargs": {"data_files": files},
+            }
+            Path(folder, f"{name}.yaml").write_text(yaml.safe_dump(over), encoding="utf-8")
+        return dict(load(list(names), type(manager)(include_path=folder, include_defaults=False)))
+
+
+def _with_own(names: tuple[str, ...], paths: tuple[str, ...], manager: Callable[..., Any]) -> Any:
+    """A manager of folders and of lm-eval's own tasks: of those of these names, or of all where some are not found so,
+    as groups are not."""
+    folders = _own_folders(names)
+    found = manager(include_path=[*folders, *paths], include_defaults=False)
+    missing = any(name not in found.all_tasks for name in names)
+    return _with_defaults(paths, manager) if missing else found
+
+
+@lru_cache(maxsize=64)
+def _own_folders(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Folders of lm-eval's own tasks of these names, each by the one file that says so; reading all 14,000 files as
+    YAML would take ten times as long."""
+    import lm_eval.tasks
+
+    line = re.compile(rf"^task:[ \t]*[\"']?({'|'.join(map(re.escape, names))})[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+    found: dict[str, list[Path]] = {}
+    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        for name in line.findall(path.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(name, []).append(path)
+    return tuple(sorted({str(paths[0].parent) for paths in found.values() if len(paths) == 1}))
 
 
 @lru_cache(maxsize=4)
@@ -115,8 +176,16 @@ class HarnessTask:
     and in one with a `limit`. Raises DataError for what is no such task, and where documents do not fit its templates.
     """
 
-    def __init__(self, name: str, task: Any, *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED) -> None:
-        """`task` is lm-eval's object."""
+    def __init__(
+        self,
+        name: str,
+        task: Any,
+        *,
+        num_fewshot: int | None = None,
+        seed: int = FEWSHOT_SEED,
+        max_gen_toks: int | None = None,
+    ) -> None:
+        """`task` is lm-eval's object; `max_gen_toks` are tokens of a text at most, by default what the task says."""
         self.name, self.seed = name, seed
         self._task = _checked(name, task)
         self._dataset: Mapping[str, Any] = self._task.dataset
@@ -126,7 +195,8 @@ class HarnessTask:
         self._drawn_examples: dict[str, list[Sequence[Any]]] = {}
         self._remember_texts()
         if self.generates:
-            self.until, self.most_tokens = self._generation()
+            self.until, most = self._generation()
+            self.most_tokens = most if max_gen_toks is None else max_gen_toks
 
     def _number_of_shots(self, asked: int | None) -> int:
         own = self._task.config.num_fewshot
@@ -386,12 +456,19 @@ class HarnessTask:
 
 
 def load_harness(
-    name: str, folders: Sequence[str | Path] = (), *, num_fewshot: int | None = None, seed: int = FEWSHOT_SEED
+    name: str,
+    folders: Sequence[str | Path] = (),
+    *,
+    num_fewshot: int | None = None,
+    seed: int = FEWSHOT_SEED,
+    data_files: Mapping[str, str | Sequence[str]] | None = None,
+    max_gen_toks: int | None = None,
 ) -> HarnessTask | HarnessGroup:
     """The task of that name, or the group with all of its tasks. Raises DataError for what cannot be scored."""
-    loaded = load_tasks([name], folders)
+    loaded = load_tasks([name], folders, data_files=data_files)
+    options: dict[str, Any] = {"num_fewshot": num_fewshot, "seed": seed, "max_gen_toks": max_gen_toks}
     if name in loaded and not isinstance(loaded[name], Mapping):
-        return HarnessTask(name, loaded[name], num_fewshot=num_fewshot, seed=seed)
+        return HarnessTask(name, loaded[name], **options)
     found = [(key, value) for key, value in loaded.items() if isinstance(value, Mapping)]
     weighings = tuple(_weighings(key, value) for key, value in _groups(loaded))
     if len(found) != 1 or not weighings[0].figures:
@@ -401,7 +478,7 @@ def load_harness(
             f"{name} is a group of lm-eval tasks; it does not say how their figures make one (aggregate_metric_list): "
             f"give each its place in a suite: {shown}"
         )
-    tasks = tuple(HarnessTask(one, task, num_fewshot=num_fewshot, seed=seed) for one, task in leaves(loaded))
+    tasks = tuple(HarnessTask(one, task, **options) for one, task in leaves(loaded))
     return HarnessGroup(name, tasks, weighings)
 
 

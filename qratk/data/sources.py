@@ -15,6 +15,8 @@ from qratk.core.errors import DataError
 
 Source = str | Sequence[str]
 FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
+_ON_HUB = "hf://"
+_BUILDERS = {".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def _plain(value: Any) -> Any:
 def read_rows(source: Source, split: str, *, rename: Mapping[str, str] | None = None) -> list[Row]:
     """Rows of every file or data set of a source, in order. Raises DataError when there is nothing to read.
 
-    A text is a file, a glob, or what `datasets.load_dataset` takes, written `path`, `path:name`, `path#split` or
-    `path:name#split`; without `#split` the split's own name is asked for. `rename` maps our field names to the file's.
+    A text is a file, a glob, a file of a data set on the hub (`hf://datasets/OWNER/NAME/FILE`), or what
+    `datasets.load_dataset` takes, written `path`, `path:name`, `path#split` or `path:name#split`; without `#split` the
+    split's own name is asked for. `rename` maps our field names to the file's.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
     rows = [row for one in sources for row in _read_one(str(one), split)]
@@ -83,6 +86,8 @@ def _renamed(data: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, An
 
 
 def _read_one(source: str, split: str) -> Iterator[Row]:
+    if source.startswith(_ON_HUB):
+        return _load_dataset(source, _BUILDERS.get(Path(source).suffix, "json"), None, "train", data_files=source)
     try:
         path = Path(source).expanduser()
         files = [path] if path.is_file() else []

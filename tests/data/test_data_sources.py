@@ -102,3 +102,22 @@ def test_a_folder_without_the_split_is_an_error(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text(lines(ROWS), encoding="utf-8")
     with pytest.raises(DataError, match=r"split 'other'"):
         texts(f"{folder}#other")
+
+
+@pytest.mark.parametrize(("name", "builder"), [("all.jsonl", "json"), ("rows.parquet", "parquet"), ("a.csv", "csv")])
+def test_files_of_a_data_set_on_the_hub_are_read_by_their_kind(
+    name: str, builder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[tuple[object, ...]] = []
+
+    def load(path: str, config: str | None, *, split: str, data_files: str) -> list[dict[str, str]]:
+        asked.append((path, config, split, data_files))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = f"hf://datasets/owner/rows/{name}"
+    (row,) = read_rows(source, "train")
+    assert asked == [(builder, None, "train", source)]
+    assert row.where == f"{source} [train], row 0"

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from qratk.core import DataError
-from qratk.data import LmEvalData, MultipleChoiceData, SuiteData
+from qratk.data import LmEvalData, MultipleChoiceData, SuiteData, lm_eval_task
 from qratk.data.lm_eval import run_lm_eval
 from qratk.data.lm_eval_task import ChatPrompt
 from qratk.training.scoring import Scoring
@@ -609,3 +609,45 @@ def test_a_group_of_tasks_is_refused_by_its_tasks(folder: Path, tokenizer: Any) 
     (folder / "group.yaml").write_text("group: all\ntask: [plain, shots]\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"all is a group of lm-eval tasks; .* plain, shots"):
         LmEvalData("all", task_folders=[str(folder)]).items("test")
+
+
+def arithmetic(folder: Path) -> dict[str, str]:
+    """Rows of the fields that lm-eval's GSM8K asks for, in files by split."""
+    found = {}
+    for split, numbers in (("train", range(6)), ("test", range(6, 10))):
+        rows = [
+            {"question": f"What is {n} and 1?", "answer": f"It is <<{n}+1={n + 1}>>.\n#### {n + 1}"} for n in numbers
+        ]
+        path = folder / f"{split}_rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found[split] = str(path)
+    return found
+
+
+def test_a_task_of_lm_eval_has_the_rows_of_files_in_the_place_of_its_data_set(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_eval_task, "_with_defaults", None)  # found without reading all tasks
+    data = LmEvalData("gsm8k", data_files=arithmetic(folder), num_fewshot=0, validation="train", max_gen_toks=7)
+    data.attach(tokenizer, context_length=256)
+    (first, *_) = data.items("test")
+    assert data.harness.prompt(first.content) == "Question: What is 6 and 1?\nAnswer:"
+    assert (len(data.items("validation")), len(data.items("test"))) == (6, 4)
+    assert {row.generates for row in data.scoring_rows("test")} == {7}
+    assert data.harness.text_figures == ("exact_match,strict-match", "exact_match,flexible-extract")
+    assert data.harness.text_values(first.content, " 6 and 1 make 7.") == [0.0, 1.0]
+    assert data.harness.text_values(first.content, " So it is\n#### 7") == [1.0, 1.0]
+
+
+def test_tokens_of_a_text_are_a_part_of_what_the_data_are(folder: Path, tokenizer: Any) -> None:
+    one, other = (make(folder, "filtered", tokenizer, max_gen_toks=size) for size in (None, 5))
+    assert one.fingerprint() != other.fingerprint()
+    assert {row.generates for row in other.scoring_rows("test")} == {5}
+
+
+def test_missing_files_of_rows_are_named(tmp_path: Path) -> None:
+    data = LmEvalData("gsm8k", data_files={"test": "nowhere.jsonl"})
+    with pytest.raises(DataError, match=r"data_files of task gsm8k: there is no file nowhere\.jsonl"):
+        data.items("test")
+    with pytest.raises(DataError, match="max_gen_toks must be at least 1"):
+        LmEvalData("gsm8k", max_gen_toks=0)
