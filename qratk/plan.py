@@ -22,10 +22,12 @@ from qratk.run.run import Run
 if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
     from qratk.data.base import TaskData
+    from qratk.data.encoding import Encoded
     from qratk.loop import SearchLoop
     from qratk.training.module import FineTuneModule
 
 _SAMPLE = 256  # rows that lengths are measured on
+_COLD_BYTES = 256 * 2**20  # more than caches of processors hold
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,53 @@ class SearchMemory:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts that a validation generates, as if none ended before its last token.
+
+    `batches` are texts side by side, tokens of their prompts with padding, and tokens that are generated at most; each
+    token after the first is a pass of the batch over the model. `share` is the part of the texts that they stand for.
+    """
+
+    batches: tuple[tuple[int, int, int], ...]
+    share: float = 1.0
+
+    @property
+    def number(self) -> float:
+        """Texts of a validation."""
+        return sum(texts for texts, _, _ in self.batches) / self.share
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a text at most."""
+        return max(most for _, _, most in self.batches)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the model behind those that read the prompts."""
+        return sum(most - 1 for _, _, most in self.batches) / self.share
+
+
+@dataclass(frozen=True)
 class Workload:
-    """Tokens of an optimiser step, tokens scored in a validation, and where these figures come from."""
+    """Tokens of an optimiser step, tokens scored in a validation (those of prompts among them, to which texts are
+    generated), and where these figures come from; `texts` where a validation generates some."""
 
     step_tokens: float
     validation_tokens: float
     source: str
+    texts: Texts | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the texts of a validation take: passes, seconds, and bytes at the peak, the key-value cache among them."""
+
+    texts: float
+    tokens: int
+    passes: float
+    seconds: float
+    cache_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +125,8 @@ class Plan:
     each, all labelled; `peak_source` is "trace" (within 5 % of what is measured) or "estimate". `resolutions` say of
     the rungs, highest first, how fine scores are, those of equal items once; none where the score has no bounds.
     `other_data` says that what was measured before was of other data, `served` what the client that the answer is for
-    makes of it.
+    makes of it. `generation` is what texts take that a validation has generated, if it has; the seconds of all scorings
+    are in `seconds`.
     """
 
     num_layers: int
@@ -107,6 +151,7 @@ class Plan:
     resolutions: tuple[Resolution, ...] = ()
     other_data: str = ""
     served: tuple[str, ...] = ()
+    generation: Generation | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; bytes of every row with their sums by scope."""
@@ -167,6 +212,8 @@ def make_plan(
     rungs = _rungs(loop.ladder)
     scorings = sum(number * datamodule.scored_share(rungs.get(at)) for at, number in evaluations.items())
     tokens = steps * accumulate * work.step_tokens * passes + scorings * work.validation_tokens
+    texts = None if work.texts is None else generation(work.texts, backbone, per_token)
+    seconds = tokens * per_token / speed + (0.0 if texts is None else scorings * texts.seconds)
     return Plan(
         num_layers=memory.space.num_layers,
         parameters=sum(memory.parameters),
@@ -178,7 +225,7 @@ def make_plan(
         steps=steps,
         workload=work,
         flops_per_second=speed,
-        seconds=tokens * per_token / speed,
+        seconds=seconds,
         fallbacks=tuple(str(fallback) for fallback in backbone.fallbacks),
         coverage=str(backbone.coverage) if backbone.coverage.left else "",
         peak_source=memory.training.source,
@@ -190,7 +237,24 @@ def make_plan(
         resolutions=tuple(_resolutions(datamodule, loop.ladder, scored)),
         other_data=other_data,
         served=served,
+        generation=texts,
     )
+
+
+def generation(texts: Texts, backbone: Backbone, per_token: float) -> Generation:
+    """What generation of these texts takes; `per_token` are operations of a token in a pass."""
+    from qratk.peaks.estimate import generation_peak
+    from qratk.peaks.foretold import facts_of
+
+    speeds = {n: matmul_flops_per_second(backbone, tokens=n, cold=True) for n in {n for n, _, _ in texts.batches}}
+    seconds = sum((most - 1) * number * per_token / speeds[number] for number, _, most in texts.batches)
+    facts = facts_of(backbone)
+    peaks = [
+        generation_peak(backbone.shapes, facts, texts=number, prompt_tokens=prompt, generated_tokens=most)
+        for number, prompt, most in texts.batches
+    ]
+    cache, peak = max(peaks, key=lambda found: found[1])
+    return Generation(texts.number, texts.tokens, texts.passes, seconds / texts.share, cache, peak)
 
 
 def _scored(datamodule: TaskData, run_dir: Path | None) -> tuple[Sequence[Evaluation], str]:
@@ -268,15 +332,28 @@ def workload(datamodule: TaskData, length: int, *, tokenizer: bool = True) -> Wo
         return Workload(tokens, 0.0, f"rows of {length} tokens, validation left out: {reason}")
     train = [len(row.tokens) for row in datamodule.encode_training(datamodule.sample("train", _SAMPLE))]
     held_out = datamodule.items("validation")
-    scored = [len(row.tokens) for row in datamodule.encode_scoring(datamodule.sample("validation", _SAMPLE))]
+    rows = list(datamodule.encode_scoring(datamodule.sample("validation", _SAMPLE)))
+    scored = [len(row.tokens) for row in rows]
     batches = [train[i : i + datamodule.batch_size] for i in range(0, len(train), datamodule.batch_size)]
     width = sum(map(max, batches)) / len(batches)  # a batch is padded to its longest row
-    validation = sum(scored) * len(held_out) / min(len(held_out), _SAMPLE)
-    return Workload(datamodule.batch_size * width, validation, f"the first {len(train)} rows")
+    share = min(len(held_out), _SAMPLE) / len(held_out)
+    texts = _texts([row for row in rows if row.generates], datamodule.eval_batch_size, share)
+    return Workload(datamodule.batch_size * width, sum(scored) / share, f"the first {len(train)} rows", texts)
 
 
-def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float = 0.3) -> float:
-    """Measured speed of this machine at multiplying a batch with the model's most common projection."""
+def _texts(prompts: Sequence[Encoded], batch_size: int, share: float) -> Texts | None:
+    """Texts that go on from prompts, in the batches in which they are scored; None without prompts."""
+    if not prompts:
+        return None
+    from qratk.data.batches import scoring_batches
+
+    made = scoring_batches(prompts, size=batch_size, pad_id=0)
+    return Texts(tuple((*batch["input_ids"].shape, int(batch["most"].max())) for batch in made), share)
+
+
+def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float = 0.3, cold: bool = False) -> float:
+    """Measured speed of this machine at multiplying a batch with the model's most common projection; `cold` with
+    weights that come from memory each time, as those of a whole model do."""
     import torch
 
     sizes = [(d_in, d_out) for shape in backbone.shapes for _, d_in, d_out in shape.projections]
@@ -287,17 +364,19 @@ def matmul_flops_per_second(backbone: Backbone, *, tokens: int, seconds: float =
     d_out = d_out if device == "cuda" else min(d_out, max(64, int(1e9 / (2 * d_in * rows))))
     x = torch.ones(rows, d_in, dtype=backbone.compute_dtype, device=device)
     weight = torch.ones(d_in, d_out, dtype=backbone.compute_dtype, device=device)
+    copies = min(64, 1 + _COLD_BYTES // weight.nbytes) if cold else 1
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
 
     def timed(repeats: int) -> float:
         began = time.perf_counter()
-        for _ in range(repeats):
-            x @ weight
+        for number in range(repeats):
+            x @ weights[number % copies]
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    timed(2)
-    repeats = max(3, min(10_000, int(seconds / max(timed(2) / 2, 1e-9))))
+    timed(copies + 1)
+    repeats = max(3, min(10_000, int(seconds / max(timed(copies + 1) / (copies + 1), 1e-9))))
     return 2.0 * x.shape[0] * d_in * d_out * repeats / timed(repeats)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -203,3 +204,38 @@ def test_plan_says_nothing_of_scores_without_bounds(module):
     from qratk.embedded.datamodule import EmbeddedData
 
     assert EmbeddedData(score="log_likelihood").judged(None) == ()
+
+
+def test_texts_of_a_scoring_are_counted_in_the_batches_in_which_they_are_generated():
+    import numpy as np
+
+    from qratk.data.encoding import encoded
+
+    prompts = [
+        replace(encoded(np.arange(size), [False] * size, truncated=False, item=0), generates=8) for size in (3, 5, 4)
+    ]
+    found = plan._texts(prompts, 2, 0.5)
+    assert sum(texts for texts, _, _ in found.batches) == 3
+    assert (found.number, found.tokens) == (6, 8)
+    assert found.passes == 2 * 7 * len(found.batches)
+    assert plan._texts([], 2, 1.0) is None
+
+
+@pytest.mark.parametrize(("texts", "prompt", "most"), [(8, 40, 24), (16, 100, 4)], ids=["writing", "reading"])
+def test_generation_peak_is_what_real_generation_allocates(module, texts, prompt, most):
+    import torch
+
+    from qratk.data.generation import generate
+    from qratk.peaks.allocated import allocated_peak
+
+    backbone = module.backbone
+    backbone.build_bank([4])
+    backbone.activate(Configuration.uniform(4, 4, len(backbone.layers)), seed=0)
+    backbone.dense_cache("off")  # dense weights are told apart
+    backbone.model.eval()
+    ids = torch.ones(texts, prompt, dtype=torch.int64)
+    real = allocated_peak(lambda: generate(backbone.model, ids, torch.ones_like(ids), most=most), torch.device("cpu"))
+    found = plan.generation(plan.Texts(((texts, prompt, most),)), backbone, 1e6)
+    assert 0.9 * real < found.peak_bytes < 1.2 * real
+    assert found.cache_bytes < found.peak_bytes
+    assert found.seconds > 0

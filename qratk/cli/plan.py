@@ -64,6 +64,7 @@ def as_text(plan: Plan) -> str:
         f"time         at least {duration(plan.seconds)}: an estimate from {plan.workload.step_tokens:,.0f} tokens a "
         f"batch ({plan.workload.source}) and {plan.flops_per_second / 1e9:,.1f} GFLOP/s, measured here;",
         "             multiplications alone, without dequantising, attention and overhead",
+        *_generation(plan),
         *(line for resolution in plan.resolutions for line in _resolution(resolution)),
     ]
     return "\n".join(
@@ -81,6 +82,19 @@ def _settings(plan: Plan) -> list[str]:
     if plan.full_runs is not None:
         lines.append(f"effort       {plan.full_runs:g} full runs of training in all, whatever the evaluations")
     return lines
+
+
+def _generation(plan: Plan) -> list[str]:
+    """What the texts of a scoring take, where there are any."""
+    found = plan.generation
+    if found is None:
+        return []
+    return [
+        f"texts        {found.texts:,.0f} of up to {found.tokens} tokens a scoring of all items: {found.passes:,.0f} "
+        f"passes over the model, {duration(found.seconds)} of the time, if none ends early;",
+        f"             peak {format_bytes(found.peak_bytes)} beside weights and adapters, of which the key-value cache "
+        f"{format_bytes(found.cache_bytes)} (an estimate)",
+    ]
 
 
 def _resolution(found: Resolution) -> list[str]:

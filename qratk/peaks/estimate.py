@@ -147,3 +147,25 @@ def serving_peak(facts: ModelFacts, tokens: int, batch_size: int, workspace: int
     """Peak of generation over storage and fixed bytes, estimated: key-value cache, one dense weight, last logits."""
     cache = tokens * facts.num_blocks * facts.cache_width * facts.item_size
     return PeakBytes(cache + workspace + batch_size * facts.vocabulary * facts.item_size)
+
+
+def generation_peak(
+    shapes: tuple[LayerShape, ...], facts: ModelFacts, *, texts: int, prompt_tokens: int, generated_tokens: int
+) -> tuple[int, int]:
+    """Bytes of the key-value cache of texts at their full length, and of all that generation holds at its peak besides
+    weights and adapters, estimated.
+
+    That is the cache, with a block's keys and values once more for all heads while they grow and are attended to, or
+    with a block's activations while prompts are read; one dense weight, and the logits of the last tokens.
+
+    `texts` side by side have prompts of `prompt_tokens`, padding included, and go on for `generated_tokens` at most.
+    """
+    block = facts.cache_width * facts.item_size
+    length = prompt_tokens + generated_tokens
+    cache = texts * length * facts.num_blocks * block
+    grown = texts * length * max(block, 2 * facts.hidden_size * facts.item_size)
+    widest = max((max(d_in, d_out) for shape in shapes for _, d_in, d_out in shape.projections), default=0)
+    read = texts * prompt_tokens * facts.item_size * (3 * widest + 6 * facts.hidden_size)
+    before = texts * prompt_tokens * facts.num_blocks * block
+    logits = texts * facts.vocabulary * facts.item_size
+    return cache, max(cache + grown, before + read) + _workspace(shapes, facts) + logits

@@ -42,12 +42,7 @@ def memory_model(
         "sequence_length": sequence_length,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    facts = ModelFacts.of(
-        backbone.config,
-        num_blocks=len(find_blocks(backbone.base)[1]),
-        item_size=backbone.compute_dtype.itemsize,
-        fixed_bytes=sum(tensor.nbytes for tensor in backbone.fixed_tensors().values()),
-    )
+    facts = facts_of(backbone)
     with working("tracing peak memory"):
         training = training_peaks(backbone, space, **options, dense_cache=dense, device=device) if trace else None
     memory = bytes_and_estimates(
@@ -61,3 +56,13 @@ def memory_model(
         **options,
     )
     return backbone.adapters.method.training_memory(memory)
+
+
+def facts_of(backbone: Backbone) -> ModelFacts:
+    """What besides its layers decides the peaks of a backbone's model."""
+    return ModelFacts.of(
+        backbone.config,
+        num_blocks=len(find_blocks(backbone.base)[1]),
+        item_size=backbone.compute_dtype.itemsize,
+        fixed_bytes=sum(tensor.nbytes for tensor in backbone.fixed_tensors().values()),
+    )
