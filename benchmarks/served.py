@@ -64,6 +64,7 @@ CASES = {
     "dense": Served("dense", "transformers", {"dtype": "float16"}, adapter=None),
     "dense-vllm": Served("dense", "vllm_cpu", {"dtype": "float16"}, dtype="float16", adapter=None),
     "dense-mlx": Served("dense", "mlx", {"dtype": "float16"}, adapter=None),
+    "mlx": Served("mlx", "mlx", {"dtype": "float32"}),
     "peft": Served("peft", "transformers", {"base": "dequantised", "dtype": "float16"}, model="base"),
 }
 

@@ -162,8 +162,6 @@ def test_peft_adapter_over_its_dequantised_base_is_what_was_trained(subject, tmp
 
 
 def test_mlx_serves_mixed_bits_with_the_adapter_padded_to_one_rank(subject, tmp_path):
-    if "mlx" not in exporters.names():
-        pytest.skip("there is no form for MLX")
     folder = subject.export("mlx", tmp_path / "out", dtype="float32")
     for found in compared(subject, "mlx", folder, [folder / "adapter"]):
         assert found.largest < 5e-3
