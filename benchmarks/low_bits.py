@@ -2,12 +2,16 @@
 
     python benchmarks/low_bits.py measure --cache FOLDER [--model FOLDER --data DIR] [--device cuda] [--part 1/4] ...
     python benchmarks/low_bits.py table --cache FOLDER [--csv FILE]
+    python benchmarks/low_bits.py weights --cache FOLDER [--model FOLDER --data DIR] [--every 5] [--csv FILE]
 
 Every quantiser packs the whole model at 2, 3 or 4 bits ("all"), or its middle block at 2 or 3 while the others are at
 4 by nf4 ("one"). LoRA of one rank begins at each start, without effect ("default"), by LoftQ and by CLoQ, and is
 trained at each of the rates; the better one on validation items is told. "text" is the loss in nats a token, untrained
 and trained, over prompts and right answers of test items, or over documents of the embedded model's world. Scores are
 of the test items. Bits a weight count codes, scales and zero points exactly.
+
+`weights` packs the projections of every so-manieth block alone and tells their relative errors, plain and in the second
+moment of their inputs: ||W - Q||^2 / ||W||^2 and E||(W - Q) x||^2 / E||W x||^2, means over projections.
 
 `measure` keeps a file for each quantiser, bits, layout, seed and start in FOLDER, so that it can be stopped and run
 again; `--part I/N` does the I-th of N shares, for several processes at once, and `--minutes` begins nothing new after
@@ -26,7 +30,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -44,6 +48,7 @@ from qratk.backbone.logits import (
     target_log_likelihood,
     training_losses,
 )
+from qratk.bank.calibration import gather
 from qratk.core.configuration import Configuration
 from qratk.core.errors import QuantizationError
 from qratk.core.evaluation import FidelityLadder
@@ -57,7 +62,7 @@ from qratk.embedded.train import HELD_OUT_SEED
 from qratk.embedded.world import documents, make_world
 from qratk.evaluators.base import EvaluationContext
 from qratk.evaluators.finetune import FineTuneEvaluator
-from qratk.quantizers.base import quantizers
+from qratk.quantizers.base import Quantizer, quantizers
 from qratk.training.cohort import Cohort
 from qratk.training.cohort_module import CohortModule
 from qratk.training.module import FineTuneModule
@@ -104,8 +109,8 @@ class Method:
         return True
 
 
-def _grouped(quantizer: str, *sizes: int, **options: Any) -> list[Method]:
-    return [Method(quantizer, {"group_size": size, **options}) for size in sizes]
+def _grouped(quantizer: str, *sizes: int, bits: tuple[int, ...] = (2, 3, 4), **options: Any) -> list[Method]:
+    return [Method(quantizer, {"group_size": size, **options}, bits) for size in sizes]
 
 
 METHODS = (  # in the order in which they are measured
@@ -116,7 +121,7 @@ METHODS = (  # in the order in which they are measured
     *_grouped("slim", 64, range=0.6),
     *_grouped("gptq", 64),
     *_grouped("awq", 64),
-    *_grouped("affine", 32, 64),
+    *_grouped("affine", 32, 64, bits=(2, 3, 4, 8)),
     *_grouped("hqq", 32),
     Method("none", bits=(16,)),
     Method("int8", bits=(8,)),
@@ -126,7 +131,7 @@ METHODS = (  # in the order in which they are measured
     *_grouped("slim", 16, 32),
     *_grouped("slim", 32, range=0.6),
     *_grouped("affine", 16, 192),
-    *_grouped("affine", 32, 64, symmetric=True),
+    *_grouped("affine", 32, 64, symmetric=True, bits=(2, 3, 4, 8)),
     *_grouped("affine_gptq", 32, 64, symmetric=True),
     *(method for name in ("affine_gptq", "affine", "slim", "gptq", "awq") for method in _grouped(name, 128)),
 )
@@ -140,6 +145,7 @@ class Unit:
     bits: int
     layout: str
     seed: int
+    begun: tuple[str, ...] = STARTS
 
     @property
     def table(self) -> tuple[str, int, bool]:
@@ -154,7 +160,7 @@ class Unit:
     @property
     def starts(self) -> tuple[str, ...]:
         """16 bits have no error to make up for."""
-        return STARTS if self.bits < 16 else STARTS[:1]
+        return self.begun if self.bits < 16 else self.begun[:1]
 
 
 def units(given: argparse.Namespace, shapes: Sequence[LayerShape]) -> list[Unit]:
@@ -167,7 +173,8 @@ def units(given: argparse.Namespace, shapes: Sequence[LayerShape]) -> list[Unit]
                     continue
                 bits = [b for b in method.bits if (b not in (2, 3)) == own and (b in given.bits or b > 4)]
                 for layout in given.layouts:
-                    found += [Unit(method, b, layout, seed) for b in bits if layout == "all" or b in (2, 3)]
+                    begun = tuple(given.starts)
+                    found += [Unit(method, b, layout, seed, begun) for b in bits if layout == "all" or b in (2, 3)]
     return found
 
 
@@ -413,6 +420,108 @@ def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: value.to(device) for name, value in batch.items()}
 
 
+# Errors of weights alone
+
+
+def weight_errors(bench: Bench, methods: Sequence[Method], bits: Sequence[int]) -> list[Row]:
+    """Exact bits a weight and relative errors of each method at each bit-width, over the projections of some blocks."""
+    given = bench.given
+    backbone = FineTuneModule(
+        bench.model, quantizers={2: "affine_gptq"}, granularity="linear", compute_dtype=given.dtype, bank_dir=None
+    ).backbone  # a calibrated one, so that there is something to calibrate
+    data = bench.data_of(0)
+    data.attach(backbone.tokenizer, context_length=None)
+    data.setup("fit")
+    blocks = {name.rpartition(".layers.")[2].partition(".")[0]: None for name in backbone.banks}
+    chosen = set(list(blocks)[:: given.every])
+    names = [n for n in backbone.banks if n.rpartition(".layers.")[2].partition(".")[0] in chosen]
+    size = min(given.sequences, 32)
+    moments = gather(
+        backbone.model,
+        {n: backbone.banks[n] for n in names},
+        data.calibration_batches(-(-given.sequences // size), size),
+    )
+    rows: list[Row] = []
+
+    def add(method: str, width: int, packed_as: Callable[[str, Tensor], tuple[int, Tensor]]) -> None:
+        """A row; bytes and dense weight of each projection come of its name and its weight."""
+        found = []
+        for name in names:
+            weight = backbone.banks[name].dequantized(16).float()
+            stored, dense = packed_as(name, weight)
+            residual, second = weight - dense, moments[name].second
+            output = ((residual @ second) * residual).sum() / ((weight @ second) * weight).sum()
+            plain = residual.square().sum() / weight.square().sum()
+            found.append((8 * stored, weight.numel(), float(plain), float(output)))
+        columns = zip(*found, strict=True)
+        sizes, counts, plains, outputs = (torch.tensor(column, dtype=torch.float64) for column in columns)
+        rows.append(
+            {
+                "model": bench.name, "bits": width, "method": method, "projections": len(names),
+                "bits_per_weight": float(sizes.sum() / counts.sum()), "weight_error": float(plains.mean()),
+                "output_error": float(outputs.mean()),
+            }
+        )  # fmt: skip
+        print(" ".join(str(round(v, 5) if isinstance(v, float) else v) for v in rows[-1].values()), flush=True)
+
+    for method in (m for m in methods if m.takes(backbone.shapes)):
+        quantizer = quantizers.create(method.quantizer, **method.options)
+        for width in (b for b in method.bits if b in bits or b > 4):
+
+            def packed_as(
+                name: str, weight: Tensor, width: int = width, quantizer: Quantizer = quantizer
+            ) -> tuple[int, Tensor]:
+                shape = (weight.shape[0], weight.shape[1])
+                packed = quantizer.quantize_calibrated(weight, width, moments[name])
+                dense = quantizer.dequantize(packed, shape, width, torch.float32)
+                return quantizer.packed_bytes(shape, width).total, dense
+
+            add(method.name, width, packed_as)
+            if method.quantizer == "affine" and not method.options.get("symmetric") and width in bits:
+                size = method.options["group_size"]
+                add(f"half-quadratic, whole zeros-{size}", width, partial(_half_quadratic, quantizer, width, size))
+    return rows
+
+
+def _half_quadratic(
+    grids: Quantizer, bits: int, size: int, name: str, weight: Tensor, iterations: int = 20
+) -> tuple[int, Tensor]:
+    """The grid of `affine` by HQQ's solver in its place: zero points rounded, then scales by least squares.
+
+    Half-quadratic splitting with an l_0.7 loss and beta = 10, as the hqq library has it (Badri and Shaji 2023).
+    """
+    groups, largest = weight.reshape(-1, size), 2**bits - 1
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / largest).clamp(min=1e-8)
+    zero = -low / scale
+    for _ in range(iterations):
+        codes = (groups / scale + zero).round().clamp(0, largest)
+        residual = groups - (codes - zero) * scale
+        sparse = residual.sign() * (residual.abs() - residual.abs().pow(-0.3) / 10).clamp(min=0)
+        zero = (codes - (groups - sparse) / scale).mean(1, keepdim=True)
+    zero = zero.round().clamp(0, largest)
+    for _ in range(3):
+        codes = (groups / scale + zero).round().clamp(0, largest) - zero
+        fitted = (codes * groups).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True)
+        scale = torch.where(fitted > 0, fitted, scale)
+    scale = scale.half().float()
+    codes = (groups / scale + zero).round().clamp(0, largest) - zero
+    shape = (weight.shape[0], weight.shape[1])
+    return grids.packed_bytes(shape, bits).total, (codes * scale).reshape(shape)
+
+
+def told_errors(rows: Sequence[Row]) -> str:
+    """Markdown, in the order of bits a weight within nominal bits."""
+    lines = [
+        [
+            f"{row['bits_per_weight']:.2f}", str(row["bits"]), row["method"], f"{row['weight_error']:.2e}",
+            f"{row['output_error']:.2e}",
+        ]
+        for row in sorted(rows, key=lambda row: (row["bits"], row["bits_per_weight"], row["method"]))
+    ]  # fmt: skip
+    return table(["bits a weight", "bits", "method", "error of weights", "of outputs"], lines)
+
+
 # Telling
 
 COLUMNS = (
@@ -479,17 +588,21 @@ def told(rows: Sequence[Row]) -> str:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Every item."""
+    rounded = [{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    _write(rounded, COLUMNS, path)
+
+
+def _write(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerows(rows)
 
 
 def main() -> None:
     """One of the two."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("measure", "table"))
+    options.add_argument("what", choices=("measure", "table", "weights"))
     options.add_argument("--cache", type=Path, required=True, help="directory for what is measured")
     options.add_argument("--banks", type=Path, help="directory for packed weights; by default within the cache")
     options.add_argument("--model", type=Path, help="directory of a model; by default the embedded one")
@@ -500,6 +613,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, help="begin nothing new after so many")
     options.add_argument("--methods", nargs="+", help="as in hqq-64; all by default")
     options.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    options.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     options.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
@@ -509,6 +623,7 @@ def main() -> None:
     options.add_argument("--items", type=int, default=200, help="validation items, at most")
     options.add_argument("--test-items", type=int, default=500, help="test items, at most")
     options.add_argument("--sequences", type=int, default=128, help="that quantisers and starts are calibrated on")
+    options.add_argument("--every", type=int, default=5, help="`weights`: every so-manieth block")
     options.add_argument("--list", action="store_true", help="print what `measure` would do")
     options.add_argument("--csv", type=Path, help="file for every item of `table`")
     given = options.parse_args()
@@ -521,6 +636,13 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     bench = Bench(given)
+    if given.what == "weights":
+        named = [m for m in METHODS if not given.methods or m.name in given.methods]
+        errors = weight_errors(bench, named, given.bits)
+        if given.csv is not None:
+            _write(errors, tuple(errors[0]), given.csv)
+        print(told_errors(errors))
+        return
     shapes = FineTuneModule(bench.model).load_backbone(weights=False).shapes
     wanted = part(units(given, shapes), given.part)
     if given.list:
