@@ -140,7 +140,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> str:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()]
-        raise NotSetUpError("; ".join((errors or lines)[-3:]))
+        raise NotSetUpError((errors or lines)[-1][:400])
     return done.stdout
 
 
