@@ -122,6 +122,7 @@ METHODS = (  # in the order in which they are measured
     *_grouped("gptq", 64),
     *_grouped("awq", 64),
     *_grouped("affine", 32, 64, bits=(2, 3, 4, 8)),
+    *_grouped("affine", 32, 64, clip="unbiased"),
     *_grouped("hqq", 32),
     Method("none", bits=(16,)),
     Method("int8", bits=(8,)),

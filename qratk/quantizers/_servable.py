@@ -31,20 +31,22 @@ class ServableQuantizer(GroupedQuantizer):
             and 128.
         symmetric: no zero points are stored; they are 2^(bits - 1), which more kernels multiply by.
         metadata_dtype: type of scales. In float16 a scale cannot be under 6e-8: smaller weights become zero.
-        clip: "mse" tries narrower ranges of each group for the least squared error; "none" takes the whole range.
+        clip: "mse" tries narrower ranges of each group for the least squared error; "unbiased" does, and then times all
+            scales of a matrix with what makes <Q, W> = <W, W>: least squares shortens weights, and with them what every
+            projection gives; "none" takes the whole range.
     """
 
     symmetric: bool = False
     metadata_dtype: Literal["float16", "bfloat16"] = "float16"
-    clip: Literal["mse", "none"] = "mse"
+    clip: Literal["mse", "unbiased", "none"] = "mse"
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ConfigurationError(f"group_size must be 2 or more, as in 64; got {self.group_size}")
         if self.metadata_dtype not in ("float16", "bfloat16"):
             raise ConfigurationError(f"metadata_dtype must be 'float16' or 'bfloat16', got {self.metadata_dtype!r}")
-        if self.clip not in ("mse", "none"):
-            raise ConfigurationError(f"clip must be 'mse' or 'none', got {self.clip!r}")
+        if self.clip not in ("mse", "unbiased", "none"):
+            raise ConfigurationError(f"clip must be 'mse', 'unbiased' or 'none', got {self.clip!r}")
 
     def check(self, shape: tuple[int, int], bits: int) -> None:
         """Raise `QuantizationError` when rows do not divide into groups."""
@@ -80,7 +82,11 @@ class ServableQuantizer(GroupedQuantizer):
 
         groups = weight.reshape(-1, self.group_size)
         scale, zero = self._grid(groups, bits)
-        return self._packed(codes_on(groups, scale, zero, 2**bits - 1).reshape(weight.shape), scale, zero, bits)
+        codes = codes_on(groups, scale, zero, 2**bits - 1)
+        if self.clip == "unbiased":
+            along = ((codes - zero) * scale * groups).sum()
+            scale = scale * groups.square().sum() / along if along > 0 else scale
+        return self._packed(codes.reshape(weight.shape), scale, zero, bits)
 
     def _packed(
         self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int

@@ -31,8 +31,8 @@ class AffineGPTQQuantizer(ServableQuantizer):
             and 128.
         symmetric: no zero points are stored; they are 2^(bits - 1), which more kernels multiply by.
         metadata_dtype: type of scales. In float16 a scale cannot be under 6e-8: smaller weights become zero.
-        clip: "mse" tries narrower ranges of each group for the least weighted squared error; "none" takes the whole
-            range.
+        clip: "mse" tries narrower ranges of each group for the least weighted squared error; "unbiased" is the same
+            with moments, and without them as for `affine`; "none" takes the whole range.
         damping: share of the mean diagonal of E[x x^T] that is added to the diagonal.
     """
 

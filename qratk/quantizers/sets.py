@@ -9,11 +9,12 @@ from qratk.core.errors import ConfigurationError
 from qratk.core.text import nearest
 from qratk.quantizers.base import quantizers
 
+_FEW_BITS: Final = {"class_path": "affine", "init_args": {"clip": "unbiased"}}
 _SYMMETRIC_8: Final = {"class_path": "affine", "init_args": {"symmetric": True}}
 
 QUANTIZER_SETS: Final[Mapping[str, Mapping[int, str | Mapping[str, Any]]]] = {
     "default": {2: "hqq", 3: "hqq", 4: "nf4", 8: "int8", 16: "none"},
-    "portable": {2: "affine", 3: "affine", 4: "affine", 8: _SYMMETRIC_8, 16: "none"},
+    "portable": {2: _FEW_BITS, 3: _FEW_BITS, 4: _FEW_BITS, 8: _SYMMETRIC_8, 16: "none"},
     "portable_gptq": {2: "affine_gptq", 3: "affine_gptq", 4: "affine_gptq", 8: _SYMMETRIC_8, 16: "none"},
 }
 """Quantiser of each bit-width, by name of the set: what `model.quantizers` may be in one word.

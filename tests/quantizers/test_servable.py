@@ -194,3 +194,19 @@ def test_a_clipped_range_spares_the_weights_of_inputs_that_stand_out():
         )
     )
     assert float(found[:, ::16].norm()) < 0.7 * float(nearest[:, ::16].norm())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_unbiased_scales_give_back_the_length_that_least_squares_takes(bits, symmetric):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(bits))
+    lengths = {}
+    for clip in ("mse", "unbiased"):
+        quantizer = quantizers.create("affine", clip=clip, symmetric=symmetric)
+        dense = quantizer.dequantize(quantizer.quantize(weight, bits), (64, 128), bits, torch.float32)
+        lengths[clip] = float((dense * weight).sum() / weight.square().sum())
+    assert lengths["unbiased"] == pytest.approx(1.0, abs=1e-3)
+    assert lengths["mse"] < 1 - 0.6 * 4.0**-bits
+    zeros = torch.zeros(4, 64)
+    quantizer = quantizers.create("affine", clip="unbiased", symmetric=symmetric)
+    assert torch.equal(quantizer.dequantize(quantizer.quantize(zeros, bits), (4, 64), bits, torch.float32), zeros)

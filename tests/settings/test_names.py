@@ -182,7 +182,7 @@ def test_a_set_of_quantisers_is_kept_as_what_it_stands_for():
     other = {"model": {"quantizers": "portabel"}, "search": {}}
     assert names.resolve_document(other) == other  # the module says what is wrong with it
     (argument,) = names.resolve_arguments(["--model.quantizers=portable"])
-    assert json.loads(argument.partition("=")[2])["4"] == "affine"
+    assert json.loads(argument.partition("=")[2])["4"]["class_path"] == "affine"
     assert names.resolve_arguments(["--model.quantizers={4: affine}"]) == ["--model.quantizers={4: affine}"]
 
 
