@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qratk.exporters.registration import announce
+
 if TYPE_CHECKING:
     from qratk import testing as testing
     from qratk.adapters.base import AdapterMethod as AdapterMethod
@@ -118,6 +120,8 @@ if TYPE_CHECKING:
     from qratk.training.module import FineTuneModule as FineTuneModule
 
 __version__ = "0.1.0"
+
+announce()  # transformers can load our folders; nothing is imported for that
 
 _HOMES = {
     "qratk.adapters.base": (

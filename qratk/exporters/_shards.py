@@ -51,7 +51,16 @@ def write_shards(tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, *
         final = f"model-{number:05}-of-{len(files):05}.safetensors"
         path.rename(directory / final)
         places |= dict.fromkeys(names, final)
-    total = sum(sum(names.values()) for _, names in files)
+    _write_index(sum(sum(names.values()) for _, names in files), places, directory)
+
+
+def write_index(files: Mapping[str, Mapping[str, torch.Tensor]], directory: Path) -> None:
+    """Say which of several files each tensor lies in."""
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    _write_index(total, {name: file for file, tensors in files.items() for name in tensors}, directory)
+
+
+def _write_index(total: int, places: Mapping[str, str], directory: Path) -> None:
     document = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

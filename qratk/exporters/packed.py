@@ -23,28 +23,33 @@ if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear, Variant
 
-FORMAT, VERSION = "qratk-quantized", 1
+FORMAT, VERSION = "qratk-quantized", 2
+METHOD = "qratk"
+"""`quant_method` of `config.json`, for transformers."""
+CODES = "weight"
+"""Name of the codes in a folder: whoever does not know the form finds a weight of a wrong shape, and not none."""
 DESCRIPTION, LAYERS, FIXED = "quantized.json", "quantized.safetensors", "fixed.safetensors"
-_GENERATION = "generation_config.json"
 
 
 @exporters.register("packed")
 class PackedExporter(Exporter):
     """The packed mixed-precision base in qratk's own format, and the adapter for PEFT beside it, in `adapter`.
 
-    The smallest form, and equal to the bit; `load_quantized` reads it.
+    The smallest form. `load_quantized` reads it, and after `import qratk` transformers does.
     """
 
     @property
     def takes(self) -> str:
-        """qratk."""
-        return "qratk itself (`load_quantized`)"
+        """qratk, and transformers with it."""
+        return "qratk (`load_quantized`), and transformers after `import qratk`"
 
     @property
     def holds(self) -> Holding:
         """Everything."""
         return Holding(
-            "every quantiser, as packed", "every method, for PEFT in the folder `adapter`", "equal to the bit"
+            "every quantiser, as packed; embeddings, head and norms in 16 bits where these hold their numbers",
+            "every method, for PEFT in the folder `adapter`",
+            "equal to the bit on one processor; from another one to rounding of sums",
         )
 
     def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
@@ -73,12 +78,17 @@ class PackedExporter(Exporter):
 def save_quantized(backbone: Backbone, configuration: Configuration, directory: str | Path) -> Path:
     """Directory with the packed base of a configuration, complete without the original checkpoint.
 
-    `quantized.safetensors` holds the layers, `<projection>/<part>`: its tensors take exactly the predicted storage
-    bytes less the adapters. `fixed.safetensors` holds embeddings, head and norms. `quantized.json` says bits and
-    quantizer of each projection, and the adapter method; `config.json`, `generation_config.json` and the tokenizer are
-    Hugging Face's. Adapters are saved apart.
+    `quantized.safetensors` holds the layers, `<projection>.<part>`, with the codes as `weight`: its tensors take
+    exactly the predicted storage bytes less the adapters. `fixed.safetensors` holds embeddings, head and norms, in 16
+    bits where these hold their numbers. `quantized.json` says bits and quantizer of each projection, and the adapter
+    method; `config.json` (with layouts for transformers), `model.safetensors.index.json`, `generation_config.json` and
+    the tokenizer are Hugging Face's. Adapters are saved apart.
     """
     from safetensors.torch import save_file
+
+    from qratk.exporters._folder import write_description
+    from qratk.exporters._grids import narrowest
+    from qratk.exporters._shards import write_index
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,15 +98,17 @@ def save_quantized(backbone: Backbone, configuration: Configuration, directory: 
         parts = dict(bank.require(*choices[name]).packed)
         if bank.bias is not None:
             parts["bias"] = bank.bias
-        tensors |= {f"{name}/{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-    save_file(tensors, directory / LAYERS)
-    save_file({n: t.cpu().contiguous() for n, t in backbone.fixed_tensors().items()}, directory / FIXED)
-    backbone.config.save_pretrained(directory)
-    generation = getattr(backbone.base, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(directory / _GENERATION)
-    if backbone.tokenizer is not None:
-        backbone.tokenizer.save_pretrained(directory)
+        tensors |= {f"{name}.{_stored(part)}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+    save_file(tensors, directory / LAYERS, metadata={"format": "pt"})
+    dtype, parameters = narrowest(backbone), {name for name, _ in backbone.base.named_parameters()}
+    fixed = {
+        name: (tensor.to(dtype) if name in parameters and tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in backbone.fixed_tensors().items()
+    }
+    save_file(fixed, directory / FIXED, metadata={"format": "pt"})
+    write_index({LAYERS: tensors, FIXED: fixed}, directory)
+    settings = _settings(backbone, choices, tensors)
+    write_description(backbone, directory, dtype=backbone.compute_dtype, more={"quantization_config": settings})
     text = json.dumps(_description(backbone, configuration, choices), indent=2)
     (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     write_sums(directory)
@@ -114,13 +126,16 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
 
     from qratk.adapters.options import AdapterOptions
     from qratk.backbone.backbone import Backbone
+    from qratk.exporters._folder import GENERATION
     from qratk.exporters._skeleton import empty_model, fill
 
     directory = require_intact(directory)
     description = read_description(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     model = empty_model(AutoModelForCausalLM, config)
-    if (directory / _GENERATION).exists():
+    if (directory / GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     fill(model, load_file(directory / FIXED))
     backbone = Backbone.from_model(
@@ -133,7 +148,7 @@ def load_quantized(directory: str | Path, *, trust_remote_code: bool = False) ->
         method=_method(description.get("method")),
         compute_dtype=description["compute_dtype"],
     )
-    backbone.install(_variants(description["projections"], load_file(directory / LAYERS)), digest=description["digest"])
+    backbone.install(_variants(description, load_file(directory / LAYERS)), digest=description["digest"])
     configuration = Configuration.from_text(description["configuration"])
     backbone.activate(Configuration.of(configuration.bits, [0] * len(configuration)), seed=0)
     return backbone
@@ -148,9 +163,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{directory} holds no quantised model: {path.name} cannot be read ({error})"
         ) from error
-    if description.get("format") != FORMAT or description.get("version") != VERSION:
+    if description.get("format") != FORMAT or description.get("version") not in (1, VERSION):
         raise ConfigurationError(
-            f"{path}: expected format {FORMAT!r} version {VERSION}, got {description.get('format')!r} "
+            f"{path}: expected format {FORMAT!r} version {VERSION} or 1, got {description.get('format')!r} "
             f"version {description.get('version')!r}"
         )
     return description
@@ -200,6 +215,33 @@ def _description(
     }
 
 
+def _settings(
+    backbone: Backbone, choices: Mapping[str, tuple[int, int]], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """`quantization_config` of config.json: see `PackedConfig`."""
+    layouts: dict[str, dict[str, Any]] = {}
+    projections: dict[str, int] = {}
+    for name, bank in backbone.banks.items():
+        variant = bank.require(*choices[name])
+        names = [*map(_stored, variant.packed), *(("bias",) if bank.bias is not None else ())]
+        parts = {part: tensors[f"{name}.{part}"] for part in names}
+        layout = {
+            "quantizer": _specification(variant.quantizer),
+            "bits": variant.bits,
+            "shape": list(bank.shape),
+            "parts": {part: [str(t.dtype).removeprefix("torch."), list(t.shape)] for part, t in parts.items()},
+        }
+        key = json.dumps(layout, sort_keys=True)
+        layouts.setdefault(key, layout)
+        projections[name] = list(layouts).index(key)
+    return {"quant_method": METHOD, "layouts": list(layouts.values()), "projections": projections}
+
+
+def _stored(part: str) -> str:
+    """The name of a packed tensor in a folder."""
+    return CODES if part == Quantizer.CODES else part
+
+
 def _projection(bank: BankLinear, bits: int, rank: int) -> dict[str, Any]:
     variant = bank.require(bits, rank)
     return {
@@ -228,16 +270,17 @@ def _method(specification: Mapping[str, Any] | None) -> AdapterMethod | None:
 
 
 def _variants(
-    projections: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
+    description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, Variant, torch.Tensor | None]]:
     from qratk.bank.linear import PackedVariant
 
     parts: dict[str, dict[str, torch.Tensor]] = {}
+    former = description["version"] == 1
     for key, tensor in tensors.items():
-        name, _, part = key.rpartition("/")
-        parts.setdefault(name, {})[part] = tensor
+        name, _, part = key.rpartition("/" if former else ".")
+        parts.setdefault(name, {})[Quantizer.CODES if part == CODES and not former else part] = tensor
     found: dict[str, tuple[int, Variant, torch.Tensor | None]] = {}
-    for name, projection in projections.items():
+    for name, projection in description["projections"].items():
         if name not in parts:
             raise ConfigurationError(f"{LAYERS} holds no tensors of {name!r}; the directory is incomplete")
         bias = parts[name].pop("bias", None)

@@ -23,7 +23,8 @@ BASE, ADAPTER = "base", "adapter"
 class PeftExporter(Exporter):
     """`adapter_config.json` and `adapter_model.safetensors`, with the rank of every projection in them.
 
-    Over the unquantised base that is close to what was trained; over `native_model` it is equal to the bit.
+    Over the unquantised base that is close to what was trained; over `native_model` it is equal to
+    the bit on one processor.
 
     Args:
         base: "dequantised" writes the model that was trained over, too: folders `base` and `adapter`.
