@@ -20,10 +20,10 @@ def native_model(
     """Plain Hugging Face model at a configuration: `Linear4bit`, `Linear8bitLt`, `HQQLinear` and `nn.Linear` layers.
 
     They hold copies of the bank's packed codes, so `PeftModel.from_pretrained(native_model(...), adapter_directory)`
-    with an adapter written by `Backbone.save_adapter` gives the backbone's logits to the bit, on every processor: the
-    layers of bitsandbytes are subclasses that PEFT takes for the originals, and that multiply by the dequantised weight
-    in training and evaluation. `int8_activations=True` gives the original at 8 bits, which quantises activations too,
-    for whoever wants its speed more than equality.
+    with an adapter written by `Backbone.save_adapter` gives the backbone's logits to the bit, whichever processor both
+    run on: the layers of bitsandbytes are subclasses that PEFT takes for the originals, and that multiply by the
+    dequantised weight in training and evaluation. `int8_activations=True` gives the original at 8 bits, which quantises
+    activations too, for whoever wants its speed more than equality.
 
     Raises `QuantizationError` when a projection is packed by a quantizer without a native layer, or is not in the bank
     at the wanted bits.

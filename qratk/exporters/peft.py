@@ -30,10 +30,10 @@ class PeftExporter(Exporter):
         base: "dequantised" writes the model that was trained over, too: folders `base` and `adapter`.
         pad: one rank for all projections, the largest, with zeros, and the scale in B (in float32 where it is no power
             of two): for clients that know one rank and one alpha.
-        dtype: type of the base's weights.
+        dtype: type of the base's weights, as of 'dense'.
     """
 
-    def __init__(self, base: Base = "none", pad: bool = False, dtype: Dense = "bfloat16") -> None:
+    def __init__(self, base: Base = "none", pad: bool = False, dtype: Literal["auto"] | Dense = "auto") -> None:
         if base not in get_args(Base):
             raise ConfigurationError(f"base must be one of {get_args(Base)}, got {base!r}")
         self.base, self.pad = base, pad

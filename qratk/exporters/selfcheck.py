@@ -29,6 +29,7 @@ class SelfCheck:
             rounding alone may come to several logits.
         agreement: share of positions at which both find the same token likeliest.
         positions: how many there are.
+        divergence: mean KL divergence of the next token's distribution from the model's own, nats.
         tolerance: what the share may be.
     """
 
@@ -37,6 +38,7 @@ class SelfCheck:
     agreement: float
     positions: int
     tolerance: float
+    divergence: float
 
     @property
     def passed(self) -> bool:
@@ -46,8 +48,8 @@ class SelfCheck:
     def __str__(self) -> str:
         return (
             f"largest difference of logits {self.largest:.2g}, mean one {self.share:.2g} of their spread (allowed "
-            f"{self.tolerance:g}), same first token at {round(self.agreement * self.positions)} of {self.positions} "
-            "positions"
+            f"{self.tolerance:g}), KL divergence {self.divergence:.1g}, same first token at "
+            f"{round(self.agreement * self.positions)} of {self.positions} positions"
         )
 
 
@@ -71,7 +73,20 @@ def self_check(
     difference, spread = theirs - ours, ours - ours.mean(-1, keepdim=True)
     share = float((difference.square().mean() / spread.square().mean()).sqrt())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
-    return SelfCheck(float(difference.abs().amax()), share, agreement, tokens.numel(), exporter.tolerance(backbone))
+    return SelfCheck(
+        float(difference.abs().amax()),
+        share,
+        agreement,
+        tokens.numel(),
+        exporter.tolerance(backbone),
+        divergence(ours, theirs),
+    )
+
+
+def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Mean KL(ours || theirs) over positions of logits (..., vocabulary), nats; in float64, for it is small."""
+    p, q = (logits.double().log_softmax(-1) for logits in (ours, theirs))
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
 @contextmanager

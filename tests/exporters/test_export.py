@@ -15,6 +15,7 @@ from qratk.core.space import SearchSpace
 from qratk.exporters.dense import DenseExporter, merged_model
 from qratk.exporters.native import native_model
 from qratk.exporters.packed import PackedExporter, load_quantized, save_quantized, stored_bytes
+from qratk.exporters.selfcheck import self_check
 from qratk.peaks.foretold import memory_model
 from qratk.quantizers.base import quantizers
 
@@ -202,6 +203,26 @@ def test_merged_dense_model_agrees_to_rounding(family, tiny_backbone, tiny_batch
     with torch.no_grad():
         merged = merged_model(backbone)(**tiny_batch).logits
     torch.testing.assert_close(merged, stored_logits(backbone, tiny_batch), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_weights_are_float16_unless_something_overflows_in_it(tiny_backbone, tmp_path):
+    backbone = mixed_backbone(tiny_backbone, "llama")
+    exporter = DenseExporter()
+    folder = exporter.export(backbone, tmp_path / "plain")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    found = self_check(exporter, backbone, folder)
+    rough = self_check(
+        DenseExporter("bfloat16"), backbone, DenseExporter("bfloat16").export(backbone, tmp_path / "rough")
+    )
+    assert 0 < 10 * found.divergence < rough.divergence
+    norm = backbone.base.model.layers[1].input_layernorm
+    for factor, kind in ((1e5, "bfloat16"), (3e4, "bfloat16"), (1.0, "float16")):  # weights, outputs, neither
+        with torch.no_grad():
+            kept = norm.weight.clone()
+            norm.weight.mul_(factor)
+            assert exporter.chosen(backbone) == "float16", "of what was written"
+            assert DenseExporter().chosen(backbone) == kind
+            norm.weight.copy_(kept)
 
 
 def test_every_export_ends_an_answer_where_the_original_does(tiny_backbone, tmp_path):
