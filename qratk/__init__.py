@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from qratk.executors.base import Group as Group
     from qratk.exporters.base import Exporter as Exporter
     from qratk.exporters.base import Holding as Holding
+    from qratk.exporters.base import Packing as Packing
     from qratk.exporters.base import Serving as Serving
     from qratk.exporters.base import Wanted as Wanted
     from qratk.exporters.native import native_model as native_model
@@ -230,6 +231,7 @@ _HOMES = {
     "qratk.exporters.base": (
         "Exporter",
         "Holding",
+        "Packing",
         "Serving",
         "Wanted",
     ),
