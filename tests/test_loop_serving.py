@@ -153,6 +153,8 @@ def test_a_family_without_a_layout_and_shapes_without_groups_are_refused_by_the_
         ConfigurationError, match=r"as gguf: no layout of llama\.cpp is known here for the family 'gpt2'"
     ):
         require_served("llama.cpp", module("gpt2"), (4,))
+    with pytest.raises(ConfigurationError, match=r"is a Conv1D, and compressed-tensors packs"):
+        require_served("vllm", module("gpt2"), (4,))
     # Rows of 80 divide into groups of 16 at best.
     with pytest.raises(ConfigurationError, match=r"4 bits by affine \(model.layers.0.*groups of 16 weights"):
         require_served("vllm", module(hidden=80), (4,))

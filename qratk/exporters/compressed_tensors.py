@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
-from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.exporters._grids import refuse_dora, require_named_files, rounding, scale_dtype, written_tensors
 from qratk.exporters.base import Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
@@ -72,9 +72,11 @@ class CompressedTensorsExporter(Exporter):
         return {name: self._scheme(name, bank) for name, bank in backbone.banks.items()}
 
     def check(self, backbone: Backbone) -> None:
-        """Raise `QuantizationError` for codes that the form cannot hold, or that the client cannot multiply by."""
+        """Raise `QratkError` for codes or a model that the form cannot hold, or that the client cannot multiply by."""
         require_named_files(backbone)
         refuse_dora(backbone, "vLLM")
+        if turned := _turned(backbone):
+            raise UnsupportedModelError(f"{turned}; export 'gptq' or 'dense'")
         schemes = self._schemes(backbone)
         if not any(schemes.values()):
             raise QuantizationError("every layer would be written in 16 bits; export 'dense'")
@@ -101,6 +103,8 @@ class CompressedTensorsExporter(Exporter):
             )
         if wanted.backbone is not None and is_converted(wanted.backbone):
             refused.append(f"files of {type(wanted.backbone.base).__name__} are not named as its projections")
+        if wanted.backbone is not None and (turned := _turned(wanted.backbone)):
+            refused.append(turned)
         small, cpu = [b for b in wanted.quantizers if b < 4], self.client == "vllm-cpu"
         noted = [f"{b}-bit codes take 4 bits" for b in small if cpu or b == 3]
         noted += [f"{b}-bit layers are written in 16 bits" for b in wanted.quantizers if cpu and 4 < b < 16]
@@ -220,6 +224,14 @@ def _check_fused(schemes: Mapping[str, Scheme | None]) -> None:
                     f"{_told(schemes[other])}), and vLLM multiplies by both at once; search with model.granularity: "
                     "fused, sublayer or block, or give --client transformers"
                 )
+
+
+def _turned(backbone: Backbone) -> str:
+    """Why a model like GPT-2 cannot be held, whose projections are `Conv1D` of transformers; empty for others."""
+    from qratk.exporters._skeleton import is_turned
+
+    name = next(filter(is_turned(backbone), backbone.banks), None)
+    return "" if name is None else f"{name} is a Conv1D, and compressed-tensors packs nn.Linear alone"
 
 
 def _told(scheme: Scheme | None) -> str:

@@ -11,7 +11,7 @@ from exported import MIXED, mixed_backbone
 
 from qratk.adapters.base import adapters
 from qratk.core.configuration import Configuration
-from qratk.core.errors import ConfigurationError, QuantizationError
+from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from qratk.exporters._compressed_reader import read_compressed
 from qratk.exporters.base import EXACT
 from qratk.exporters.compressed_tensors import CompressedTensorsExporter, Scheme
@@ -144,6 +144,10 @@ def test_what_the_form_cannot_hold_is_said(tiny_backbone, tmp_path):
     odd.activate(Configuration.uniform(4, 0, 3), seed=0)
     with pytest.raises(QuantizationError, match="sides that divide by 32"):
         CompressedTensorsExporter("vllm-cpu").export(odd, tmp_path / "out")
+    turned = tiny_backbone("gpt2", quantizers=table(), bits=(4,))
+    turned.activate(Configuration.uniform(4, 0, 3), seed=0)
+    with pytest.raises(UnsupportedModelError, match=r"is a Conv1D.*gptq"):
+        CompressedTensorsExporter().export(turned, tmp_path / "out")
     with pytest.raises(ConfigurationError, match="client must be one of"):
         CompressedTensorsExporter("ollama")
 
