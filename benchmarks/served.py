@@ -4,8 +4,9 @@
     python benchmarks/served.py RUN [--exports DIR] [--only NAMES ...] [--items N]
 
 exports RUN in each form, has its client give the log-probabilities of the rows of the test data, and compares them with
-the model in float32: the largest and mean difference of those that are scored and of the 10 likeliest tokens at each of
-their positions, how often both find the same token likeliest, and the score of the task by the client's numbers.
+the model in float32, whatever type it was searched in: the largest and mean difference of those that are scored and of
+the 10 likeliest tokens at each of their positions, how often both find the same token likeliest, and the score of the
+task by the client's numbers.
 Exports lie in --exports, and are taken from there when they are there already.
 """
 
@@ -103,12 +104,12 @@ class Task:
 
 
 def task_of(backbone: Backbone, data: TaskData, items: int) -> Task:
-    """The rows of the first items, as the model scores them, row by row, with adapters as stored."""
+    """The rows of the first items, as the model scores them in its present type, row by row."""
     import torch
 
     rows = [number for number, row in enumerate(data.scoring_rows("test")) if not items or row.item < items]
     texts, wanted, logprobs, first = [], [], [], []
-    with torch.no_grad(), backbone.stored_precision():
+    with torch.no_grad():
         for number in rows:
             row = data.scoring_rows("test")[number]
             tokens = row.tokens.tolist()
@@ -187,6 +188,7 @@ def main() -> None:
     from qratk.cli.source import source_of
     from qratk.core.errors import QratkError
     from qratk.exporters.base import exporters
+    from qratk.exporters.selfcheck import in_float32
 
     prepare_parsing()
     banks = os.environ.get("QRATK_CACHE")
@@ -196,12 +198,17 @@ def main() -> None:
         else:
             os.environ["QRATK_CACHE"] = banks
         backbone, data = source_of(given.run).opened()
-        task = task_of(backbone, data, given.items)
-        ours = task.figures(task.logprobs)
+        with backbone.stored_precision():
+            searched = task_of(backbone, data, given.items)
+        with in_float32(backbone):
+            task = task_of(backbone, data, given.items)
+        ours, own = task.figures(task.logprobs), searched.figures(searched.logprobs)
         ranks = sorted({backbone.adapters.rank(name) for name in backbone.banks})
         print(f"{backbone.configuration}; ranks {ranks}; {len(task.rows)} rows, {len(task.first)} positions")
-        print("the model in float32: " + ", ".join(f"{name} {ours[name]:.4f}" for name in list(ours)[:6]), flush=True)
-        results: dict[str, Any] = {"configuration": str(backbone.configuration), "ours": ours}
+        compute = str(backbone.compute_dtype).removeprefix("torch.")
+        for where, figures in {f"as searched, in {compute}": own, "the model in float32": ours}.items():
+            print(f"{where}: " + ", ".join(f"{name} {figures[name]:.4f}" for name in list(figures)[:6]), flush=True)
+        results: dict[str, Any] = {"configuration": str(backbone.configuration), "ours": ours, compute: own}
         lines = []
         for name in given.only:
             case = CASES[name]

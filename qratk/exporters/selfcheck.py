@@ -66,7 +66,7 @@ def self_check(
     model = exporter.reload(backbone, directory)
     if model is None:
         return None
-    with torch.no_grad(), _plain(backbone):
+    with torch.no_grad(), in_float32(backbone):
         tokens = _own_texts(backbone, texts, length)
         ours = backbone.model(input_ids=tokens, use_cache=False).logits.float()
         theirs = model(input_ids=tokens, use_cache=False).logits.float()
@@ -90,7 +90,7 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @contextmanager
-def _plain(backbone: Backbone) -> Iterator[None]:
+def in_float32(backbone: Backbone) -> Iterator[None]:
     """Context of evaluation in float32, with the adapters as stored."""
     import torch
 
