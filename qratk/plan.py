@@ -178,6 +178,7 @@ def make_plan(
     `accumulate` is the number of batches in an optimiser step. What a search on the same data in `run_dir`, if there is
     one, has measured tells how fine scores are.
     """
+    from qratk.bank.table import told
     from qratk.peaks.foretold import memory_model
 
     served = loop.require_served(module)
@@ -226,7 +227,7 @@ def make_plan(
         workload=work,
         flops_per_second=speed,
         seconds=seconds,
-        fallbacks=tuple(str(fallback) for fallback in backbone.fallbacks),
+        fallbacks=told(backbone.fallbacks),
         coverage=str(backbone.coverage) if backbone.coverage.left else "",
         peak_source=memory.training.source,
         batch=(datamodule.batch_size, length),

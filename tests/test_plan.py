@@ -200,6 +200,15 @@ def test_plan_says_how_fine_scores_are(made):
     assert json.loads(json.dumps(made.as_dict()))["resolutions"][0]["tasks"][0]["items"] == 16
 
 
+def test_plan_says_once_what_many_projections_have_in_common(data):
+    from qratk.training.module import FineTuneModule
+
+    narrow = FineTuneModule("embedded", quantizers="portable")  # rows of 96 do not divide into groups of 64
+    found = plan.make_plan(narrow, data, make_loop(bits=[4, 8]))
+    assert len(found.fallbacks) == 2
+    assert all("model.layers.0" in text and "(and 71 more projections)" in text for text in found.fallbacks)
+
+
 def test_plan_says_nothing_of_scores_without_bounds(module):
     from qratk.embedded.datamodule import EmbeddedData
 
