@@ -41,23 +41,26 @@ class UniformPeaks:
         shorten = self.blocks > _CUTS[1] and _alike(modules, backbone.config)
         self.cuts = _CUTS if shorten else (self.blocks,)
         self._tracers = [PeakTracer(backbone, blocks=k, dense_cache=dense_cache, **options) for k in self.cuts]
-        self._traced: dict[tuple[int, int], dict[str, PhaseRecord]] = {}
+        self._method = backbone.adapters.method
+        self._traced: dict[Configuration, dict[str, PhaseRecord]] = {}
 
     def phases(self, rank: int, ends: int = 0) -> dict[str, PhaseRecord]:
         """What each phase takes at a rank, packed weights left out; the first and the last block may have another."""
-        key = (rank, ends or rank)
+        wanted = [self._configuration(tracer, rank, ends or rank) for tracer in self._tracers]
+        key = self._method.trained(wanted[0])  # ranks that are trained alike take the same
         if key not in self._traced:
-            short, *longer = (self._records(tracer, *key) for tracer in self._tracers)
+            made = zip(self._tracers, wanted, strict=True)
+            short, *longer = (tracer.records(configuration, unpacking=False) for tracer, configuration in made)
             steps = self.blocks - self.cuts[0]
             self._traced[key] = _combined(short, longer[0], lambda a, b: a + steps * (b - a)) if longer else short
         return self._traced[key]
 
-    def _records(self, tracer: PeakTracer, rank: int, ends: int) -> dict[str, PhaseRecord]:
+    def _configuration(self, tracer: PeakTracer, rank: int, ends: int) -> Configuration:
         bits = next(iter(self.table.quantizers))  # the lowest: it makes dense weights in any dtype
         layers = len(tracer.twin.layers)
         in_block = layers // len(find_blocks(tracer.twin.base)[1])
         ranks = [ends if min(i, layers - 1 - i) < in_block else rank for i in range(layers)]
-        return tracer.records(Configuration.of([bits] * layers, ranks), unpacking=False)
+        return Configuration.of([bits] * layers, ranks)
 
     def between(self, low: int, high: int, rank: int) -> dict[str, PhaseRecord]:
         """What each phase takes at a rank between two that are traced."""

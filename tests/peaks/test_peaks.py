@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qratk.adapters.cut import Cut
 from qratk.backbone.backbone import Backbone
 from qratk.core.configuration import Configuration
 from qratk.core.memory import PEAK_PARTS
@@ -87,6 +88,18 @@ def test_blocks_that_differ_are_all_traced(tiny_backbone):
     assert UniformPeaks(backbone, **WEIGHTS).cuts == (3, 4)
     backbone.config.layer_types = ["full_attention", "sliding_attention"] * 3
     assert UniformPeaks(backbone, **WEIGHTS).cuts == (6,)
+
+
+def test_ranks_that_are_trained_alike_are_traced_once(tiny_backbone, monkeypatch):
+    traced = []
+    records = PeakTracer.records
+    monkeypatch.setattr(PeakTracer, "records", lambda self, c, **how: traced.append(str(c)) or records(self, c, **how))
+    wide = UniformPeaks(tiny_backbone(method=Cut(width=8)), **WEIGHTS)
+    assert wide.phases(2) is wide.phases(8)
+    assert len(traced) == 1
+    assert wide.phases(16) != wide.phases(8)
+    narrow = UniformPeaks(tiny_backbone(), **WEIGHTS)
+    assert narrow.phases(2) != narrow.phases(8)
 
 
 def test_model_that_cannot_be_traced_is_estimated_and_said(tiny_backbone, monkeypatch, caplog):
