@@ -28,9 +28,8 @@ def _register(module: ModuleType) -> None:
     """Enter our classes; nothing with a transformers that takes no others."""
     if hasattr(module, "register_quantizer"):
         ours = import_module("qratk.exporters._transformers")
-        if (
-            enter := getattr(ours, "enter", None)
-        ) is not None:  # otherwise it is being imported, and does so at its end
+        enter = getattr(ours, "enter", None)
+        if enter is not None:  # else it is being imported, and enters them at its end
             enter(module)
 
 
