@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from qratk.core.errors import ConfigurationError, QuantizationError
 from qratk.core.work import counted
@@ -12,9 +13,16 @@ from qratk.exporters.dense import ROUNDED
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
+    from qratk.exporters._shards import Lazy
+
+ADAPTER: Final = "adapter"
+"""Folder of the adapter beside the weights."""
+CURE: Final = "search with quantisers that servers read (model.quantizers: portable), or export 'dense'"
+"""What to do where codes have no whole zero points in groups of a row."""
 
 Packing = Callable[[str, "BankLinear"], "Iterable[tuple[str, torch.Tensor]] | None"]
 """Tensors of a packed projection, by their names in a file; None for one that is written in 16 bits."""
@@ -54,6 +62,48 @@ def written_tensors(backbone: Backbone, dtype: torch.dtype, packing: Packing) ->
             yield from packed
         if bank.bias is not None:
             yield f"{name}.bias", bank.bias.to(dtype)
+
+
+def write_folder(
+    backbone: Backbone, directory: Path, dtype: torch.dtype, packing: Packing, settings: Mapping[str, Any], *, pad: bool
+) -> None:
+    """Write weights projection by projection, `settings` as `quantization_config`, and the adapter beside for PEFT."""
+    import torch
+
+    from qratk.exporters._folder import write_description
+    from qratk.exporters._shards import write_shards
+    from qratk.exporters.peft import write_adapter
+
+    with torch.no_grad():
+        write_shards(written_tensors(backbone, dtype, packing), directory)
+    write_description(backbone, directory, dtype=dtype, more={"quantization_config": settings})
+    if has_adapter(backbone):
+        write_adapter(backbone, directory / ADAPTER, pad=pad, base=None)
+
+
+def read_folder(backbone: Backbone, directory: Path, tensors: Lazy, packed: Iterable[str]) -> nn.Module:
+    """A model of what `write_folder` wrote, unpacked: weights of `packed` projections are (d_out, d_in)."""
+    from transformers import AutoConfig
+
+    from qratk.adapters.matrices.folder import read_pairs
+    from qratk.exporters._reading import as_in_files, reading_model
+
+    adapter = directory / ADAPTER
+    pairs = read_pairs(adapter) if adapter.exists() else {}
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    return reading_model(backbone, config, as_in_files(backbone, tensors, packed), pairs=pairs)
+
+
+def require_bits(dense_bits: int) -> None:
+    """Raise `ConfigurationError` for what is no bit-width from which on layers are written in 16 bits."""
+    if dense_bits < 0:
+        raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+
+
+def written_dense(bits: int, dense_bits: int) -> bool:
+    """Whether layers of so many bits are written in 16: those that have them, and from `dense_bits` on, unless 0."""
+    return bits >= 16 or 0 < dense_bits <= bits
 
 
 def rounding(backbone: Backbone, dtype: torch.dtype, dense: Mapping[str, bool]) -> float:

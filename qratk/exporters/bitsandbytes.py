@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.exporters._grids import narrowest, require_named_files, rounding, written_tensors
+from qratk.exporters._grids import (
+    ADAPTER,
+    narrowest,
+    read_folder,
+    require_bits,
+    require_named_files,
+    rounding,
+    write_folder,
+    written_dense,
+)
 from qratk.exporters.base import Exporter, Holding, Serving, exporters, has_adapter
 from qratk.exporters.dense import Dense
 
@@ -20,7 +29,6 @@ if TYPE_CHECKING:
     from qratk.bank.linear import BankLinear
     from qratk.exporters.base import Wanted
 
-ADAPTER: Final = "adapter"
 STATE: Final = "quant_state.bitsandbytes__nf4"
 _CURE: Final = (
     "search with search.bits: [4, 16] and model.quantizers: {4: nf4}, or export 'packed', which holds every quantiser"
@@ -48,8 +56,7 @@ class BitsandbytesExporter(Exporter):
     def __init__(self, dtype: Literal["auto"] | Dense = "auto", dense_bits: int = 0, pad: bool = False) -> None:
         if dtype != "auto" and dtype not in get_args(Dense):
             raise ConfigurationError(f"dtype must be 'auto' or one of {get_args(Dense)}, got {dtype!r}")
-        if dense_bits < 0:
-            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        require_bits(dense_bits)
         self.dtype, self.dense_bits, self.pad = dtype, dense_bits, pad
 
     @property
@@ -88,7 +95,7 @@ class BitsandbytesExporter(Exporter):
         """Quantisers of one kind, and the names of the model's files."""
         from qratk.exporters._folder import is_converted
 
-        packed = [p for p in wanted.packings if p.bits < 16 and not (self.dense_bits and p.bits >= self.dense_bits)]
+        packed = [p for p in wanted.packings if not written_dense(p.bits, self.dense_bits)]
         refused = [
             f"{packing} is no code of bitsandbytes, which has nf4 and int8: give model.quantizers: {{4: nf4}}"
             for packing in packed
@@ -133,40 +140,20 @@ class BitsandbytesExporter(Exporter):
 
     def write(self, backbone: Backbone, directory: Path) -> None:
         """Write projection by projection."""
-        import torch
-
-        from qratk.exporters._folder import write_description
-        from qratk.exporters._shards import write_shards
-        from qratk.exporters.peft import write_adapter
-
         kinds, dtype = self._kinds(backbone), self._dtype(backbone)
 
         def packing(name: str, bank: BankLinear) -> Iterator[tuple[str, torch.Tensor]] | None:
             kind = kinds[name]
             return None if kind is None else _packed_4bit(name, bank) if kind == "nf4" else _packed_8bit(name, bank)
 
-        with torch.no_grad():
-            write_shards(written_tensors(backbone, dtype, packing), directory)
-        settings = _settings(backbone, kinds)
-        write_description(backbone, directory, dtype=dtype, more={"quantization_config": settings})
-        if has_adapter(backbone):
-            write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
+        write_folder(backbone, directory, dtype, packing, _settings(backbone, kinds), pad=self.pad)
 
     def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
         """The folder, by the tables that are in it, with the adapter beside it."""
-        from transformers import AutoConfig
-
-        from qratk.adapters.matrices.folder import read_pairs
         from qratk.exporters._bitsandbytes_reader import read_bitsandbytes
-        from qratk.exporters._reading import as_in_files, reading_model
 
-        adapter = directory / ADAPTER
-        pairs = read_pairs(adapter) if adapter.exists() else {}
-        config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
         packed = [name for name, kind in self._kinds(backbone).items() if kind is not None]
-        tensors = as_in_files(backbone, read_bitsandbytes(directory), packed)
-        return reading_model(backbone, config, tensors, pairs=pairs)
+        return read_folder(backbone, directory, read_bitsandbytes(directory), packed)
 
     def _dtype(self, backbone: Backbone) -> torch.dtype:
         import torch
@@ -179,7 +166,7 @@ class BitsandbytesExporter(Exporter):
         found: dict[str, str | None] = {}
         for name, bank in backbone.banks.items():
             variant = bank.require(bank.active, bank.active_rank)
-            if variant.bits >= 16 or (self.dense_bits and variant.bits >= self.dense_bits):
+            if written_dense(variant.bits, self.dense_bits):
                 found[name] = None
                 continue
             kind = variant.quantizer.component_name or type(variant.quantizer).__name__

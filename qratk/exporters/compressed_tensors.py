@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
-from qratk.exporters._grids import refuse_dora, require_named_files, rounding, scale_dtype, written_tensors
+from qratk.exporters._grids import (
+    ADAPTER,
+    CURE,
+    read_folder,
+    refuse_dora,
+    require_bits,
+    require_named_files,
+    rounding,
+    scale_dtype,
+    write_folder,
+    written_dense,
+)
 from qratk.exporters.base import Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
@@ -19,9 +30,7 @@ if TYPE_CHECKING:
     from qratk.exporters.base import Packing, Wanted
 
 Client = Literal["vllm", "vllm-cpu", "transformers"]
-ADAPTER: Final = "adapter"
 _GROUPS: Final = (32, 64, 128)  # that vLLM's kernels multiply by
-_CURE: Final = "search with quantisers that servers read (model.quantizers: portable), or export 'dense'"
 
 
 @exporters.register("compressed-tensors")
@@ -45,8 +54,7 @@ class CompressedTensorsExporter(Exporter):
     def __init__(self, client: Client = "vllm", dense_bits: int = 0, pad: bool = False) -> None:
         if client not in get_args(Client):
             raise ConfigurationError(f"client must be one of {get_args(Client)}, got {client!r}")
-        if dense_bits < 0:
-            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        require_bits(dense_bits)
         self.client, self.dense_bits, self.pad = client, dense_bits, pad
 
     @property
@@ -142,12 +150,6 @@ class CompressedTensorsExporter(Exporter):
 
     def write(self, backbone: Backbone, directory: Path) -> None:
         """Write projection by projection."""
-        import torch
-
-        from qratk.exporters._folder import write_description
-        from qratk.exporters._shards import write_shards
-        from qratk.exporters.peft import write_adapter
-
         schemes = self._schemes(backbone)
         dtype = _dtype(backbone, schemes)
 
@@ -155,30 +157,19 @@ class CompressedTensorsExporter(Exporter):
             scheme = schemes[name]
             return None if scheme is None else _packed(name, bank, scheme)
 
-        with torch.no_grad():
-            write_shards(written_tensors(backbone, dtype, packing), directory)
-        write_description(backbone, directory, dtype=dtype, more={"quantization_config": _settings(schemes)})
-        if has_adapter(backbone):
-            write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
+        write_folder(backbone, directory, dtype, packing, _settings(schemes), pad=self.pad)
 
     def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
         """The folder, unpacked as compressed-tensors does, with the adapter beside it."""
-        from transformers import AutoConfig
-
-        from qratk.adapters.matrices.folder import read_pairs
         from qratk.exporters._compressed_reader import read_compressed
-        from qratk.exporters._reading import reading_model
 
-        adapter = directory / ADAPTER
-        pairs = read_pairs(adapter) if adapter.exists() else {}
-        config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
-        return reading_model(backbone, config, read_compressed(directory), pairs=pairs)
+        packed = [name for name, scheme in self._schemes(backbone).items() if scheme is not None]
+        return read_folder(backbone, directory, read_compressed(directory), packed)
 
     def _scheme(self, name: str, bank: BankLinear) -> Scheme | None:
         """How a projection is packed; None for 16 bits. Raises `QuantizationError` where it cannot be."""
         variant = bank.require(bank.active, bank.active_rank)
-        if variant.bits >= 16 or (self.dense_bits and variant.bits >= self.dense_bits):
+        if written_dense(variant.bits, self.dense_bits):
             return None
         if self.client == "vllm-cpu" and variant.bits > 4:
             return None
@@ -187,7 +178,7 @@ class CompressedTensorsExporter(Exporter):
         if grid is None or not grid.whole or grid.scale.element_size() != 2:
             raise QuantizationError(
                 f"{name}: {quantizer} at {variant.bits} bits has no 16-bit scales with whole zero points in groups of "
-                f"a row, as compressed-tensors holds; {_CURE}"
+                f"a row, as compressed-tensors holds; {CURE}"
                 + ("" if variant.bits < 8 else ", or give --dense-bits 8 to write such layers in 16 bits")
             )
         d_out, d_in = bank.shape

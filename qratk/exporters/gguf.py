@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
+from qratk.exporters._grids import require_bits, written_dense
 from qratk.exporters.base import EXACT, Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ class GgufExporter(Exporter):
     clients: ClassVar[Mapping[str, Mapping[str, Any]]] = {"llama.cpp": {}, "ollama": {}}
 
     def __init__(self, exact: bool = False, dense_bits: int = 0, pre_tokenizer: str = "auto") -> None:
-        if dense_bits < 0:
-            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        require_bits(dense_bits)
         self.exact, self.dense_bits, self.pre_tokenizer = exact, dense_bits, pre_tokenizer
 
     @property
@@ -111,7 +111,7 @@ class GgufExporter(Exporter):
         """Why no type of llama.cpp's holds projections that are packed in a way; empty when one does."""
         from qratk.exporters._gguf_blocks import BLOCK
 
-        if packing.bits >= 16 or (self.dense_bits and packing.bits >= self.dense_bits):
+        if written_dense(packing.bits, self.dense_bits):
             return ""
         form, size = packing.form, packing.group_size
         cure = "give model.quantizers: portable"

@@ -9,8 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qratk.core.errors import ConfigurationError, QuantizationError
-from qratk.exporters._grids import refuse_dora, require_named_files, rounding, scale_dtype, written_tensors
+from qratk.core.errors import QuantizationError
+from qratk.exporters._grids import (
+    ADAPTER,
+    CURE,
+    read_folder,
+    refuse_dora,
+    require_bits,
+    require_named_files,
+    rounding,
+    scale_dtype,
+    write_folder,
+    written_dense,
+)
 from qratk.exporters.base import Exporter, Holding, exporters, grid_of, has_adapter
 
 if TYPE_CHECKING:
@@ -20,13 +31,8 @@ if TYPE_CHECKING:
     from qratk.backbone.backbone import Backbone
     from qratk.bank.linear import BankLinear
 
-ADAPTER: Final = "adapter"
 SETTINGS: Final = "quantize_config.json"
 _GROUPS: Final = (16, 32, 64, 128, 256, 512, 1024)
-_CURE: Final = (
-    "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: affine}, or "
-    "affine_gptq), or export 'dense'"
-)
 
 
 @exporters.register("gptq")
@@ -42,8 +48,7 @@ class GptqExporter(Exporter):
     """
 
     def __init__(self, dense_bits: int = 0, pad: bool = False) -> None:
-        if dense_bits < 0:
-            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        require_bits(dense_bits)
         self.dense_bits, self.pad = dense_bits, pad
 
     @property
@@ -85,40 +90,22 @@ class GptqExporter(Exporter):
 
     def write(self, backbone: Backbone, directory: Path) -> None:
         """Write projection by projection."""
-        import torch
-
-        from qratk.exporters._folder import write_description
-        from qratk.exporters._shards import write_shards
-        from qratk.exporters.peft import write_adapter
-
         schemes = self._schemes(backbone)
         dtype = _dtype(backbone, schemes)
 
         def packing(name: str, bank: BankLinear) -> Iterator[tuple[str, torch.Tensor]] | None:
             return None if schemes[name] is None else _packed(name, bank)
 
-        with torch.no_grad():
-            write_shards(written_tensors(backbone, dtype, packing), directory)
         settings = _settings(schemes)
-        write_description(backbone, directory, dtype=dtype, more={"quantization_config": settings})
+        write_folder(backbone, directory, dtype, packing, settings, pad=self.pad)
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if has_adapter(backbone):
-            write_adapter(backbone, directory / ADAPTER, pad=self.pad, base=None)
 
     def reload(self, backbone: Backbone, directory: Path) -> nn.Module:
         """The folder, unpacked as GPTQModel does, with the adapter beside it."""
-        from transformers import AutoConfig
-
-        from qratk.adapters.matrices.folder import read_pairs
         from qratk.exporters._gptq_reader import read_gptq
-        from qratk.exporters._reading import as_in_files, reading_model
 
-        adapter = directory / ADAPTER
-        pairs = read_pairs(adapter) if adapter.exists() else {}
-        config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
         packed = [name for name, scheme in self._schemes(backbone).items() if scheme is not None]
-        return reading_model(backbone, config, as_in_files(backbone, read_gptq(directory), packed), pairs=pairs)
+        return read_folder(backbone, directory, read_gptq(directory), packed)
 
     def _schemes(self, backbone: Backbone) -> dict[str, Scheme | None]:
         return {name: self._scheme(name, bank) for name, bank in backbone.banks.items()}
@@ -127,10 +114,10 @@ class GptqExporter(Exporter):
         """How a projection is packed; None for 16 bits. Raises `QuantizationError` where it cannot be."""
         variant = bank.require(bank.active, bank.active_rank)
         bits = variant.bits
-        if bits >= 16 or (self.dense_bits and bits >= self.dense_bits):
+        if written_dense(bits, self.dense_bits):
             return None
         grid = grid_of(bank)
-        otherwise = _CURE + ("" if bits < 8 else ", or give --dense-bits 8 to write such layers in 16 bits")
+        otherwise = CURE + ("" if bits < 8 else ", or give --dense-bits 8 to write such layers in 16 bits")
         if grid is None or not grid.whole or grid.scale.element_size() != 2 or grid.group_size not in _GROUPS:
             quantizer = variant.quantizer.component_name or type(variant.quantizer).__name__
             raise QuantizationError(

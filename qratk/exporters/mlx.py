@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 from qratk.core.errors import ConfigurationError, QuantizationError, UnsupportedModelError
-from qratk.exporters._grids import holds, refuse_dora, rounded_to, scale_dtype, written_tensors
+from qratk.exporters._grids import (
+    ADAPTER,
+    CURE,
+    holds,
+    refuse_dora,
+    require_bits,
+    rounded_to,
+    scale_dtype,
+    written_dense,
+    written_tensors,
+)
 from qratk.exporters.base import EXACT, Exporter, Holding, Serving, exporters, grid_of, has_adapter, plain_lora
 
 if TYPE_CHECKING:
@@ -22,14 +32,9 @@ if TYPE_CHECKING:
     from qratk.quantizers.base import AffineGrid
 
 MlxType = Literal["auto", "float16", "bfloat16", "float32"]
-ADAPTER: Final = "adapter"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapters.safetensors"
 _GROUPS: Final = (128, 64, 32)
 _FAMILIES: Final = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-_CURE: Final = (
-    "search with quantisers that servers read (model.quantizers: {2: affine, 3: affine, 4: affine, 8: affine}), or "
-    "export 'dense'"
-)
 
 
 @exporters.register("mlx")
@@ -51,8 +56,7 @@ class MlxExporter(Exporter):
     def __init__(self, dtype: MlxType = "auto", dense_bits: int = 0) -> None:
         if dtype not in get_args(MlxType):
             raise ConfigurationError(f"dtype must be one of {get_args(MlxType)}, got {dtype!r}")
-        if dense_bits < 0:
-            raise ConfigurationError(f"dense_bits must be a bit-width, as in 8, or 0; got {dense_bits}")
+        require_bits(dense_bits)
         self.dtype, self.dense_bits = dtype, dense_bits
 
     @property
@@ -112,7 +116,7 @@ class MlxExporter(Exporter):
 
     def _unserved(self, packing: Packing) -> str:
         """Why projections that are packed in a way are not served; empty when they are."""
-        if packing.bits >= 16 or (self.dense_bits and packing.bits >= self.dense_bits):
+        if written_dense(packing.bits, self.dense_bits):
             return ""
         if packing.form is None:
             return f"{packing} has no scales and zero points by groups of a row: give model.quantizers: portable"
@@ -182,7 +186,7 @@ class MlxExporter(Exporter):
     def _grid(self, name: str, bank: BankLinear) -> AffineGrid | None:
         """Codes in groups of a size that mlx has; None for 16 bits. Raises `QuantizationError` where there is none."""
         variant = bank.require(bank.active, bank.active_rank)
-        if variant.bits >= 16 or (self.dense_bits and variant.bits >= self.dense_bits):
+        if written_dense(variant.bits, self.dense_bits):
             return None
         grid = grid_of(bank)
         # The groups of a grid may hold several of mlx's, which then have equal scales.
@@ -191,7 +195,7 @@ class MlxExporter(Exporter):
             quantizer = variant.quantizer.component_name or type(variant.quantizer).__name__
             raise QuantizationError(
                 f"{name}: {quantizer} at {variant.bits} bits has no scales and zero points in groups of 32, 64 or 128 "
-                f"weights of a row, as mlx holds; {_CURE}"
+                f"weights of a row, as mlx holds; {CURE}"
                 + ("" if variant.bits < 8 else ", or give --dense-bits 8 to write such layers in 16 bits")
             )
         times = grid.group_size // size
